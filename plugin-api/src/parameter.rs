@@ -1,0 +1,398 @@
+//! Widgets: what a parameter struct looks like to a person, and whether values fit.
+
+use schemars::{JsonSchema, generate::SchemaSettings};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+/// Largest integer that a browser keeps exact; the bound of seeds.
+pub const MAX_SAFE_INTEGER: i64 = 9_007_199_254_740_991;
+
+/// One parameter of a node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Widget {
+    /// The field's name: stable.
+    pub name: String,
+    /// The field's doc comment.
+    pub tooltip: String,
+    /// What it edits.
+    pub kind: WidgetKind,
+}
+
+/// What a widget edits, with its default and bounds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum WidgetKind {
+    /// A whole number in `min..=max`.
+    Integer {
+        /// Value of a new node.
+        default: i64,
+        /// Smallest value.
+        min: i64,
+        /// Largest value.
+        max: i64,
+        /// Whether the editor may change it after every run: a seed.
+        seed: bool,
+    },
+    /// A number in `min..=max`.
+    Float {
+        /// Value of a new node.
+        default: f64,
+        /// Smallest value.
+        min: f64,
+        /// Largest value.
+        max: f64,
+        /// Step of the editor's arrows.
+        step: f64,
+    },
+    /// Text.
+    Text {
+        /// Value of a new node.
+        default: String,
+        /// Several lines.
+        multiline: bool,
+    },
+    /// A switch.
+    Boolean {
+        /// Value of a new node.
+        default: bool,
+    },
+    /// One of several names.
+    Choice {
+        /// Value of a new node.
+        default: String,
+        /// All names, in the order to show.
+        options: Vec<String>,
+    },
+}
+
+/// A value that does not fit its widget, with ComfyUI's name of the problem.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ParameterProblem {
+    /// `invalid_input_type`, `value_smaller_than_min`, `value_bigger_than_max` or `value_not_in_list`.
+    pub code: &'static str,
+    /// The parameter.
+    pub parameter: String,
+    /// One sentence.
+    pub message: String,
+    /// What was given.
+    pub received: Value,
+}
+
+/// The widgets of a parameter struct, in the order of its fields.
+///
+/// Keywords of the schema that are read: `type`, `default`, `minimum`, `maximum`, `enum`/`oneOf`, `description`, and the
+/// extensions `x-multiline`, `x-seed` and `x-step`.
+#[must_use]
+pub fn widgets_of<P: JsonSchema>() -> Vec<Widget> {
+    let settings =
+        SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true);
+    let schema = settings.into_generator().into_root_schema_for::<P>();
+    let Some(properties) = schema.get("properties").and_then(Value::as_object) else {
+        return Vec::new();
+    };
+    properties
+        .iter()
+        .map(|(name, schema)| widget(name, schema))
+        .collect()
+}
+
+fn widget(name: &str, schema: &Value) -> Widget {
+    let text = |key: &str| {
+        schema
+            .get(key)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .replace('\n', " ")
+    };
+    let default = schema.get("default").cloned().unwrap_or(Value::Null);
+    let bound = |key: &str| schema.get(key).and_then(Value::as_f64);
+    let flag = |key: &str| schema.get(key).and_then(Value::as_bool).unwrap_or(false);
+    let options = options(schema);
+    let kind = if !options.is_empty() {
+        WidgetKind::Choice {
+            default: default.as_str().unwrap_or(&options[0]).to_owned(),
+            options,
+        }
+    } else {
+        match schema.get("type").and_then(Value::as_str) {
+            Some("integer") => WidgetKind::Integer {
+                default: default.as_i64().unwrap_or(0),
+                min: bound("minimum").map_or(0, |v| v as i64),
+                max: bound("maximum")
+                    .map_or(MAX_SAFE_INTEGER, |v| (v as i64).min(MAX_SAFE_INTEGER)),
+                seed: flag("x-seed"),
+            },
+            Some("number") => WidgetKind::Float {
+                default: default.as_f64().unwrap_or(0.0),
+                min: bound("minimum").unwrap_or(0.0),
+                max: bound("maximum").unwrap_or(f64::from(f32::MAX)),
+                step: schema.get("x-step").and_then(Value::as_f64).unwrap_or(0.01),
+            },
+            Some("boolean") => WidgetKind::Boolean {
+                default: default.as_bool().unwrap_or(false),
+            },
+            _ => WidgetKind::Text {
+                default: default.as_str().unwrap_or_default().to_owned(),
+                multiline: flag("x-multiline"),
+            },
+        }
+    };
+    Widget {
+        name: name.to_owned(),
+        tooltip: text("description"),
+        kind,
+    }
+}
+
+fn options(schema: &Value) -> Vec<String> {
+    let listed = |values: &Vec<Value>| {
+        values
+            .iter()
+            .filter_map(Value::as_str)
+            .map(str::to_owned)
+            .collect()
+    };
+    if let Some(values) = schema.get("enum").and_then(Value::as_array) {
+        return listed(values);
+    }
+    let Some(variants) = schema.get("oneOf").and_then(Value::as_array) else {
+        return Vec::new();
+    };
+    let names = |variant: &Value| -> Vec<String> {
+        match (
+            variant.get("const"),
+            variant.get("enum").and_then(Value::as_array),
+        ) {
+            (Some(Value::String(name)), _) => vec![name.clone()],
+            (_, Some(values)) => listed(values),
+            _ => Vec::new(),
+        }
+    };
+    variants.iter().flat_map(names).collect()
+}
+
+impl Widget {
+    /// The value of a new node.
+    #[must_use]
+    pub fn default_value(&self) -> Value {
+        match &self.kind {
+            WidgetKind::Integer { default, .. } => json!(default),
+            WidgetKind::Float { default, .. } => json!(default),
+            WidgetKind::Text { default, .. } | WidgetKind::Choice { default, .. } => json!(default),
+            WidgetKind::Boolean { default } => json!(default),
+        }
+    }
+
+    /// Why `value` does not fit; `None` if it does.
+    #[must_use]
+    pub fn check(&self, value: &Value) -> Option<ParameterProblem> {
+        let name = &self.name;
+        let problem = |code, message| {
+            Some(ParameterProblem {
+                code,
+                parameter: name.clone(),
+                message,
+                received: value.clone(),
+            })
+        };
+        let wrong_type = |expected: &str| {
+            problem(
+                "invalid_input_type",
+                format!("{name} takes {expected}, got {value}"),
+            )
+        };
+        let bounds = |v: f64, min: f64, max: f64| {
+            if v < min {
+                problem(
+                    "value_smaller_than_min",
+                    format!("{name} is {value}, the smallest value is {min}"),
+                )
+            } else if v > max {
+                problem(
+                    "value_bigger_than_max",
+                    format!("{name} is {value}, the largest value is {max}"),
+                )
+            } else {
+                None
+            }
+        };
+        match &self.kind {
+            WidgetKind::Integer { min, max, .. } => match (value.as_i64(), value.as_f64()) {
+                (Some(v), _) => bounds(v as f64, *min as f64, *max as f64),
+                (None, Some(v)) if v.fract() != 0.0 => wrong_type("a whole number"),
+                (None, Some(v)) => bounds(v, *min as f64, *max as f64),
+                _ => wrong_type("a whole number"),
+            },
+            WidgetKind::Float { min, max, .. } => match value.as_f64() {
+                Some(v) => bounds(v, *min, *max),
+                None => wrong_type("a number"),
+            },
+            WidgetKind::Text { .. } => value.as_str().map_or_else(|| wrong_type("text"), |_| None),
+            WidgetKind::Boolean { .. } => value
+                .as_bool()
+                .map_or_else(|| wrong_type("true or false"), |_| None),
+            WidgetKind::Choice { options, .. } => match value.as_str() {
+                Some(v) if options.iter().any(|option| option == v) => None,
+                Some(_) => problem(
+                    "value_not_in_list",
+                    format!(
+                        "{name} is {value}, it can be one of: {}",
+                        options.join(", ")
+                    ),
+                ),
+                None => wrong_type("a name"),
+            },
+        }
+    }
+
+    /// The entry of ComfyUI's `/object_info`: `[type, options]`.
+    #[must_use]
+    pub fn object_info(&self) -> Value {
+        let (kind, mut options) = match &self.kind {
+            WidgetKind::Integer {
+                default,
+                min,
+                max,
+                seed,
+            } => {
+                let mut options = json!({"default": default, "min": min, "max": max, "step": 1});
+                if *seed {
+                    options["control_after_generate"] = json!(true);
+                }
+                ("INT", options)
+            }
+            WidgetKind::Float {
+                default,
+                min,
+                max,
+                step,
+            } => (
+                "FLOAT",
+                json!({"default": default, "min": min, "max": max, "step": step, "round": false}),
+            ),
+            WidgetKind::Text { default, multiline } => (
+                "STRING",
+                json!({"default": default, "multiline": multiline}),
+            ),
+            WidgetKind::Boolean { default } => ("BOOLEAN", json!({"default": default})),
+            WidgetKind::Choice { default, options } => {
+                ("COMBO", json!({"default": default, "options": options}))
+            }
+        };
+        if !self.tooltip.is_empty() {
+            options["tooltip"] = json!(self.tooltip);
+        }
+        json!([kind, options])
+    }
+}
+
+/// All values that do not fit, and names that no widget has.
+pub(crate) fn check_all(widgets: &[Widget], given: &Map<String, Value>) -> Vec<ParameterProblem> {
+    widgets
+        .iter()
+        .filter_map(|widget| {
+            given
+                .get(&widget.name)
+                .and_then(|value| widget.check(value))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seven() -> u32 {
+        7
+    }
+
+    #[derive(Deserialize, JsonSchema)]
+    #[serde(rename_all = "snake_case")]
+    enum Start {
+        /// From the word.
+        Class,
+        /// From nothing.
+        Random,
+    }
+
+    fn class() -> Start {
+        Start::Class
+    }
+
+    impl Serialize for Start {
+        fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            serializer.serialize_str("class")
+        }
+    }
+
+    #[derive(Deserialize, JsonSchema)]
+    #[expect(dead_code, reason = "only its schema is read")]
+    struct Demo {
+        /// How many.
+        #[serde(default = "seven")]
+        #[schemars(range(min = 1, max = 9))]
+        steps: u32,
+        /// How it starts.
+        #[serde(default = "class")]
+        start: Start,
+        /// A prompt.
+        #[serde(default)]
+        #[schemars(extend("x-multiline" = true))]
+        text: String,
+    }
+
+    #[test]
+    fn a_struct_becomes_widgets_in_field_order() {
+        let widgets = widgets_of::<Demo>();
+        let names: Vec<_> = widgets.iter().map(|w| w.name.as_str()).collect();
+        assert_eq!(names, ["steps", "start", "text"]);
+        assert_eq!(
+            widgets[0].kind,
+            WidgetKind::Integer {
+                default: 7,
+                min: 1,
+                max: 9,
+                seed: false
+            }
+        );
+        assert_eq!(widgets[0].tooltip, "How many.");
+        let options = vec!["class".to_owned(), "random".to_owned()];
+        assert_eq!(
+            widgets[1].kind,
+            WidgetKind::Choice {
+                default: "class".to_owned(),
+                options
+            }
+        );
+        assert_eq!(
+            widgets[2].kind,
+            WidgetKind::Text {
+                default: String::new(),
+                multiline: true
+            }
+        );
+    }
+
+    #[test]
+    fn values_that_do_not_fit_are_named_with_the_protocols_codes() {
+        let widgets = widgets_of::<Demo>();
+        let given = json!({"steps": 0, "start": "warm", "text": 3});
+        let codes: Vec<_> = check_all(&widgets, given.as_object().unwrap())
+            .into_iter()
+            .map(|p| (p.parameter, p.code))
+            .collect();
+        assert_eq!(
+            codes,
+            [
+                ("steps".to_owned(), "value_smaller_than_min"),
+                ("start".to_owned(), "value_not_in_list"),
+                ("text".to_owned(), "invalid_input_type")
+            ]
+        );
+        assert!(check_all(&widgets, json!({"steps": 9.0}).as_object().unwrap()).is_empty());
+        assert_eq!(
+            widgets[0].check(&json!(1.5)).unwrap().code,
+            "invalid_input_type"
+        );
+    }
+}
