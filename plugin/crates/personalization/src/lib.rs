@@ -1,0 +1,78 @@
+//! Joint learning of concept tokens and latent masks: Rahman et al., *Visual Concept-driven Image Generation with
+//! Text-to-Image Diffusion Model*, arXiv 2402.11487 (**P**), on top of Break-A-Scene, arXiv 2305.16311 (**BaS**).
+//!
+//! A picture shows several concepts, each with a class word. Learned are, for each concept c, a row v_c of the text
+//! encoder's token table and a mask M_c of the picture, neither of which is given:
+//!
+//! | step | equation | function | node |
+//! | --- | --- | --- | --- |
+//! | 1a start the tokens | v_c := row of the class word | [`token::init_tokens`] | ConceptTokenLearner |
+//! | 1b, E attention of every concept | A_c = mean of softmax(QKᵀ/√d) (P Eq. 2) | [`attention::extract_attention`] | AttentionMaskExtractor |
+//! | E threshold | B_c = \[A_c > τ\] | [`binarize::binarize`] | AttentionMaskExtractor |
+//! | E dense CRF | M_c = \[argmax Q = c\] | [`refine::refine`] | DenseCrfRefine |
+//! | 2, M one optimizer step on v | L = L_mask (P Eq. 3) + λ L_attn (P Eq. 4) | [`m_step::m_step`] | ConceptTokenLearner |
+//! | 2 alternate E and M | | [`em::em`] | EmLoop |
+//! | 3 tokens and weights, masks fixed | the same losses | [`joint::joint_stage`] | EmLoop |
+//! | sample | | [`sampler::sample`] | PersonalizedSampler |
+//!
+//! No ABI, no image files, no host: pixels and prompts in, tokens, masks and pixels out. The U-Net and the text
+//! encoder are `stable_diffusion`'s, the CRF is `densecrf`'s.
+//!
+//! # Notation
+//! | symbol | shape | meaning |
+//! | --- | --- | --- |
+//! | C, V, D | | concepts, vectors per concept, width of the text encoder |
+//! | S | | picture size in pixels; pictures are square |
+//! | h | | latent size |
+//! | R | | width of the attention layers in the loss: h / 4, 16 in SD |
+//! | v | `[C·V, D]` | learned rows |
+//! | A_c | `[S, S]` ≥ 0 | attention map |
+//! | B_c, M_c | `[S, S]` {0, 1} | thresholded and refined mask |
+
+pub mod error;
+
+pub mod config;
+pub mod observer;
+
+pub mod mask;
+pub mod scene;
+pub mod token;
+
+pub mod attention;
+pub mod binarize;
+pub mod refine;
+
+pub mod loss;
+pub mod optimizer;
+
+pub mod e_step;
+pub mod m_step;
+
+pub mod em;
+pub mod joint;
+pub mod state;
+
+pub mod concept_file;
+pub mod sampler;
+
+pub mod metrics;
+pub mod overlay;
+
+pub use attention::{AttentionMaps, extract_attention};
+pub use binarize::binarize;
+pub use config::{
+    Binarization, Combination, CrfStage, EmConfig, ExtractionConfig, Guard, JointConfig, JointScope, LayerChoice,
+    MStepConfig, MaskMode, Normalization, TokenConfig, TokenInit,
+};
+pub use e_step::e_step;
+pub use em::{EmOutcome, EmStart, RoundRecord, em};
+pub use error::{Error, Result};
+pub use joint::joint_stage;
+pub use m_step::m_step;
+pub use mask::{ImageMasks, SceneMasks};
+pub use observer::{Event, Observer, Silent};
+pub use refine::refine;
+pub use sampler::{SamplePrompts, sample};
+pub use scene::{Concept, Picture, PreparedScene, Role, Scene, ScenePicture};
+pub use state::EmState;
+pub use token::{LearnedConcepts, init_tokens};

@@ -1,0 +1,229 @@
+//! The M-step: optimizer steps on the tokens under fixed masks (stage 2), and textual inversion (stage 1a).
+//!
+//! One step samples a picture, a subset of its concepts in random order ("union sampling", BaS), a mirror image with
+//! probability ½, a latent of the VAE's posterior, a timestep and noise; then
+//!
+//! ```text
+//! L = L_mask + λ L_attn,   v ← AdamW(v, clip(∂L/∂v))
+//! ```
+//!
+//! Only the rows are variables. The U-Net and the text encoder are differentiated through, never for their weights.
+
+use candle_core::{Tensor, Var};
+use stable_diffusion::rng::Rng;
+use stable_diffusion::tokenizer::Tokenizer;
+use stable_diffusion::unet::Watch;
+use stable_diffusion::{DiffusionModel, UNet};
+
+use crate::loss::cross_attention::concept_maps;
+use crate::loss::{cross_attention_loss, loss_layers, loss_resolution, masked_diffusion_loss};
+use crate::mask::{at_resolution, plane_tensor};
+use crate::observer::tell;
+use crate::optimizer::{AdamWState, clip_gradient_norm};
+use crate::{Error, Event, ImageMasks, LearnedConcepts, MStepConfig, Observer, PreparedScene, Result};
+
+/// What one step is about; everything random of it.
+#[derive(Debug)]
+pub(crate) struct Draw {
+    picture: usize,
+    /// Indices into the picture's concepts, in the order of the prompt.
+    subset: Vec<usize>,
+    flipped: bool,
+    /// z `[B, 4, h, h]`.
+    latents: Tensor,
+    /// ε `[B, 4, h, h]`.
+    noise: Tensor,
+    timesteps: Vec<usize>,
+}
+
+impl Draw {
+    /// Draws from the stream (`seed`, `stream`, `step`), in the order: picture, subset, mirror, z, ε, t.
+    pub(crate) fn new(
+        model: &DiffusionModel,
+        scene: &PreparedScene<'_>,
+        config: &MStepConfig,
+        (seed, stream, step): (u64, &str, usize),
+    ) -> Result<Self> {
+        let mut rng = Rng::new(seed, stream, step as u64);
+        let picture = rng.below(scene.scene.pictures().len());
+        let n_concepts = scene.scene.pictures()[picture].concepts.len();
+        let n_sampled = 1 + rng.below(n_concepts);
+        let subset = rng.sample_without_replacement(n_concepts, n_sampled);
+        let flipped = rng.uniform() < config.flip_probability;
+        let size = model.latent_size();
+        let shape = [config.batch, model.config.unet.in_channels, size, size];
+        let latents = scene.latents(model, picture, flipped, &rng.normal(&shape, &model.device)?)?;
+        let noise = rng.normal(&shape, &model.device)?;
+        let timesteps = (0..config.batch).map(|_| rng.below(model.noise_schedule.n_timesteps())).collect();
+        Ok(Self { picture, subset, flipped, latents, noise, timesteps })
+    }
+}
+
+/// The losses of one step.
+#[derive(Debug)]
+pub(crate) struct Losses {
+    pub(crate) total: Tensor,
+    pub(crate) masked_diffusion: f32,
+    pub(crate) cross_attention: f32,
+}
+
+/// What the losses of a step are computed with.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LossContext<'a> {
+    pub(crate) model: &'a DiffusionModel,
+    pub(crate) unet: &'a UNet,
+    pub(crate) scene: &'a PreparedScene<'a>,
+    /// `None`: textual inversion, everything counts and attention does not.
+    pub(crate) masks: Option<&'a [ImageMasks]>,
+    pub(crate) learned: &'a LearnedConcepts,
+    pub(crate) tokenizer: &'a Tokenizer,
+    pub(crate) config: &'a MStepConfig,
+}
+
+impl LossContext<'_> {
+    /// L of this draw, differentiable in `rows` `[C·V, D]` and in whatever of the U-Net is a variable.
+    pub(crate) fn losses(&self, rows: &Tensor, draw: &Draw) -> Result<Losses> {
+        let picture = &self.scene.scene.pictures()[draw.picture];
+        let concepts: Vec<usize> = draw.subset.iter().map(|&i| picture.concepts[i]).collect();
+        let prompt = self.tokenizer.encode(&self.learned.training_prompt(&concepts))?;
+        let context = self.model.text_encoder.encode(&prompt.ids, Some(rows))?;
+        let schedule = &self.model.noise_schedule;
+        let noisy = schedule.add_noise(&draw.latents, &draw.noise, &draw.timesteps)?;
+        let target = schedule.target(&draw.latents, &draw.noise, &draw.timesteps)?;
+        let timesteps: Vec<f32> = draw.timesteps.iter().map(|&t| t as f32).collect();
+        let Some(masks) = self.masks.map(|masks| &masks[draw.picture]) else {
+            let prediction = self.unet.forward(&noisy, &timesteps, &context)?;
+            let total = (prediction - target)?.sqr()?.mean_all()?;
+            let masked_diffusion = total.to_scalar()?;
+            return Ok(Losses { total, masked_diffusion, cross_attention: 0.0 });
+        };
+        let positions = self.learned.positions(self.tokenizer, &prompt, &concepts)?;
+        let layers = if self.config.lambda_attention > 0.0 { loss_layers(self.unet) } else { Vec::new() };
+        let observed =
+            self.unet.forward_observed(&noisy, &timesteps, &context, Watch::Layers(&layers, &positions))?;
+        let (from, h, device) = (masks.size(), self.model.latent_size(), &self.model.device);
+        let union = plane_tensor(&masks.union(&draw.subset), from, h, draw.flipped, device)?;
+        let masked_diffusion = masked_diffusion_loss(&observed.prediction, &target, &union)?;
+        if layers.is_empty() {
+            let value = masked_diffusion.to_scalar()?;
+            return Ok(Losses { total: masked_diffusion, masked_diffusion: value, cross_attention: 0.0 });
+        }
+        let maps = concept_maps(&observed.attention, self.learned.vectors_per_concept)?;
+        let cross_attention = cross_attention_loss(&maps, &self.small_masks(masks, draw)?)?;
+        Ok(Losses {
+            masked_diffusion: masked_diffusion.to_scalar()?,
+            cross_attention: cross_attention.to_scalar()?,
+            total: (masked_diffusion + (cross_attention * self.config.lambda_attention)?)?,
+        })
+    }
+
+    /// G `[R·R, C]` of the sampled concepts.
+    fn small_masks(&self, masks: &ImageMasks, draw: &Draw) -> Result<Tensor> {
+        let resolution = loss_resolution(self.unet);
+        let small = |&c: &usize| at_resolution(&masks.planes()[c], masks.size(), resolution, draw.flipped);
+        let planes: Vec<f32> = draw.subset.iter().flat_map(small).collect();
+        let shape = (draw.subset.len(), resolution * resolution);
+        Ok(Tensor::from_vec(planes, shape, &self.model.device)?.t()?.contiguous()?)
+    }
+}
+
+/// Stage 2: `n_steps` optimizer steps from where `learned` stands.
+///
+/// # Errors
+/// Masks that do not fit the scene, a loss that is no longer finite, or a stop.
+pub fn m_step(
+    model: &DiffusionModel,
+    scene: &PreparedScene<'_>,
+    masks: &[ImageMasks],
+    learned: &LearnedConcepts,
+    config: &MStepConfig,
+    n_steps: usize,
+    observer: &mut dyn Observer,
+) -> Result<LearnedConcepts> {
+    check_masks(scene, masks)?;
+    let mut learned = learned.clone();
+    let tokenizer = learned.tokenizer(model)?;
+    for done in 1..=n_steps {
+        let draw = Draw::new(model, scene, config, (learned.seed, "m-step", learned.step))?;
+        let losses;
+        (learned, losses) = token_step(model, scene, Some(masks), &learned, &tokenizer, config, &draw)?;
+        tell(observer, &step_event("tokens", done, n_steps, &losses))?;
+    }
+    Ok(learned)
+}
+
+/// Stage 1a, `inversion`: plain textual inversion, without masks and without the attention loss.
+pub(crate) fn inversion(
+    model: &DiffusionModel,
+    scene: &PreparedScene<'_>,
+    learned: &LearnedConcepts,
+    config: &MStepConfig,
+    n_steps: usize,
+    observer: &mut dyn Observer,
+) -> Result<LearnedConcepts> {
+    let mut inverted = learned.clone();
+    let tokenizer = learned.tokenizer(model)?;
+    for done in 1..=n_steps {
+        let draw = Draw::new(model, scene, config, (learned.seed, "inversion", done))?;
+        let losses;
+        (inverted, losses) = token_step(model, scene, None, &inverted, &tokenizer, config, &draw)?;
+        tell(observer, &step_event("inversion", done, n_steps, &losses))?;
+    }
+    // Stage 2 counts its own steps and starts with fresh moments, as a new optimizer does.
+    let optimizer = AdamWState::zeros(std::slice::from_ref(&inverted.rows))?;
+    Ok(LearnedConcepts { step: 0, optimizer, ..inverted })
+}
+
+/// One optimizer step on the rows.
+fn token_step(
+    model: &DiffusionModel,
+    scene: &PreparedScene<'_>,
+    masks: Option<&[ImageMasks]>,
+    learned: &LearnedConcepts,
+    tokenizer: &Tokenizer,
+    config: &MStepConfig,
+    draw: &Draw,
+) -> Result<(LearnedConcepts, Losses)> {
+    let rows = Var::from_tensor(&learned.rows)?;
+    let context = LossContext { model, unet: &model.unet, scene, masks, learned, tokenizer, config };
+    let losses = context.losses(rows.as_tensor(), draw)?;
+    let gradients = gradients_of(&losses.total, &[&rows])?;
+    let (gradients, _) = clip_gradient_norm(&gradients, config.max_gradient_norm)?;
+    let rates = [config.learning_rate];
+    let (moved, optimizer) = learned.optimizer.step(&[rows.as_detached_tensor()], &gradients, &rates, config)?;
+    let rows = moved.into_iter().next().unwrap_or_else(|| learned.rows.clone());
+    Ok((LearnedConcepts { rows, optimizer, step: learned.step + 1, ..learned.clone() }, losses))
+}
+
+/// Gradients of a finite loss; zeros for variables that it does not depend on.
+pub(crate) fn gradients_of(loss: &Tensor, variables: &[&Var]) -> Result<Vec<Tensor>> {
+    if !loss.to_scalar::<f32>()?.is_finite() {
+        return Err(Error::scene("the loss is no longer a finite number; lower the learning rate"));
+    }
+    let mut gradients = loss.backward()?;
+    let gradient = |var: &&Var| match gradients.remove(var.as_tensor()) {
+        Some(gradient) => Ok(gradient.detach()),
+        None => Ok(var.as_tensor().zeros_like()?.detach()),
+    };
+    variables.iter().map(gradient).collect()
+}
+
+pub(crate) fn step_event(stage: &'static str, step: usize, total: usize, losses: &Losses) -> Event<'static> {
+    let Losses { masked_diffusion, cross_attention, .. } = *losses;
+    Event::Step { stage, step, total, masked_diffusion, cross_attention }
+}
+
+pub(crate) fn check_masks(scene: &PreparedScene<'_>, masks: &[ImageMasks]) -> Result<()> {
+    let pictures = scene.scene.pictures();
+    let fits = |(masks, picture): (&ImageMasks, &crate::ScenePicture)| {
+        masks.planes().len() == picture.concepts.len() && masks.size() == picture.picture.size()
+    };
+    if masks.len() != pictures.len() || !masks.iter().zip(pictures).all(fits) {
+        return Err(Error::scene("the masks do not fit: there has to be one per picture and concept, of its size"));
+    }
+    let empty = |masks: &ImageMasks| masks.planes().iter().any(|plane| plane.iter().all(|&v| v == 0));
+    if masks.iter().any(empty) {
+        return Err(Error::scene("a mask is empty; nothing can be learned from it"));
+    }
+    Ok(())
+}

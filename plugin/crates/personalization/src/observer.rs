@@ -1,0 +1,83 @@
+//! What long work tells, and how it is stopped.
+
+use std::ops::ControlFlow;
+
+use candle_core::Tensor;
+
+use crate::{AttentionMaps, EmState, Error, ImageMasks, Result};
+
+/// Something happened.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// `done` of `total` units of a stage that has no losses: an E-step, sampling, evaluation.
+    Progress {
+        /// Name of the stage.
+        stage: &'static str,
+        /// Units done.
+        done: usize,
+        /// Units in all.
+        total: usize,
+    },
+    /// One optimizer step.
+    Step {
+        /// Name of the stage: `inversion`, `tokens` or `joint`.
+        stage: &'static str,
+        /// Steps done in this stage.
+        step: usize,
+        /// Steps of this stage.
+        total: usize,
+        /// L_mask.
+        masked_diffusion: f32,
+        /// L_attn, before λ.
+        cross_attention: f32,
+    },
+    /// New masks of one picture.
+    Masks {
+        /// 0 for the initial masks.
+        round: usize,
+        /// Index of the picture.
+        picture: usize,
+        /// The masks.
+        masks: &'a ImageMasks,
+        /// The maps that they came from, if they were not given.
+        maps: Option<&'a AttentionMaps>,
+    },
+    /// A latent `[1, 4, h, w]` while it is denoised.
+    Latents {
+        /// Steps done over all pictures.
+        step: usize,
+        /// Steps in all.
+        total: usize,
+        /// The latent, scaled.
+        latents: &'a Tensor,
+    },
+    /// A state from which the alternation can go on.
+    Checkpoint(&'a EmState),
+}
+
+/// Listens, and stops the work by returning `Break`: within one optimizer step or one pass through the U-Net.
+pub trait Observer {
+    /// Called for every event, and at least once per step.
+    fn on_event(&mut self, event: &Event<'_>) -> ControlFlow<()>;
+}
+
+/// Listens to nothing.
+#[derive(Debug, Clone, Copy)]
+pub struct Silent;
+
+impl Observer for Silent {
+    fn on_event(&mut self, _event: &Event<'_>) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+}
+
+impl<F: FnMut(&Event<'_>) -> ControlFlow<()>> Observer for F {
+    fn on_event(&mut self, event: &Event<'_>) -> ControlFlow<()> {
+        self(event)
+    }
+}
+
+/// Tells, and turns a request to stop into an error.
+pub(crate) fn tell(observer: &mut dyn Observer, event: &Event<'_>) -> Result<()> {
+    if observer.on_event(event).is_break() { Err(Error::Canceled) } else { Ok(()) }
+}

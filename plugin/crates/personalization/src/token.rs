@@ -1,0 +1,200 @@
+//! Learned tokens: how they start, and how prompts name them.
+
+use candle_core::{DType, Device, Tensor};
+use stable_diffusion::DiffusionModel;
+use stable_diffusion::rng::Rng;
+use stable_diffusion::tokenizer::{TokenizedPrompt, Tokenizer};
+
+use crate::m_step::inversion;
+use crate::optimizer::AdamWState;
+use crate::{Concept, Error, MStepConfig, Observer, PreparedScene, Result, TokenConfig, TokenInit};
+
+/// Learned rows with everything that is needed to learn on. A value: every stage returns a new one.
+#[derive(Debug, Clone)]
+pub struct LearnedConcepts {
+    /// The concepts, in the order of their rows.
+    pub concepts: Vec<Concept>,
+    /// V.
+    pub vectors_per_concept: usize,
+    /// v `[C·V, D]`, f32, not tracked.
+    pub rows: Tensor,
+    /// Where the rows started, `[C·V, D]`.
+    pub initial_rows: Tensor,
+    /// Optimizer steps so far; names the random streams of the next one.
+    pub step: usize,
+    /// Moments of the rows.
+    pub optimizer: AdamWState,
+    /// Seed of all streams.
+    pub seed: u64,
+    /// Fingerprint of the model that they were learned on.
+    pub base_fingerprint: String,
+}
+
+impl LearnedConcepts {
+    /// Placeholder strings of all rows: `<rex>`, then `<rex>_1`, … if there are several vectors per concept.
+    #[must_use]
+    pub fn placeholders(&self) -> Vec<String> {
+        let names = |concept: &Concept| {
+            let token = concept.token.clone();
+            (0..self.vectors_per_concept).map(move |k| if k == 0 { token.clone() } else { format!("{token}_{k}") })
+        };
+        self.concepts.iter().flat_map(names).collect()
+    }
+
+    /// How a concept stands in a prompt: all of its placeholders.
+    #[must_use]
+    pub fn text_of(&self, concept: usize) -> String {
+        let vectors = self.vectors_per_concept;
+        self.placeholders()[concept * vectors..(concept + 1) * vectors].join(" ")
+    }
+
+    /// The model's tokenizer with the placeholders.
+    ///
+    /// # Errors
+    /// A placeholder that the vocabulary has already.
+    pub fn tokenizer(&self, model: &DiffusionModel) -> Result<Tokenizer> {
+        Ok(model.tokenizer.with_placeholders(&self.placeholders())?)
+    }
+
+    /// "a photo of <a> and <b>" (BaS) for these concepts in this order.
+    #[must_use]
+    pub fn training_prompt(&self, concepts: &[usize]) -> String {
+        let texts: Vec<String> = concepts.iter().map(|&c| self.text_of(c)).collect();
+        format!("a photo of {}", texts.join(" and "))
+    }
+
+    /// Positions of these concepts' placeholders in a prompt, V per concept.
+    ///
+    /// # Errors
+    /// A concept that the prompt does not name.
+    pub fn positions(&self, tokenizer: &Tokenizer, prompt: &TokenizedPrompt, concepts: &[usize]) -> Result<Vec<usize>> {
+        let vectors = self.vectors_per_concept;
+        let rows = concepts.iter().flat_map(|&c| c * vectors..(c + 1) * vectors);
+        let position = |row: usize| {
+            let id = (tokenizer.base_vocab_size() + row) as u32;
+            let found = prompt.positions_of(id).first().copied();
+            found.ok_or_else(|| Error::scene(format!("the prompt does not name {}", self.placeholders()[row])))
+        };
+        rows.map(position).collect()
+    }
+
+    /// cos(v_c, its start) for every row, in [-1, 1]; and the norms |v_c|.
+    ///
+    /// # Errors
+    /// The tensor library fails.
+    pub fn drift(&self) -> Result<Vec<(f32, f32)>> {
+        let now = self.rows.to_vec2::<f32>()?;
+        let start = self.initial_rows.to_vec2::<f32>()?;
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+        let one = |(now, start): (&Vec<f32>, &Vec<f32>)| {
+            let norm = dot(now, now).sqrt();
+            (dot(now, start) / (norm * dot(start, start).sqrt()).max(1e-12), norm)
+        };
+        Ok(now.iter().zip(&start).map(one).collect())
+    }
+}
+
+/// Stage 1a: rows for all concepts of the scene, and textual inversion if it is asked for.
+///
+/// # Errors
+/// A class word that the tokenizer does not know, or a stop.
+pub fn init_tokens(
+    model: &DiffusionModel,
+    scene: &PreparedScene<'_>,
+    config: &TokenConfig,
+    m_step: &MStepConfig,
+    seed: u64,
+    observer: &mut dyn Observer,
+) -> Result<LearnedConcepts> {
+    let concepts = scene.scene.concepts().to_vec();
+    let mut rng = Rng::new(seed, "token init", 0);
+    let table = TokenTable::of(model)?;
+    let mut rows = Vec::new();
+    for concept in &concepts {
+        let ids = model.tokenizer.word_ids(&concept.class_word)?;
+        for vector in 0..config.vectors_per_concept {
+            let mut row = match config.init {
+                TokenInit::Class | TokenInit::Inversion { .. } => table.word_row(&ids, vector, config.vectors_per_concept),
+                TokenInit::Random => table.random_row(&mut rng),
+            };
+            if config.init_noise > 0.0 {
+                let scale = config.init_noise as f32 * table.mean_deviation();
+                let noise = rng.normals(row.len());
+                row.iter_mut().zip(noise).for_each(|(v, noise)| *v += scale * noise);
+            }
+            rows.push(row);
+        }
+    }
+    let (n, width) = (rows.len(), table.width);
+    let rows = Tensor::from_vec(rows.concat(), (n, width), &model.device)?;
+    let learned = LearnedConcepts {
+        concepts,
+        vectors_per_concept: config.vectors_per_concept,
+        initial_rows: rows.clone(),
+        optimizer: AdamWState::zeros(std::slice::from_ref(&rows))?,
+        rows,
+        step: 0,
+        seed,
+        base_fingerprint: model.fingerprint.clone(),
+    };
+    learned.tokenizer(model)?;
+    match config.init {
+        TokenInit::Inversion { steps } => inversion(model, scene, &learned, m_step, steps, observer),
+        TokenInit::Class | TokenInit::Random => Ok(learned),
+    }
+}
+
+/// The frozen token table on the CPU.
+struct TokenTable {
+    values: Vec<f32>,
+    width: usize,
+}
+
+impl TokenTable {
+    fn of(model: &DiffusionModel) -> Result<Self> {
+        let table = model.text_encoder.token_table();
+        let width = table.dim(1)?;
+        let values = table.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        Ok(Self { values, width })
+    }
+
+    fn row(&self, id: u32) -> &[f32] {
+        &self.values[id as usize * self.width..][..self.width]
+    }
+
+    /// The word's row; of several pieces their mean, or piece k for vector k.
+    fn word_row(&self, ids: &[u32], vector: usize, vectors: usize) -> Vec<f32> {
+        if vectors > 1 || ids.len() == 1 {
+            return self.row(ids[vector.min(ids.len() - 1)]).to_vec();
+        }
+        let mean = |d: usize| ids.iter().map(|&id| self.row(id)[d]).sum::<f32>() / ids.len() as f32;
+        (0..self.width).map(mean).collect()
+    }
+
+    fn random_row(&self, rng: &mut Rng) -> Vec<f32> {
+        let noise = rng.normals(self.width);
+        (0..self.width).zip(noise).map(|(d, noise)| self.mean(d) + self.deviation(d) * noise).collect()
+    }
+
+    fn n_rows(&self) -> usize {
+        self.values.len() / self.width
+    }
+
+    fn column(&self, d: usize) -> impl Iterator<Item = f64> {
+        self.values.iter().skip(d).step_by(self.width).map(|&v| f64::from(v))
+    }
+
+    fn mean(&self, d: usize) -> f32 {
+        (self.column(d).sum::<f64>() / self.n_rows() as f64) as f32
+    }
+
+    fn deviation(&self, d: usize) -> f32 {
+        let mean = f64::from(self.mean(d));
+        let square = self.column(d).map(|v| (v - mean).powi(2)).sum::<f64>();
+        (square / (self.n_rows() - 1).max(1) as f64).sqrt() as f32
+    }
+
+    fn mean_deviation(&self) -> f32 {
+        (0..self.width).map(|d| self.deviation(d)).sum::<f32>() / self.width as f32
+    }
+}
