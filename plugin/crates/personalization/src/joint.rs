@@ -83,7 +83,7 @@ impl Trained {
             if config.scope == JointScope::Full || is_key_or_value(name) {
                 let var = Var::from_tensor(&weight.copy()?)?;
                 *weight = var.as_tensor().clone();
-                variables.push((name.clone(), var));
+                variables.push((name.to_string(), var));
             }
         }
         let unet = UNet::new(base.config(), &weights, None)?;

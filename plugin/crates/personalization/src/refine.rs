@@ -30,17 +30,17 @@ pub fn refine(
 ) -> Result<ImageMasks> {
     let n_concepts = planes.planes().len();
     let fits = |masks: &ImageMasks| masks.planes().len() == n_concepts && masks.size() == planes.size();
-    let size = crf.width();
-    if roles.len() != n_concepts || planes.size() != size || !previous.is_none_or(fits) {
+    let size = planes.size();
+    if roles.len() != n_concepts || crf.n_pixels() != size * size || !previous.is_none_or(fits) {
         return Err(Error::scene(format!(
-            "{n_concepts} masks of {0}x{0} do not fit {1} concepts on a picture of {size}x{size}",
-            planes.size(),
-            roles.len()
+            "{n_concepts} masks of {size}x{size} do not fit {} concepts on a picture of {} pixels",
+            roles.len(),
+            crf.n_pixels()
         )));
     }
     let labels = label_planes(planes, roles);
     let n_labels = labels.len() / (size * size);
-    let marginals = crf.infer(&unary_from_planes(&labels, n_labels)?, n_labels)?;
+    let marginals = crf.infer(&unary_from_planes(&labels, n_labels)?, n_labels, config.crf.iterations)?;
     let first_concept = n_labels - n_concepts;
     let chosen = marginals.labels();
     let refined = (0..n_concepts)

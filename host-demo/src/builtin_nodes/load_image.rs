@@ -1,0 +1,215 @@
+//! LoadImage and LoadImageMask: a picture file to `IMAGE` and `MASK`.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use plugin_api::{
+    ErrorCode, Host, Inputs, NodeDescriptor, NodeError, Outputs, Value as WireValue, port,
+};
+use schemars::JsonSchema;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::{BuiltinNode, Places, parse};
+use crate::demo;
+use crate::pictures::{LoadedPicture, read_file};
+
+/// Starts the names of pictures that are built in.
+const DEMO: &str = "demo:";
+
+#[derive(Deserialize, JsonSchema)]
+struct ImageParameters {
+    /// A picture file (PNG, JPEG or WebP): beside the workflow, in the input folder, or with its whole path; demo:NAME is a picture that is built in
+    #[serde(default = "default_image")]
+    image: String,
+}
+
+#[derive(Deserialize, JsonSchema)]
+struct MaskParameters {
+    /// A picture file (PNG, JPEG or WebP): beside the workflow, in the input folder, or with its whole path; demo:NAME is a picture that is built in
+    #[serde(default = "default_mask")]
+    image: String,
+    /// Which channel is the mask. As in ComfyUI, alpha means where the picture is transparent
+    #[serde(default = "default_channel")]
+    channel: Channel,
+}
+
+#[derive(Clone, Copy, serde::Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Channel {
+    Alpha,
+    Red,
+    Green,
+    Blue,
+}
+
+fn default_image() -> String {
+    format!("{DEMO}{}", demo::PICTURES[0].0)
+}
+fn default_mask() -> String {
+    format!("{DEMO}{}", demo::PICTURES[1].0)
+}
+fn default_channel() -> Channel {
+    Channel::Red
+}
+
+pub(super) fn image_descriptor() -> NodeDescriptor {
+    NodeDescriptor::new::<ImageParameters>("LoadImage", "Load Image", "image", "Reads a picture")
+        .output("IMAGE", port::IMAGE, "The picture")
+        .output(
+            "MASK",
+            port::MASK,
+            "Where it is transparent; 0 everywhere if it is not",
+        )
+        .aliases(&["open picture", "input"])
+}
+
+pub(super) fn mask_descriptor() -> NodeDescriptor {
+    NodeDescriptor::new::<MaskParameters>(
+        "LoadImageMask",
+        "Load Image (as Mask)",
+        "mask",
+        "Reads one channel of a picture as a mask",
+    )
+    .output("MASK", port::MASK, "The channel, 0 to 1")
+    .aliases(&["open mask"])
+}
+
+/// The editor shows a list of files with a button to add one.
+pub(super) fn upload_hint(info: &mut Value) {
+    let image = &mut info["input"]["required"]["image"];
+    let (default, tooltip) = (image[1]["default"].clone(), image[1]["tooltip"].clone());
+    let files: Vec<_> = demo::PICTURES
+        .iter()
+        .map(|(name, _)| format!("{DEMO}{name}"))
+        .collect();
+    *image = json!(["COMBO", {"default": default, "options": files, "image_upload": true, "tooltip": tooltip}]);
+}
+
+pub(super) struct LoadImage(pub(super) Arc<Places>);
+
+impl BuiltinNode for LoadImage {
+    fn validate(&self, parameters: &Map<String, Value>) -> Result<(), NodeError> {
+        let ImageParameters { image } = parse(parameters)?;
+        locate(&image, &self.0).map(drop)
+    }
+
+    fn fingerprint(&self, parameters: &Map<String, Value>) -> String {
+        content_hash(parameters, &self.0)
+    }
+
+    fn run(
+        &mut self,
+        _inputs: &Inputs,
+        parameters: &Map<String, Value>,
+        _host: &Host,
+    ) -> Result<Outputs, NodeError> {
+        let ImageParameters { image } = parse(parameters)?;
+        let picture = load(&image, &self.0)?;
+        Ok(vec![
+            WireValue::Tensor(picture.image()?),
+            WireValue::Tensor(picture.transparency()?),
+        ])
+    }
+}
+
+pub(super) struct LoadImageMask(pub(super) Arc<Places>);
+
+impl BuiltinNode for LoadImageMask {
+    fn validate(&self, parameters: &Map<String, Value>) -> Result<(), NodeError> {
+        let MaskParameters { image, .. } = parse(parameters)?;
+        locate(&image, &self.0).map(drop)
+    }
+
+    fn fingerprint(&self, parameters: &Map<String, Value>) -> String {
+        content_hash(parameters, &self.0)
+    }
+
+    fn run(
+        &mut self,
+        _inputs: &Inputs,
+        parameters: &Map<String, Value>,
+        _host: &Host,
+    ) -> Result<Outputs, NodeError> {
+        let MaskParameters { image, channel } = parse(parameters)?;
+        let picture = load(&image, &self.0)?;
+        let mask = match channel {
+            Channel::Alpha => picture.transparency()?,
+            Channel::Red => picture.mask(0)?,
+            Channel::Green => picture.mask(1)?,
+            Channel::Blue => picture.mask(2)?,
+        };
+        Ok(vec![WireValue::Tensor(mask)])
+    }
+}
+
+enum Found {
+    BuiltIn(&'static [u8]),
+    File(PathBuf),
+}
+
+fn locate(name: &str, places: &Places) -> Result<Found, NodeError> {
+    let refuse = |reason: String| {
+        let mut error = NodeError::new(ErrorCode::InvalidFile, reason);
+        error.input = "image".into();
+        error
+    };
+    if let Some(demo_name) = name.strip_prefix(DEMO) {
+        let found = demo::PICTURES.iter().find(|(known, _)| *known == demo_name);
+        return found
+            .map(|(_, bytes)| Found::BuiltIn(bytes))
+            .ok_or_else(|| {
+                let known: Vec<_> = demo::PICTURES
+                    .iter()
+                    .map(|(known, _)| format!("{DEMO}{known}"))
+                    .collect();
+                refuse(format!(
+                    "there is no built-in picture {name}; there are {}",
+                    known.join(", ")
+                ))
+            });
+    }
+    if name.trim().is_empty() {
+        return Err(refuse(
+            "no picture is named; give the name of a PNG, JPEG or WebP file".to_owned(),
+        ));
+    }
+    // Joining an absolute path gives that path.
+    let tried = [places.workflow_dir.join(name), places.input_dir.join(name)];
+    let found = tried.iter().find(|path| path.is_file());
+    found.cloned().map(Found::File).ok_or_else(|| {
+        let folder = |path: &Path| path.parent().unwrap_or(path).display().to_string();
+        let places = if Path::new(name).is_absolute() {
+            String::new()
+        } else {
+            format!(
+                "; looked in {} and {}",
+                folder(&tried[0]),
+                folder(&tried[1])
+            )
+        };
+        refuse(format!("there is no picture {name}{places}"))
+    })
+}
+
+fn load(name: &str, places: &Places) -> Result<LoadedPicture, NodeError> {
+    match locate(name, places)? {
+        Found::BuiltIn(bytes) => LoadedPicture::decode(name, bytes),
+        Found::File(path) => LoadedPicture::decode(&path.display().to_string(), &read_file(&path)?),
+    }
+}
+
+fn content_hash(parameters: &Map<String, Value>, places: &Places) -> String {
+    let name = parameters
+        .get("image")
+        .and_then(Value::as_str)
+        .unwrap_or_default();
+    // What cannot be read is reported when the node runs.
+    let hash = match locate(name, places) {
+        Ok(Found::BuiltIn(bytes)) => Some(blake3::hash(bytes)),
+        Ok(Found::File(path)) => read_file(&path).ok().map(|bytes| blake3::hash(&bytes)),
+        Err(_) => None,
+    };
+    hash.map(|hash| hash.to_hex().to_string())
+        .unwrap_or_default()
+}

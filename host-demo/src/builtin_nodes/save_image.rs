@@ -1,0 +1,161 @@
+//! SaveImage and PreviewImage: pictures to files, and to the eyes only.
+
+use std::path::{Component, Path, PathBuf};
+
+use plugin_api::{
+    ErrorCode, Host, Inputs, NodeDescriptor, NodeError, Outputs, RunInfo, SharedTensor, port,
+};
+use schemars::JsonSchema;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::{BuiltinNode, parse};
+use crate::{pictures, png_text, run_folder};
+
+#[derive(Deserialize, JsonSchema)]
+struct SaveParameters {
+    /// Start of the file names, in the run's folder; a / makes a folder in it
+    #[serde(default = "default_prefix")]
+    filename_prefix: String,
+}
+
+fn default_prefix() -> String {
+    "picture".to_owned()
+}
+
+#[derive(JsonSchema)]
+struct NoParameters {}
+
+pub(super) fn save_descriptor() -> NodeDescriptor {
+    NodeDescriptor::new::<SaveParameters>(
+        "SaveImage",
+        "Save Image",
+        "image",
+        "Writes pictures as PNG files with the workflow inside",
+    )
+    .input("images", port::IMAGE, "The pictures to write")
+    .output_node()
+    .aliases(&["write picture", "export"])
+}
+
+pub(super) fn preview_descriptor() -> NodeDescriptor {
+    NodeDescriptor::new::<NoParameters>(
+        "PreviewImage",
+        "Preview Image",
+        "image",
+        "Shows pictures in the report, without files of their own",
+    )
+    .input("images", port::IMAGE, "The pictures to show")
+    .output_node()
+    .aliases(&["show picture"])
+}
+
+pub(super) struct SaveImage;
+
+impl BuiltinNode for SaveImage {
+    fn validate(&self, parameters: &Map<String, Value>) -> Result<(), NodeError> {
+        let SaveParameters { filename_prefix } = parse(parameters)?;
+        relative(&filename_prefix).map(drop)
+    }
+
+    fn run(
+        &mut self,
+        inputs: &Inputs,
+        parameters: &Map<String, Value>,
+        host: &Host,
+    ) -> Result<Outputs, NodeError> {
+        let SaveParameters { filename_prefix } = parse(parameters)?;
+        let info = host.run_info();
+        let prefix = Path::new(info.output_dir.as_str()).join(relative(&filename_prefix)?);
+        let texts = metadata(&info);
+        for picture in pictures::from_image("images", inputs.tensor("images")?)? {
+            let png = png_text::encode(&picture, &texts)?;
+            let path = free_path(&prefix);
+            run_folder::write_new(&path, &png)
+                .map_err(|error| NodeError::new(ErrorCode::CannotWrite, error.to_string()))?;
+            host.saved(&path);
+        }
+        Ok(Vec::new())
+    }
+}
+
+/// The text chunks that restore the graph; none if metadata are not wanted.
+fn metadata(info: &RunInfo) -> Vec<(&'static str, String)> {
+    [("prompt", &info.prompt), ("workflow", &info.workflow)]
+        .into_iter()
+        .filter(|(_, json)| !json.is_empty())
+        .map(|(keyword, json)| (keyword, png_text::ascii(json)))
+        .collect()
+}
+
+/// A prefix that stays in the run's folder.
+fn relative(prefix: &str) -> Result<PathBuf, NodeError> {
+    let path = Path::new(prefix.trim());
+    let stays = path
+        .components()
+        .all(|part| matches!(part, Component::Normal(_)));
+    if prefix.trim().is_empty()
+        || !stays
+        || prefix.contains(['\\', ':', '\0'])
+        || prefix.ends_with('/')
+    {
+        return Err(NodeError::invalid_input(
+            "filename_prefix",
+            format!(
+                "the prefix \"{prefix}\" does not name a file in the run's folder; write for example masks/dog"
+            ),
+        ));
+    }
+    Ok(path.to_owned())
+}
+
+/// `prefix_00001.png`, or the first number that is free.
+fn free_path(prefix: &Path) -> PathBuf {
+    let name = prefix
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    let numbered = |n: u32| prefix.with_file_name(format!("{name}_{n:05}.png"));
+    (1..u32::MAX)
+        .map(numbered)
+        .find(|path| !path.exists())
+        .unwrap_or_else(|| numbered(u32::MAX))
+}
+
+pub(super) struct PreviewImage;
+
+impl BuiltinNode for PreviewImage {
+    fn run(
+        &mut self,
+        inputs: &Inputs,
+        _: &Map<String, Value>,
+        host: &Host,
+    ) -> Result<Outputs, NodeError> {
+        let images = inputs.tensor("images")?;
+        for (i, picture) in pictures::from_image("images", images)?.iter().enumerate() {
+            let values = picture
+                .pixels
+                .iter()
+                .map(|&byte| f32::from(byte) / 255.0)
+                .collect();
+            let shown: SharedTensor =
+                pictures::tensor(values, &[picture.height, picture.width, 3])?;
+            host.preview(shown, "", &format!("picture {}", i + 1));
+        }
+        Ok(Vec::new())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prefix_cannot_leave_the_folder() {
+        assert_eq!(relative("masks/dog").unwrap(), Path::new("masks/dog"));
+        for bad in ["", "..", "../a", "/tmp/a", "a/../../b", "a\\b", "c:x", "a/"] {
+            assert!(relative(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! All node classes that there are: the host's own and those of loaded plugins.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use plugin_api::{
+    ErrorCode, HostContext, Inputs, NodeDescriptor, NodeError, Outputs, Value as WireValue,
+};
+use serde_json::{Map, Value};
+
+use crate::builtin_nodes::{self, BuiltinClass, BuiltinNode, Places};
+use crate::loader::Plugin;
+
+/// The pack that the editor shows for the host's own nodes.
+const OWN_PACK: &str = "nodes";
+
+/// Two classes of one name.
+#[derive(Debug, thiserror::Error)]
+#[error("the node class {class} is in {first} and in {second}; load only one of them")]
+pub(crate) struct DuplicateClass {
+    class: String,
+    first: String,
+    second: String,
+}
+
+enum Origin {
+    Builtin(&'static BuiltinClass),
+    Plugin(usize),
+}
+
+struct Class {
+    descriptor: NodeDescriptor,
+    origin: Origin,
+}
+
+/// See the module.
+pub(crate) struct Catalog {
+    classes: BTreeMap<String, Class>,
+    plugins: Vec<Plugin>,
+    places: Arc<Places>,
+}
+
+impl Catalog {
+    /// The host's nodes and the plugins'; `places` is where the host's nodes look for files.
+    ///
+    /// # Errors
+    /// Two classes of one name.
+    pub(crate) fn new(plugins: Vec<Plugin>, places: Places) -> Result<Self, DuplicateClass> {
+        let builtin = builtin_nodes::CLASSES.iter().map(|class| Class {
+            descriptor: (class.descriptor)(),
+            origin: Origin::Builtin(class),
+        });
+        let foreign = plugins.iter().enumerate().flat_map(|(i, plugin)| {
+            plugin.nodes.iter().map(move |node| Class {
+                descriptor: node.clone(),
+                origin: Origin::Plugin(i),
+            })
+        });
+        let pack = |origin: &Origin| match origin {
+            Origin::Builtin(_) => "the host".to_owned(),
+            Origin::Plugin(i) => format!("the plugin {}", plugins[*i].path.display()),
+        };
+        let mut classes: BTreeMap<String, Class> = BTreeMap::new();
+        for class in builtin.chain(foreign) {
+            let name = class.descriptor.class.clone();
+            if let Some(first) = classes.get(&name) {
+                let (first, second) = (pack(&first.origin), pack(&class.origin));
+                return Err(DuplicateClass {
+                    class: name,
+                    first,
+                    second,
+                });
+            }
+            classes.insert(name, class);
+        }
+        Ok(Self {
+            classes,
+            plugins,
+            places: Arc::new(places),
+        })
+    }
+
+    /// Only the host's nodes.
+    #[cfg(test)]
+    pub(crate) fn builtin_only() -> Self {
+        Self::new(Vec::new(), Places::default()).unwrap()
+    }
+
+    /// What a class is.
+    pub(crate) fn descriptor(&self, class: &str) -> Option<&NodeDescriptor> {
+        self.classes.get(class).map(|class| &class.descriptor)
+    }
+
+    /// All classes, by name.
+    pub(crate) fn descriptors(&self) -> impl Iterator<Item = &NodeDescriptor> {
+        self.classes.values().map(|class| &class.descriptor)
+    }
+
+    /// The loaded plugins.
+    pub(crate) fn plugins(&self) -> &[Plugin] {
+        &self.plugins
+    }
+
+    /// What changes when the code of a class does.
+    pub(crate) fn build_of(&self, class: &str) -> &str {
+        match self.classes.get(class).map(|class| &class.origin) {
+            Some(Origin::Plugin(i)) => &self.plugins[*i].build,
+            _ => env!("CARGO_PKG_VERSION"),
+        }
+    }
+
+    /// A node of this class.
+    ///
+    /// # Errors
+    /// The class is not known, or its plugin cannot make it.
+    pub(crate) fn create(&self, class: &str) -> Result<Instance, NodeError> {
+        match self.classes.get(class).map(|class| &class.origin) {
+            Some(Origin::Builtin(builtin)) => {
+                Ok(Instance::Builtin((builtin.make)(self.places.clone())))
+            }
+            Some(Origin::Plugin(i)) => {
+                let node = self.plugins[*i].module.create_node()(class.into()).into_result()?;
+                Ok(Instance::Plugin(node))
+            }
+            None => Err(NodeError::new(
+                ErrorCode::InvalidInput,
+                format!("no node of the class {class} is known"),
+            )),
+        }
+    }
+
+    /// ComfyUI's `/object_info` document, by class name.
+    pub(crate) fn object_info(&self) -> Map<String, Value> {
+        let entry = |(name, class): (&String, &Class)| {
+            let info = match &class.origin {
+                Origin::Plugin(i) => class.descriptor.object_info(&self.plugins[*i].name),
+                Origin::Builtin(builtin) => {
+                    let mut info = class.descriptor.object_info(OWN_PACK);
+                    info["python_module"] = OWN_PACK.into();
+                    (builtin.editor_hints)(&mut info);
+                    info
+                }
+            };
+            (name.clone(), info)
+        };
+        self.classes.iter().map(entry).collect()
+    }
+}
+
+/// A node that can run, whoever made it.
+pub(crate) enum Instance {
+    Builtin(Box<dyn BuiltinNode>),
+    Plugin(plugin_api::node::NodeBox),
+}
+
+impl Instance {
+    /// The node's own check of complete parameters.
+    ///
+    /// # Errors
+    /// The first problem.
+    pub(crate) fn validate(&self, parameters: &Map<String, Value>) -> Result<(), NodeError> {
+        match self {
+            Self::Builtin(node) => node.validate(parameters),
+            Self::Plugin(node) => node
+                .validate(json(parameters).as_str().into())
+                .into_result(),
+        }
+    }
+
+    /// What the result hangs on besides inputs and parameters.
+    pub(crate) fn fingerprint(&self, parameters: &Map<String, Value>) -> String {
+        match self {
+            Self::Builtin(node) => node.fingerprint(parameters),
+            Self::Plugin(node) => node
+                .fingerprint(json(parameters).as_str().into())
+                .into_string(),
+        }
+    }
+
+    /// Runs the node on complete parameters.
+    ///
+    /// # Errors
+    /// The node's error.
+    pub(crate) fn run(
+        &mut self,
+        inputs: BTreeMap<String, WireValue>,
+        parameters: &Map<String, Value>,
+        context: impl HostContext + Send + Sync + 'static,
+    ) -> Result<Outputs, NodeError> {
+        use abi_stable::std_types::{RString, RVec, Tuple2};
+        let host = plugin_api::Host::from_context(context);
+        match self {
+            Self::Builtin(node) => plugin_api::guard::guarded("a node of the host", || {
+                node.run(
+                    &Inputs::new(inputs),
+                    parameters,
+                    &plugin_api::Host::new(host),
+                )
+            }),
+            Self::Plugin(node) => {
+                let inputs: RVec<_> = inputs
+                    .into_iter()
+                    .map(|(name, value)| Tuple2(RString::from(name), value))
+                    .collect();
+                let request = plugin_api::node::RunRequest {
+                    inputs,
+                    parameters: json(parameters).into(),
+                };
+                node.run(request, host).into_result().map(RVec::into_vec)
+            }
+        }
+    }
+}
+
+fn json(parameters: &Map<String, Value>) -> String {
+    Value::Object(parameters.clone()).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_builtin_class_describes_itself_to_the_editor() {
+        let catalog = Catalog::builtin_only();
+        let info = catalog.object_info();
+        for (name, entry) in &info {
+            assert_eq!(entry["name"], name.as_str());
+            assert_eq!(entry["python_module"], "nodes");
+            for key in [
+                "display_name",
+                "description",
+                "category",
+                "output_node",
+                "input",
+                "input_order",
+            ] {
+                assert!(!entry[key].is_null(), "{name}.{key}");
+            }
+            assert!(catalog.create(name).is_ok());
+        }
+        assert_eq!(
+            info["LoadImage"]["input"]["required"]["image"][1]["image_upload"],
+            true
+        );
+    }
+}

@@ -1,0 +1,397 @@
+//! The command line: arguments to checked requests, results to files, errors to one sentence and an exit code.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context as _, anyhow};
+use clap::{Args, Parser, Subcommand};
+use serde_json::Value;
+
+use crate::builtin_nodes::Places;
+use crate::cache::{Cache, DEFAULT_BUDGET};
+use crate::catalog::Catalog;
+use crate::clock::Moment;
+use crate::events::Observers;
+use crate::executor::{self, Job, RunError};
+use crate::recorder::Recorder;
+use crate::run_folder::{Destination, RunFolder};
+use crate::terminal::Terminal;
+use crate::validate::{Plan, Problem, validate};
+use crate::workflow_file::Workflow;
+use crate::{demo, interrupt, loader, report};
+
+const EXIT_FAILED: u8 = 1;
+/// As shells report a process that Ctrl-C ended.
+pub(crate) const EXIT_CANCELED: u8 = 130;
+
+/// Runs workflows of Conceptloom's nodes. Without a command: the bundled demo workflow.
+#[derive(Debug, Parser)]
+#[command(
+    name = "host-demo",
+    version,
+    about,
+    args_conflicts_with_subcommands = true
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    libraries: Libraries,
+}
+
+#[derive(Debug, Clone, Default, Args)]
+struct Libraries {
+    /// A plugin library to load; may be given several times [default: $CONCEPTLOOM_PLUGIN, or the one beside the
+    /// program]
+    #[arg(long, value_name = "LIBRARY")]
+    plugin: Vec<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs a workflow: what ComfyUI saves, or its API format
+    Run(RunArguments),
+    /// Lists all nodes and their parameters
+    Nodes {
+        /// As ComfyUI's /object_info document
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        libraries: Libraries,
+    },
+    /// Says everything that keeps a workflow from running
+    Validate {
+        /// The workflow
+        file: PathBuf,
+        /// Changes a parameter first
+        #[arg(long = "set", value_name = "NODE.INPUT=VALUE")]
+        set: Vec<String>,
+        #[command(flatten)]
+        libraries: Libraries,
+    },
+}
+
+#[derive(Debug, Clone, Default, Args)]
+struct RunArguments {
+    /// The workflow; the bundled demo if none is named
+    file: Option<PathBuf>,
+    /// Changes a parameter; NODE is an id, a class or a title
+    #[arg(long = "set", value_name = "NODE.INPUT=VALUE")]
+    set: Vec<String>,
+    /// Gives all seeds this value
+    #[arg(long)]
+    seed: Option<u64>,
+    /// The run's folder; new or empty [default: a new one in runs/]
+    #[arg(long, value_name = "FOLDER")]
+    out: Option<PathBuf>,
+    /// Where pictures are looked for besides the workflow's own folder
+    #[arg(long, value_name = "FOLDER", default_value = "input")]
+    input: PathBuf,
+    /// Writes no workflow into pictures and learned concepts
+    #[arg(long)]
+    disable_metadata: bool,
+    #[command(flatten)]
+    libraries: Libraries,
+}
+
+/// How a command that did not succeed ended; what there was to say has been said.
+struct Ended(u8);
+
+impl From<anyhow::Error> for Ended {
+    fn from(error: anyhow::Error) -> Self {
+        complain(&format!("error: {error:#}"));
+        Self(EXIT_FAILED)
+    }
+}
+
+/// A line on standard error.
+pub(crate) fn complain(line: &str) {
+    // Nobody is left to tell if this fails.
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// A line on standard output; a reader that has gone away is no error.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+/// Reads the arguments and does what they ask.
+pub(crate) fn main() -> ExitCode {
+    // One sentence instead of a trace; nodes are guarded where they are called.
+    std::panic::set_hook(Box::new(|_| {}));
+    let arguments = Arguments::parse();
+    let done = std::panic::catch_unwind(|| dispatch(arguments));
+    match done {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(Ended(code))) => ExitCode::from(code),
+        Err(panic) => {
+            let text = panic
+                .downcast_ref::<String>()
+                .map(String::as_str)
+                .or_else(|| panic.downcast_ref::<&str>().copied())
+                .unwrap_or("no message");
+            complain(&format!(
+                "error: the host panicked ({text}); this is a fault of the host, please report it"
+            ));
+            ExitCode::from(EXIT_FAILED)
+        }
+    }
+}
+
+fn dispatch(arguments: Arguments) -> Result<(), Ended> {
+    match arguments.command {
+        None => run(&RunArguments {
+            input: PathBuf::from("input"),
+            libraries: arguments.libraries,
+            ..RunArguments::default()
+        }),
+        Some(Command::Run(arguments)) => run(&arguments),
+        Some(Command::Nodes { json, libraries }) => {
+            let catalog = catalog(&libraries, Places::default())?;
+            if json {
+                say(&pretty(&Value::Object(catalog.object_info())));
+            } else {
+                say(&node_list(&catalog));
+            }
+            Ok(())
+        }
+        Some(Command::Validate {
+            file,
+            set,
+            libraries,
+        }) => {
+            let arguments = RunArguments {
+                file: Some(file),
+                set,
+                input: PathBuf::from("input"),
+                libraries,
+                ..RunArguments::default()
+            };
+            let prepared = prepare(&arguments)?;
+            say(&format!(
+                "{} can run: {} nodes",
+                prepared.workflow.name,
+                prepared.plan.len()
+            ));
+            Ok(())
+        }
+    }
+}
+
+fn catalog(libraries: &Libraries, places: Places) -> Result<Catalog, Ended> {
+    let paths = loader::find(&libraries.plugin).map_err(anyhow::Error::from)?;
+    let plugins = paths
+        .iter()
+        .map(|path| loader::load(path))
+        .collect::<Result<Vec<_>, _>>();
+    let catalog = Catalog::new(plugins.map_err(anyhow::Error::from)?, places);
+    Ok(catalog.map_err(anyhow::Error::from)?)
+}
+
+/// A workflow that can run.
+struct Prepared {
+    catalog: Catalog,
+    workflow: Workflow,
+    plan: Plan,
+}
+
+fn prepare(arguments: &RunArguments) -> Result<Prepared, Ended> {
+    let file = arguments.file.as_deref();
+    let places = Places {
+        workflow_dir: file
+            .and_then(Path::parent)
+            .unwrap_or(Path::new(""))
+            .to_owned(),
+        input_dir: arguments.input.clone(),
+    };
+    let catalog = catalog(&arguments.libraries, places)?;
+    let workflow = match file {
+        Some(file) => Workflow::read(file, &catalog),
+        None => Workflow::parse(demo::NAME, demo::WORKFLOW.as_bytes(), &catalog),
+    };
+    let mut workflow = workflow.map_err(anyhow::Error::from)?;
+    let mut problems = Vec::new();
+    if let Some(seed) = arguments.seed {
+        workflow.set_seeds(seed, &catalog);
+    }
+    for assignment in &arguments.set {
+        problems.extend(workflow.set(assignment, &catalog).err());
+    }
+    match validate(&workflow.graph, &catalog) {
+        Ok(plan) if problems.is_empty() => Ok(Prepared {
+            catalog,
+            workflow,
+            plan,
+        }),
+        found => {
+            problems.extend(found.err().unwrap_or_default());
+            tell_problems(&workflow.name, &problems);
+            Err(Ended(EXIT_FAILED))
+        }
+    }
+}
+
+fn tell_problems(workflow: &str, problems: &[Problem]) {
+    if let [problem] = problems {
+        complain(&format!("error: {workflow}: {problem}"));
+        return;
+    }
+    complain(&format!(
+        "error: {workflow} cannot run, it has {} problems:",
+        problems.len()
+    ));
+    for problem in problems {
+        complain(&format!("  {problem}"));
+    }
+}
+
+fn run(arguments: &RunArguments) -> Result<(), Ended> {
+    let prepared = prepare(arguments)?;
+    let started = Moment::now();
+    let destination = match &arguments.out {
+        Some(folder) => Destination::Exactly(folder.clone()),
+        None => Destination::Named {
+            root: PathBuf::from("runs"),
+            name: format!("{}-{}", started.compact(), slug(&prepared.workflow.name)),
+        },
+    };
+    let folder = RunFolder::create(&destination).map_err(anyhow::Error::from)?;
+    let cancel = interrupt::flag().context("Ctrl-C cannot be handled")?;
+    let recorder = Arc::new(Recorder::new(folder.path()));
+    let outcome = execute(&prepared, arguments, &folder, &recorder, cancel);
+    if let Err(error) = outcome {
+        return Err(tell_run_error(&error, &folder));
+    }
+    let summary = report::Summary {
+        started,
+        seconds: recorder.seconds(),
+    };
+    let written = report::write(
+        &folder,
+        &prepared.workflow,
+        &prepared.catalog,
+        &recorder.record(),
+        &summary,
+    );
+    let place = written
+        .and_then(|()| folder.commit())
+        .map_err(anyhow::Error::from)?;
+    say(&format!("{}", place.join(report::FILE_NAME).display()));
+    Ok(())
+}
+
+fn execute(
+    prepared: &Prepared,
+    arguments: &RunArguments,
+    folder: &RunFolder,
+    recorder: &Arc<Recorder>,
+    cancel: Arc<AtomicBool>,
+) -> Result<(), RunError> {
+    let Prepared {
+        catalog,
+        workflow,
+        plan,
+    } = prepared;
+    let metadata = |json: Value| {
+        if arguments.disable_metadata {
+            String::new()
+        } else {
+            json.to_string()
+        }
+    };
+    let job = Job {
+        graph: &workflow.graph,
+        plan,
+        catalog,
+        output_dir: folder.path(),
+        work_dirs: &folder.work_dirs(),
+        workflow: metadata(workflow.document()),
+        prompt: metadata(workflow.graph.to_api()),
+        cancel,
+        observer: Arc::new(Observers(vec![recorder.clone(), Arc::new(Terminal::new())])),
+    };
+    executor::run(&job, &mut Cache::new(DEFAULT_BUDGET))
+}
+
+fn tell_run_error(error: &RunError, folder: &RunFolder) -> Ended {
+    match error {
+        RunError::Canceled { resumable, .. } => {
+            let more = if *resumable {
+                "; the same command goes on where it stopped"
+            } else {
+                ""
+            };
+            complain(&format!("{error}; nothing was written{more}"));
+            Ended(EXIT_CANCELED)
+        }
+        RunError::Node { .. } | RunError::Worker(_) => {
+            anyhow!(folder.after_commit(&error.to_string())).into()
+        }
+    }
+}
+
+/// A workflow's name as part of a folder's.
+fn slug(name: &str) -> String {
+    let kept: String = name
+        .chars()
+        .map(|c| {
+            if c.is_alphanumeric() || c == '_' {
+                c
+            } else {
+                '-'
+            }
+        })
+        .take(60)
+        .collect();
+    let kept = kept.trim_matches('-');
+    if kept.is_empty() {
+        "run".to_owned()
+    } else {
+        kept.to_owned()
+    }
+}
+
+fn pretty(json: &Value) -> String {
+    // Of plain values: cannot fail.
+    serde_json::to_string_pretty(json).unwrap_or_default()
+}
+
+fn node_list(catalog: &Catalog) -> String {
+    let mut lines = Vec::new();
+    for plugin in catalog.plugins() {
+        lines.push(format!(
+            "{} {} from {}",
+            plugin.name,
+            plugin.version,
+            plugin.path.display()
+        ));
+    }
+    for node in catalog.descriptors() {
+        lines.push(format!("\n{}: {}", node.class, node.description));
+        for socket in &node.inputs {
+            let optional = if socket.optional { ", optional" } else { "" };
+            lines.push(format!(
+                "  ← {} ({}{optional}): {}",
+                socket.name, socket.port, socket.tooltip
+            ));
+        }
+        for widget in &node.widgets {
+            lines.push(format!(
+                "    {} = {}: {}",
+                widget.name,
+                widget.default_value(),
+                widget.tooltip
+            ));
+        }
+        for socket in &node.outputs {
+            lines.push(format!(
+                "  → {} ({}): {}",
+                socket.name, socket.port, socket.tooltip
+            ));
+        }
+    }
+    lines.join("\n")
+}

@@ -1,0 +1,24 @@
+//! What is built in: the workflow that runs when nothing is asked for, and its pictures.
+//!
+//! The picture is a composed scene of the bundled checkpoint's set, with a dog and a car by Google (Noto Emoji,
+//! Apache-2.0); its masks are the true ones.
+
+/// Name of the bundled workflow.
+pub(crate) const NAME: &str = "demo";
+
+/// As the editor saves it.
+pub(crate) const WORKFLOW: &str = include_str!("../workflows/demo.json");
+
+macro_rules! pictures {
+    ($($name:literal),+ $(,)?) => {
+        [$(($name, include_bytes!(concat!("../workflows/pictures/", $name)))),+]
+    };
+}
+
+/// Pictures by name.
+pub(crate) static PICTURES: [(&str, &[u8]); 4] = pictures![
+    "dog-and-car.png",
+    "dog-and-car-mask-dog.png",
+    "dog-and-car-mask-car.png",
+    "dog-and-car-mask-table.png",
+];

@@ -1,0 +1,65 @@
+//! What happens while a graph runs, told to whoever shows or records it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use plugin_api::{OutputSocket, Progress, Value};
+
+use crate::pictures::RgbPicture;
+
+/// A node as observers name it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct NodeLabel {
+    pub(crate) id: String,
+    pub(crate) class: String,
+    pub(crate) title: String,
+}
+
+/// Something that happened to a node.
+#[derive(Debug)]
+pub(crate) enum Event<'a> {
+    /// It runs now, as number `index` (from 0) of `total`.
+    Started { index: usize, total: usize },
+    /// Its result was there already.
+    Cached {
+        sockets: &'a [OutputSocket],
+        outputs: &'a [Value],
+    },
+    /// It is this far.
+    Progress(&'a Progress),
+    /// It shows a picture.
+    Preview {
+        series: &'a str,
+        label: &'a str,
+        picture: &'a RgbPicture,
+    },
+    /// A point of a curve.
+    Metric { series: &'a str, x: f64, y: f64 },
+    /// A line for a person; levels are numbers of [`plugin_api::host::LogLevel`].
+    Log { level: u32, text: &'a str },
+    /// It wrote a file.
+    Saved { path: &'a Path },
+    /// It is done.
+    Finished {
+        seconds: f64,
+        sockets: &'a [OutputSocket],
+        outputs: &'a [Value],
+    },
+}
+
+/// Told from the worker thread, and from threads that a node starts. Must not block for long.
+pub(crate) trait Observer: Send + Sync {
+    /// Takes one event.
+    fn on_event(&self, node: &NodeLabel, event: &Event<'_>);
+}
+
+/// Tells several.
+pub(crate) struct Observers(pub(crate) Vec<Arc<dyn Observer>>);
+
+impl Observer for Observers {
+    fn on_event(&self, node: &NodeLabel, event: &Event<'_>) {
+        for observer in &self.0 {
+            observer.on_event(node, event);
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Finding and loading plugin libraries, and saying in one sentence why one cannot be loaded.
+
+use std::env::consts::{DLL_PREFIX, DLL_SUFFIX};
+use std::path::{Path, PathBuf};
+
+use abi_stable::library::{LibraryError, lib_header_from_path};
+use plugin_api::{NodeDescriptor, PluginDescriptor, PluginModule_Ref};
+
+use crate::probe::{self, NoProbe};
+
+/// Names libraries (a list as in PATH) when the command line does not.
+pub(crate) const LIBRARY_VARIABLE: &str = "CONCEPTLOOM_PLUGIN";
+
+/// Why a library cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot load the plugin {}: {reason}", path.display())]
+pub(crate) struct LoadError {
+    path: PathBuf,
+    reason: String,
+}
+
+/// A loaded library.
+pub(crate) struct Plugin {
+    /// Its stable name.
+    pub(crate) name: String,
+    /// Its version.
+    pub(crate) version: String,
+    /// BLAKE3 of the file: results of another build are not reused.
+    pub(crate) build: String,
+    /// Where it was.
+    pub(crate) path: PathBuf,
+    /// What it exports.
+    pub(crate) module: PluginModule_Ref,
+    /// Its classes.
+    pub(crate) nodes: Vec<NodeDescriptor>,
+}
+
+/// The libraries to load: those of the command line, else those of [`LIBRARY_VARIABLE`], else the one beside the
+/// program.
+///
+/// # Errors
+/// There is none beside the program.
+pub(crate) fn find(given: &[PathBuf]) -> Result<Vec<PathBuf>, LoadError> {
+    if !given.is_empty() {
+        return Ok(given.to_vec());
+    }
+    if let Some(list) = std::env::var_os(LIBRARY_VARIABLE).filter(|list| !list.is_empty()) {
+        return Ok(std::env::split_paths(&list).collect());
+    }
+    let file = format!("{DLL_PREFIX}conceptloom{DLL_SUFFIX}");
+    let program = std::env::current_exe().unwrap_or_default();
+    let folder = program.parent().unwrap_or(Path::new("."));
+    let places = [folder.join(&file), folder.join("..").join(&file)];
+    places.iter().find(|path| path.is_file()).map(|path| vec![path.clone()]).ok_or_else(|| LoadError {
+        path: places[0].clone(),
+        reason: format!(
+            "it is not there; build it with `cargo build --release`, or name it with --plugin or {LIBRARY_VARIABLE}"
+        ),
+    })
+}
+
+/// Loads one library. It is never unloaded.
+///
+/// # Errors
+/// [`LoadError`], with the simplest cause that fits.
+pub(crate) fn load(path: &Path) -> Result<Plugin, LoadError> {
+    let failed = |reason: String| LoadError {
+        path: path.to_owned(),
+        reason,
+    };
+    let bytes = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
+    let build = blake3::hash(&bytes).to_hex().to_string();
+    drop(bytes);
+    // A bare file name would be looked for in the system's folders.
+    let absolute = path
+        .canonicalize()
+        .map_err(|error| failed(error.to_string()))?;
+    let probe = probe::read(&absolute).map_err(|why| failed(no_probe(why)))?;
+    if let Some(reason) = probe.incompatibility() {
+        return Err(failed(reason));
+    }
+    let module = lib_header_from_path(&absolute)
+        .and_then(|header| header.init_root_module::<PluginModule_Ref>())
+        .map_err(|error| failed(incompatible(&error)))?;
+    let described = module.describe()();
+    let descriptor: PluginDescriptor = serde_json::from_str(&described).map_err(|error| {
+        failed(format!(
+            "its description of its nodes cannot be read ({error}); this is a fault of the plugin"
+        ))
+    })?;
+    let PluginDescriptor {
+        name,
+        version,
+        nodes,
+    } = descriptor;
+    Ok(Plugin {
+        name,
+        version,
+        build,
+        path: absolute,
+        module,
+        nodes,
+    })
+}
+
+fn no_probe(why: NoProbe) -> String {
+    match why {
+        NoProbe::NotALibrary(words) => format!("the system cannot open it as a library ({words})"),
+        NoProbe::NoSymbol => {
+            "it is a library, but no Conceptloom plugin: it has no probe symbol".to_owned()
+        }
+        NoProbe::NotAProbe => "its probe symbol is not Conceptloom's".to_owned(),
+    }
+}
+
+/// The first line of `abi_stable`'s report says little and the rest is pages long.
+fn incompatible(error: &LibraryError) -> String {
+    match error {
+        LibraryError::AbiInstability(_) => {
+            "its types are laid out differently from this host's; build both from the same version of plugin-api"
+                .to_owned()
+        }
+        LibraryError::IncompatibleVersionNumber { expected_version, actual_version, .. } => format!(
+            "it was built with version {actual_version} of plugin-api and this host with {expected_version}; build \
+             both from the same major version"
+        ),
+        LibraryError::InvalidAbiHeader(_) | LibraryError::InvalidCAbi { .. } => {
+            "it was built with another version of abi_stable or for another machine".to_owned()
+        }
+        other => {
+            let text = other.to_string();
+            let line = text.lines().map(str::trim).find(|line| !line.is_empty());
+            line.unwrap_or("it has no root module").to_owned()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_that_are_no_plugin_are_refused_in_words() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = folder.path().join("libtext.so");
+        std::fs::write(&text, "not a library").unwrap();
+        let reason = |path: &Path| load(path).err().unwrap().reason;
+        assert!(reason(&text).contains("cannot open it as a library"));
+        assert!(reason(&folder.path().join("gone.so")).contains("No such file") || cfg!(windows));
+    }
+}

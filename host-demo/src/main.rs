@@ -1,0 +1,36 @@
+//! A host for Conceptloom plugins: reads saved workflows, runs them, writes reports.
+//!
+//! In reading order: what a workflow is (`graph`, `workflow_file`), what nodes there are (`catalog` from `loader` and
+//! `builtin_nodes`), whether it can run (`validate`, `schedule`), running it (`executor`, with `cache` and `events`),
+//! and what is left afterwards (`run_folder`, `recorder`, `report`). `cli` ties them together.
+
+mod graph;
+mod workflow_file;
+
+mod builtin_nodes;
+mod catalog;
+mod loader;
+mod pictures;
+mod png_text;
+mod probe;
+
+mod schedule;
+mod validate;
+
+mod cache;
+mod events;
+mod executor;
+
+mod clock;
+mod recorder;
+mod report;
+mod run_folder;
+
+mod cli;
+mod demo;
+mod interrupt;
+mod terminal;
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

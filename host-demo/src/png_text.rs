@@ -1,0 +1,82 @@
+//! PNG files with the workflow inside, as ComfyUI writes them: dropped on the editor, they restore the graph.
+//!
+//! `tEXt` is Latin-1 by its specification and read as UTF-8 by the editor, so the JSON is escaped to ASCII, which is
+//! both.
+
+use std::fmt::Write as _;
+
+use plugin_api::{ErrorCode, NodeError};
+
+use crate::pictures::RgbPicture;
+
+/// A PNG file of `picture` with text chunks (keyword, ASCII text).
+///
+/// # Errors
+/// The encoder's, which a picture of the right length does not meet.
+pub(crate) fn encode(picture: &RgbPicture, texts: &[(&str, String)]) -> Result<Vec<u8>, NodeError> {
+    let failed = |error: png::EncodingError| {
+        NodeError::new(
+            ErrorCode::Internal,
+            format!("a picture cannot be written as PNG: {error}"),
+        )
+    };
+    let mut bytes = Vec::new();
+    let mut encoder = png::Encoder::new(&mut bytes, picture.width as u32, picture.height as u32);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    for (keyword, text) in texts {
+        encoder
+            .add_text_chunk((*keyword).to_owned(), text.clone())
+            .map_err(failed)?;
+    }
+    let mut writer = encoder.write_header().map_err(failed)?;
+    writer.write_image_data(&picture.pixels).map_err(failed)?;
+    writer.finish().map_err(failed)?;
+    Ok(bytes)
+}
+
+/// JSON text in ASCII: everything else becomes `\uXXXX`.
+pub(crate) fn ascii(json: &str) -> String {
+    let mut text = String::with_capacity(json.len());
+    for c in json.chars() {
+        if c.is_ascii() {
+            text.push(c);
+        } else {
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                // Writing to a string cannot fail.
+                let _ = write!(text, "\\u{unit:04x}");
+            }
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[test]
+    fn the_workflow_comes_back_out_of_the_picture() {
+        let workflow = json!({"title": "Füße 🐕", "n": 3});
+        let text = ascii(&workflow.to_string());
+        assert!(text.is_ascii() && text.contains("\\ud83d\\udc15"), "{text}");
+        let picture = RgbPicture {
+            width: 2,
+            height: 1,
+            pixels: vec![1, 2, 3, 4, 5, 6],
+        };
+        let png = encode(&picture, &[("prompt", "{}".to_owned()), ("workflow", text)]).unwrap();
+        let reader = png::Decoder::new(std::io::Cursor::new(png))
+            .read_info()
+            .unwrap();
+        let chunks = &reader.info().uncompressed_latin1_text;
+        let keywords: Vec<_> = chunks.iter().map(|chunk| chunk.keyword.as_str()).collect();
+        assert_eq!(keywords, ["prompt", "workflow"]);
+        assert_eq!(
+            serde_json::from_str::<Value>(&chunks[1].text).unwrap(),
+            workflow
+        );
+    }
+}

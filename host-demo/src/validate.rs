@@ -1,0 +1,375 @@
+//! Whether a graph can run: all problems at once, each with its code, node, input and sentence.
+//!
+//! The codes are ComfyUI's, so that its editor can show them on the nodes.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use serde_json::{Map, Value};
+
+use crate::catalog::Catalog;
+use crate::graph::{Graph, GraphNode, Input, NodeId};
+use crate::schedule::{self, Cycle};
+use plugin_api::{InputSocket, NodeDescriptor, Widget, WidgetKind};
+
+/// Something that keeps a graph from running.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Problem {
+    /// Stable name of the kind of problem.
+    pub(crate) code: String,
+    /// The node and its class, unless the problem is the whole graph's.
+    pub(crate) node: Option<(NodeId, String)>,
+    /// The input.
+    pub(crate) input: Option<String>,
+    /// One sentence.
+    pub(crate) message: String,
+}
+
+impl Problem {
+    /// A problem of the whole graph.
+    pub(crate) fn general(code: &str, message: impl Into<String>) -> Self {
+        Self {
+            code: code.to_owned(),
+            node: None,
+            input: None,
+            message: message.into(),
+        }
+    }
+
+    /// A problem of one node.
+    pub(crate) fn of_node(
+        code: &str,
+        id: &NodeId,
+        class: &str,
+        message: impl Into<String>,
+    ) -> Self {
+        let node = Some((id.clone(), class.to_owned()));
+        Self {
+            node,
+            ..Self::general(code, message)
+        }
+    }
+
+    /// Names the input.
+    pub(crate) fn at(self, input: &str) -> Self {
+        Self {
+            input: Some(input.to_owned()),
+            ..self
+        }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.node, &self.input) {
+            (Some((id, class)), Some(input)) => write!(f, "node {id} ({class}), input {input}: ")?,
+            (Some((id, class)), None) => write!(f, "node {id} ({class}): ")?,
+            (None, _) => {}
+        }
+        write!(f, "{} [{}]", self.message, self.code)
+    }
+}
+
+/// What runs: the nodes that the output nodes need, sources first.
+pub(crate) type Plan = Vec<NodeId>;
+
+/// Checks a graph against the classes that there are.
+///
+/// # Errors
+/// All problems of the nodes that would run.
+pub(crate) fn validate(graph: &Graph, catalog: &Catalog) -> Result<Plan, Vec<Problem>> {
+    let mut problems = Vec::new();
+    for (id, node) in &graph.nodes {
+        if catalog.descriptor(&node.class).is_none() {
+            let message = format!(
+                "no node of the class {} is known; `host-demo nodes` lists all, and --plugin adds a library",
+                node.class
+            );
+            problems.push(Problem::of_node("invalid_prompt", id, &node.class, message));
+        }
+    }
+    let is_output = |node: &GraphNode| {
+        catalog
+            .descriptor(&node.class)
+            .is_some_and(|class| class.output_node)
+    };
+    let targets: Vec<_> = graph
+        .nodes
+        .iter()
+        .filter(|(_, node)| is_output(node))
+        .map(|(id, _)| id.clone())
+        .collect();
+    if targets.is_empty() {
+        let message =
+            "the workflow has no output node, so nothing would run; add for example SaveImage";
+        problems.push(Problem::general("prompt_no_outputs", message));
+    }
+    let order = schedule::order(graph, &targets);
+    // With a cycle there is no order; the nodes are checked all the same.
+    let needed = order
+        .clone()
+        .unwrap_or_else(|_| graph.nodes.keys().cloned().collect());
+    if let Err(cycle) = &order {
+        problems.push(cycle_problem(graph, cycle));
+    }
+    for id in needed.iter().collect::<BTreeSet<_>>() {
+        let node = &graph.nodes[id];
+        if let Some(descriptor) = catalog.descriptor(&node.class) {
+            problems.extend(node_problems(graph, catalog, id, node, descriptor));
+        }
+    }
+    match order {
+        Ok(order) if problems.is_empty() => Ok(order),
+        _ => Err(problems),
+    }
+}
+
+fn cycle_problem(graph: &Graph, Cycle(nodes): &Cycle) -> Problem {
+    let names: Vec<_> = nodes
+        .iter()
+        .map(|id| format!("{id} ({})", graph.nodes[id].class))
+        .collect();
+    let message = format!(
+        "the nodes {} form a cycle, so none of them can run first; remove one of these links",
+        names.join(" → ")
+    );
+    Problem::of_node(
+        "dependency_cycle",
+        &nodes[0],
+        &graph.nodes[&nodes[0]].class,
+        message,
+    )
+}
+
+fn node_problems(
+    graph: &Graph,
+    catalog: &Catalog,
+    id: &NodeId,
+    node: &GraphNode,
+    descriptor: &NodeDescriptor,
+) -> Vec<Problem> {
+    let problem = |code: &str, input: &str, message: String| {
+        Problem::of_node(code, id, &node.class, message).at(input)
+    };
+    let mut problems = Vec::new();
+    for socket in &descriptor.inputs {
+        problems.extend(
+            socket_problem(graph, catalog, node, socket)
+                .map(|(code, m)| problem(code, &socket.name, m)),
+        );
+    }
+    for widget in &descriptor.widgets {
+        let linked = link_problem(graph, catalog, node, &widget.name, widget_port(widget));
+        problems.extend(linked.map(|(code, m)| problem(code, &widget.name, m)));
+    }
+    let parameters = node.parameters();
+    let unfit = descriptor.check_parameters(&parameters);
+    problems.extend(
+        unfit
+            .into_iter()
+            .map(|p| problem(p.code, &p.parameter, p.message)),
+    );
+    if problems.is_empty() {
+        problems.extend(own_problem(catalog, id, node, descriptor, &parameters));
+    }
+    problems
+}
+
+type Found = Option<(&'static str, String)>;
+
+fn socket_problem(
+    graph: &Graph,
+    catalog: &Catalog,
+    node: &GraphNode,
+    socket: &InputSocket,
+) -> Found {
+    let InputSocket {
+        name,
+        port,
+        optional,
+        ..
+    } = socket;
+    match node.inputs.get(name) {
+        None if *optional => None,
+        None => Some((
+            "required_input_missing",
+            format!("nothing is linked to it, it needs a link of type {port}"),
+        )),
+        Some(Input::Value(Value::Null)) if *optional => None,
+        Some(Input::Value(value)) => Some((
+            "invalid_input_type",
+            format!("it needs a link of type {port}, got the value {value}"),
+        )),
+        Some(Input::Link { .. }) => link_problem(graph, catalog, node, name, port),
+    }
+}
+
+/// What is wrong with the link on an input; `None` too if there is none.
+fn link_problem(
+    graph: &Graph,
+    catalog: &Catalog,
+    node: &GraphNode,
+    input: &str,
+    port: &str,
+) -> Found {
+    let Some(Input::Link {
+        node: source_id,
+        output,
+    }) = node.inputs.get(input)
+    else {
+        return None;
+    };
+    let Some(source) = graph.nodes.get(source_id) else {
+        return Some((
+            "bad_linked_input",
+            format!("it is linked to the node {source_id}, which is not there"),
+        ));
+    };
+    // An unknown class is reported where it stands.
+    let given = &catalog.descriptor(&source.class)?.outputs;
+    let class = &source.class;
+    match given.get(*output) {
+        None => Some((
+            "bad_linked_input",
+            format!(
+                "it is linked to output {output} of node {source_id} ({class}), which has {}",
+                given.len()
+            ),
+        )),
+        Some(socket) if socket.port != port => Some((
+            "return_type_mismatch",
+            format!(
+                "it takes {port}, but the output {} of node {source_id} ({class}) gives {}",
+                socket.name, socket.port
+            ),
+        )),
+        Some(_) => None,
+    }
+}
+
+/// The socket type of a widget that is linked instead of typed.
+fn widget_port(widget: &Widget) -> &'static str {
+    match widget.kind {
+        WidgetKind::Integer { .. } => "INT",
+        WidgetKind::Float { .. } => "FLOAT",
+        WidgetKind::Text { .. } => "STRING",
+        WidgetKind::Boolean { .. } => "BOOLEAN",
+        WidgetKind::Choice { .. } => "COMBO",
+    }
+}
+
+/// What the node itself says: files that are not there, lists that cannot be read.
+fn own_problem(
+    catalog: &Catalog,
+    id: &NodeId,
+    node: &GraphNode,
+    descriptor: &NodeDescriptor,
+    parameters: &Map<String, Value>,
+) -> Option<Problem> {
+    // A linked parameter is known only when the graph runs.
+    let is_linked =
+        |widget: &Widget| matches!(node.inputs.get(&widget.name), Some(Input::Link { .. }));
+    if descriptor.widgets.iter().any(is_linked) {
+        return None;
+    }
+    let complete = descriptor.completed_parameters(parameters);
+    let checked = catalog
+        .create(&node.class)
+        .and_then(|instance| instance.validate(&complete));
+    let error = checked.err()?;
+    let problem = Problem::of_node(
+        "custom_validation_failed",
+        id,
+        &node.class,
+        error.message.as_str(),
+    );
+    Some(if error.input.is_empty() {
+        problem
+    } else {
+        problem.at(&error.input)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn check(document: Value) -> Vec<(String, String, String)> {
+        let graph = Graph::from_api(document.as_object().unwrap()).unwrap();
+        let catalog = Catalog::builtin_only();
+        let problems = validate(&graph, &catalog).err().unwrap_or_default();
+        problems
+            .into_iter()
+            .map(|p| {
+                (
+                    p.node.map(|n| n.0.to_string()).unwrap_or_default(),
+                    p.input.unwrap_or_default(),
+                    p.code,
+                )
+            })
+            .collect()
+    }
+
+    fn node(class: &str, inputs: Value) -> Value {
+        json!({"class_type": class, "inputs": inputs})
+    }
+
+    #[test]
+    fn all_problems_are_told_at_once() {
+        let found = check(json!({
+            "1": node("LoadImage", json!({"image": "no-such-file.png"})),
+            "2": node("SaveImage", json!({"images": ["1", 1]})),
+            "3": node("SaveImage", json!({"images": ["1", 7]})),
+            "4": node("SaveImage", json!({"images": ["44", 0]})),
+            "5": node("SaveImage", json!({"filename_prefix": 3})),
+            "6": node("SaveImage", json!({"images": "a.png"})),
+            "7": node("LoadImageMask", json!({"image": "demo:dog-and-car.png", "channel": "infrared"})),
+            "8": node("MaskToImage", json!({"mask": ["7", 0]})),
+            "9": node("PreviewImage", json!({"images": ["8", 0]})),
+            "10": node("Nonsense", json!({})),
+        }));
+        let expected = [
+            ("10", "", "invalid_prompt"),
+            ("1", "image", "custom_validation_failed"),
+            ("2", "images", "return_type_mismatch"),
+            ("3", "images", "bad_linked_input"),
+            ("4", "images", "bad_linked_input"),
+            ("5", "images", "required_input_missing"),
+            ("5", "filename_prefix", "invalid_input_type"),
+            ("6", "images", "invalid_input_type"),
+            ("7", "channel", "value_not_in_list"),
+        ];
+        assert_eq!(
+            found,
+            expected.map(|(a, b, c)| (a.into(), b.into(), c.into()))
+        );
+    }
+
+    #[test]
+    fn a_graph_without_outputs_and_a_cycle_are_named() {
+        let found =
+            check(json!({"1": node("LoadImage", json!({"image": "demo:dog-and-car.png"}))}));
+        assert_eq!(found[0].2, "prompt_no_outputs");
+        let found = check(json!({
+            "1": node("ImageBatch", json!({"image_1": ["2", 0]})),
+            "2": node("ImageBatch", json!({"image_1": ["1", 0]})),
+            "3": node("PreviewImage", json!({"images": ["2", 0]})),
+        }));
+        assert_eq!(
+            found.iter().map(|f| f.2.as_str()).collect::<Vec<_>>(),
+            ["dependency_cycle"]
+        );
+    }
+
+    #[test]
+    fn nodes_that_nothing_needs_are_not_checked() {
+        let found = check(json!({
+            "1": node("LoadImage", json!({"image": "demo:dog-and-car.png"})),
+            "2": node("PreviewImage", json!({"images": ["1", 0]})),
+            "3": node("LoadImage", json!({"image": "no-such-file.png"})),
+        }));
+        assert_eq!(found, []);
+    }
+}

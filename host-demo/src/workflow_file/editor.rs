@@ -1,0 +1,143 @@
+//! The editor's document as typed data: format 0.4 (links are lists) and 1 (links are objects).
+//!
+//! A view for reading only. Keys that are not named here are ignored; the document itself keeps them.
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+/// Node modes that change what runs.
+pub(super) const MODE_MUTED: i64 = 2;
+/// The node is left out and its inputs go through.
+pub(super) const MODE_BYPASSED: i64 = 4;
+
+/// Id of the node that stands for a subgraph's inputs inside of it.
+pub(super) const SUBGRAPH_INPUT: &str = "-10";
+/// Id of the node that stands for a subgraph's outputs inside of it.
+pub(super) const SUBGRAPH_OUTPUT: &str = "-20";
+
+/// A graph or a subgraph.
+#[derive(Debug, Deserialize)]
+pub(super) struct EditorGraph {
+    /// Of a subgraph: the class of the nodes that stand for it.
+    #[serde(default)]
+    pub(super) id: Value,
+    pub(super) nodes: Vec<EditorNode>,
+    #[serde(default)]
+    pub(super) links: Vec<Option<EditorLink>>,
+    #[serde(default)]
+    pub(super) definitions: Definitions,
+}
+
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Definitions {
+    #[serde(default)]
+    pub(super) subgraphs: Vec<EditorGraph>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct EditorNode {
+    id: Value,
+    #[serde(rename = "type")]
+    pub(super) class: String,
+    #[serde(default)]
+    pub(super) title: Option<String>,
+    #[serde(default)]
+    pub(super) mode: i64,
+    #[serde(default)]
+    inputs: Option<Vec<EditorSocket>>,
+    #[serde(default)]
+    outputs: Option<Vec<EditorSocket>>,
+    #[serde(default)]
+    pub(super) widgets_values: Value,
+    #[serde(default)]
+    pub(super) widgets_values_named: Option<Map<String, Value>>,
+}
+
+impl EditorNode {
+    pub(super) fn id(&self) -> String {
+        id_text(&self.id)
+    }
+
+    pub(super) fn inputs(&self) -> &[EditorSocket] {
+        self.inputs.as_deref().unwrap_or_default()
+    }
+
+    pub(super) fn outputs(&self) -> &[EditorSocket] {
+        self.outputs.as_deref().unwrap_or_default()
+    }
+
+    /// Nodes that exist in the editor only.
+    pub(super) fn is_note(&self) -> bool {
+        matches!(self.class.as_str(), "Note" | "MarkdownNote")
+    }
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct EditorSocket {
+    #[serde(default)]
+    pub(super) name: String,
+    /// A name, or a number in very old files.
+    #[serde(default, rename = "type")]
+    pub(super) kind: Value,
+    #[serde(default)]
+    pub(super) link: Option<i64>,
+    #[serde(default)]
+    pub(super) widget: Option<Value>,
+}
+
+/// `[id, source, source slot, target, target slot, type]` or an object.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum EditorLink {
+    List(
+        i64,
+        Value,
+        usize,
+        Value,
+        usize,
+        #[expect(dead_code, reason = "the sockets tell the type")] Value,
+    ),
+    Object {
+        id: i64,
+        origin_id: Value,
+        origin_slot: usize,
+        target_id: Value,
+        target_slot: usize,
+    },
+}
+
+impl EditorLink {
+    pub(super) fn id(&self) -> i64 {
+        match self {
+            Self::List(id, ..) | Self::Object { id, .. } => *id,
+        }
+    }
+
+    /// Node and output.
+    pub(super) fn source(&self) -> (String, usize) {
+        match self {
+            Self::List(_, node, slot, ..)
+            | Self::Object {
+                origin_id: node,
+                origin_slot: slot,
+                ..
+            } => (id_text(node), *slot),
+        }
+    }
+
+    /// Node and input.
+    pub(super) fn target(&self) -> (String, usize) {
+        match self {
+            Self::List(_, _, _, node, slot, _)
+            | Self::Object {
+                target_id: node,
+                target_slot: slot,
+                ..
+            } => (id_text(node), *slot),
+        }
+    }
+}
+
+pub(super) fn id_text(id: &Value) -> String {
+    id.as_str().map_or_else(|| id.to_string(), str::to_owned)
+}

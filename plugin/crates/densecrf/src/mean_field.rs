@@ -1,0 +1,260 @@
+//! Mean field (Krähenbühl and Koltun 2011, algorithm 1) for the Potts model.
+
+use std::ops::ControlFlow;
+
+use rayon::prelude::*;
+
+use crate::softmax::softmax;
+use crate::unary::check_finite;
+use crate::{CrfConfig, CrfError, Lattice};
+
+/// Most labels of one picture.
+pub const MAX_LABELS: usize = 32;
+
+/// Pixels that one task handles.
+const PIXELS_PER_TASK: usize = 1024;
+
+/// The CRF of one picture: its filters, ready to be asked again with other unary energies.
+#[derive(Debug)]
+pub struct DenseCrf {
+    n_pixels: usize,
+    /// `w_k K̃_k`, those with a weight above zero.
+    kernels: Vec<Lattice>,
+}
+
+/// What mean field believes: `Q_i(l)`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Marginals {
+    /// `[L, H·W]`, in [0, 1]; sums to 1 over L.
+    pub q: Vec<f32>,
+    /// L.
+    pub n_labels: usize,
+}
+
+impl DenseCrf {
+    /// Builds the lattices and their normalization.
+    ///
+    /// | name | meaning |
+    /// | --- | --- |
+    /// | `rgb` | `[H, W, 3]`, sRGB bytes in 0..=255, row by row |
+    ///
+    /// # Errors
+    /// [`CrfError::EmptyPicture`], [`CrfError::PictureTooLarge`], [`CrfError::PictureSize`],
+    /// [`CrfError::FeatureRange`], or a constant of `config` out of range.
+    pub fn new(
+        width: usize,
+        height: usize,
+        rgb: &[u8],
+        config: &CrfConfig,
+    ) -> Result<Self, CrfError> {
+        config.validate()?;
+        let n_pixels = check_picture(width, height, rgb)?;
+        let CrfConfig {
+            smoothness,
+            appearance,
+            ..
+        } = *config;
+        let position =
+            |pixel: usize, std: f32| [(pixel % width) as f32 / std, (pixel / width) as f32 / std];
+        let build_smoothness = || {
+            let features: Vec<_> = (0..n_pixels)
+                .map(|pixel| position(pixel, smoothness.xy_std))
+                .collect();
+            Lattice::build::<2>(&features).map(|lattice| lattice.normalized(smoothness.weight))
+        };
+        let build_appearance = || {
+            let features: Vec<_> = rgb
+                .chunks_exact(3)
+                .enumerate()
+                .map(|(pixel, color)| {
+                    let [x, y] = position(pixel, appearance.xy_std);
+                    let [r, g, b] =
+                        std::array::from_fn(|c| f32::from(color[c]) / appearance.rgb_std);
+                    [x, y, r, g, b]
+                })
+                .collect();
+            Lattice::build::<5>(&features).map(|lattice| lattice.normalized(appearance.weight))
+        };
+        let (smoothness, appearance) = rayon::join(
+            || (smoothness.weight > 0.0).then(build_smoothness).transpose(),
+            || (appearance.weight > 0.0).then(build_appearance).transpose(),
+        );
+        Ok(Self {
+            n_pixels,
+            kernels: smoothness?.into_iter().chain(appearance?).collect(),
+        })
+    }
+
+    /// Number of pixels H·W.
+    pub fn n_pixels(&self) -> usize {
+        self.n_pixels
+    }
+
+    /// Runs mean field for a number of iterations (usually [`CrfConfig::iterations`]).
+    ///
+    /// ```text
+    /// Q⁰ = softmax_l(-U)
+    /// Q  ← softmax_l(-U + Σ_k w_k K̃_k Q)
+    /// ```
+    ///
+    /// | name | meaning |
+    /// | --- | --- |
+    /// | `unary` | U, `[L, H·W]`, finite energies |
+    /// | returns | Q, `[L, H·W]`; below 1e-20 exactly 0 |
+    ///
+    /// The sum includes the message from a pixel to itself; Potts compatibility -w_k \[l ≠ l'\] and +w_k \[l = l'\]
+    /// differ by a constant over labels, which the softmax does not see.
+    ///
+    /// # Errors
+    /// [`CrfError::NoLabels`], [`CrfError::TooManyLabels`], [`CrfError::PlaneSize`], [`CrfError::NotFinite`].
+    pub fn infer(
+        &self,
+        unary: &[f32],
+        n_labels: usize,
+        iterations: usize,
+    ) -> Result<Marginals, CrfError> {
+        self.infer_observed(unary, n_labels, iterations, &mut |_| {
+            ControlFlow::Continue(())
+        })
+    }
+
+    /// [`infer`](Self::infer), telling `on_iteration` how many iterations are done after each; it may stop there.
+    ///
+    /// # Errors
+    /// As [`infer`](Self::infer), and [`CrfError::Stopped`] if the observer broke off.
+    pub fn infer_observed(
+        &self,
+        unary: &[f32],
+        n_labels: usize,
+        iterations: usize,
+        on_iteration: &mut dyn FnMut(usize) -> ControlFlow<()>,
+    ) -> Result<Marginals, CrfError> {
+        self.check_unary(unary, n_labels)?;
+        // Labels lie side by side, padded to a width that vector registers like.
+        let q = match n_labels {
+            1..=4 => self.mean_field::<4>(unary, iterations, on_iteration),
+            5..=8 => self.mean_field::<8>(unary, iterations, on_iteration),
+            9..=16 => self.mean_field::<16>(unary, iterations, on_iteration),
+            _ => self.mean_field::<MAX_LABELS>(unary, iterations, on_iteration),
+        }?;
+        Ok(Marginals { q, n_labels })
+    }
+
+    fn check_unary(&self, unary: &[f32], n_labels: usize) -> Result<(), CrfError> {
+        if n_labels == 0 {
+            return Err(CrfError::NoLabels);
+        }
+        if n_labels > MAX_LABELS {
+            return Err(CrfError::TooManyLabels {
+                n_labels,
+                max: MAX_LABELS,
+            });
+        }
+        let expected = n_labels * self.n_pixels;
+        if unary.len() != expected {
+            let (n_pixels, actual) = (self.n_pixels, unary.len());
+            return Err(CrfError::PlaneSize {
+                n_labels,
+                n_pixels,
+                expected,
+                actual,
+            });
+        }
+        check_finite(unary, self.n_pixels)
+    }
+
+    fn mean_field<const LANES: usize>(
+        &self,
+        unary: &[f32],
+        iterations: usize,
+        on_iteration: &mut dyn FnMut(usize) -> ControlFlow<()>,
+    ) -> Result<Vec<f32>, CrfError> {
+        let evidence = evidence_from_unary::<LANES>(unary, self.n_pixels);
+        let mut q: Vec<[f32; LANES]> = evidence
+            .par_iter()
+            .with_min_len(PIXELS_PER_TASK)
+            .map(softmax)
+            .collect();
+        let mut messages: Vec<_> = self.kernels.iter().map(Lattice::zeros::<LANES>).collect();
+        for done in 1..=iterations {
+            for (kernel, messages) in self.kernels.iter().zip(&mut messages) {
+                kernel.splat_and_blur(&q, messages);
+            }
+            let update = |(pixel, (q, evidence)): (usize, (&mut [f32; LANES], &[f32; LANES]))| {
+                let mut logits = *evidence;
+                for (kernel, messages) in self.kernels.iter().zip(&messages) {
+                    kernel.slice_onto(pixel, messages, &mut logits);
+                }
+                *q = softmax(&logits);
+            };
+            q.par_iter_mut()
+                .zip(&evidence)
+                .enumerate()
+                .with_min_len(PIXELS_PER_TASK)
+                .for_each(update);
+            if on_iteration(done).is_break() {
+                return Err(CrfError::Stopped { done, iterations });
+            }
+        }
+        let mut planes = vec![0.0; unary.len()];
+        planes
+            .par_chunks_mut(self.n_pixels)
+            .enumerate()
+            .for_each(|(label, plane)| {
+                for (value, q) in plane.iter_mut().zip(&q) {
+                    *value = q[label];
+                }
+            });
+        Ok(planes)
+    }
+}
+
+impl Marginals {
+    /// The most probable label of each pixel, `[H·W]`; the first of equals.
+    pub fn labels(&self) -> Vec<u8> {
+        let n_pixels = self.q.len() / self.n_labels;
+        let mut best = self.q[..n_pixels].to_vec();
+        let mut labels = vec![0; n_pixels];
+        // MAX_LABELS fits a byte.
+        for (label, plane) in (0_u8..).zip(self.q.chunks_exact(n_pixels)).skip(1) {
+            for ((best, chosen), &q) in best.iter_mut().zip(&mut labels).zip(plane) {
+                if q > *best {
+                    (*best, *chosen) = (q, label);
+                }
+            }
+        }
+        labels
+    }
+}
+
+/// Checks that the buffer is a picture that indices reach; returns its number of pixels.
+fn check_picture(width: usize, height: usize, rgb: &[u8]) -> Result<usize, CrfError> {
+    if width == 0 || height == 0 {
+        return Err(CrfError::EmptyPicture { width, height });
+    }
+    // Six vertices per pixel, each with a 32-bit index.
+    let n_pixels = width
+        .checked_mul(height)
+        .filter(|&n| n <= u32::MAX as usize / 6);
+    let n_pixels = n_pixels.ok_or(CrfError::PictureTooLarge { width, height })?;
+    if rgb.len() != n_pixels * 3 {
+        return Err(CrfError::PictureSize {
+            width,
+            height,
+            expected: n_pixels * 3,
+            actual: rgb.len(),
+        });
+    }
+    Ok(n_pixels)
+}
+
+/// -U with the labels of a pixel side by side; lanes without a label are impossible.
+fn evidence_from_unary<const LANES: usize>(unary: &[f32], n_pixels: usize) -> Vec<[f32; LANES]> {
+    let mut evidence = vec![[f32::NEG_INFINITY; LANES]; n_pixels];
+    for (label, plane) in unary.chunks_exact(n_pixels).enumerate() {
+        for (evidence, &energy) in evidence.iter_mut().zip(plane) {
+            evidence[label] = -energy;
+        }
+    }
+    evidence
+}

@@ -1,0 +1,133 @@
+//! Pictures from text embeddings: noise, guided denoising, decoding.
+//!
+//! ```text
+//! eps = eps_unconditional + guidance (eps_conditional - eps_unconditional)     (Ho and Salimans 2021)
+//! ```
+
+use std::ops::ControlFlow;
+
+use candle_core::Tensor;
+
+use crate::error::{Error, Result};
+use crate::model::DiffusionModel;
+use crate::rng::Rng;
+use crate::scheduler::SchedulerKind;
+use crate::unet::UNet;
+
+/// What to generate.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GenerateConfig {
+    /// Evaluations of the U-Net per picture.
+    pub steps: usize,
+    /// Weight of the prompt against the unconditional prompt; 1 leaves the latter out.
+    pub guidance: f64,
+    /// The sampler.
+    pub scheduler: SchedulerKind,
+    /// Seed of the initial noise; picture i has its own stream under it.
+    pub seed: u64,
+    /// Pictures to make.
+    pub n_pictures: usize,
+}
+
+/// Where a call of [`generate`] stands.
+#[derive(Debug)]
+pub struct GenerateStep<'a> {
+    /// Which picture, from 0.
+    pub picture: usize,
+    /// Steps done over all pictures, from 1.
+    pub step: usize,
+    /// Steps to do over all pictures.
+    pub total: usize,
+    /// This picture's latent after the step, [1, 4, h, w], scaled.
+    pub latents: &'a Tensor,
+}
+
+/// Generates pictures, [n, 3, H, W] in [0, 1]. Picture i is the same whatever `n_pictures` is.
+///
+/// * `conditional`, `unconditional`: text embeddings, [1, 77, D]
+/// * `on_step`: called after each step; `Break` stops
+///
+/// # Errors
+/// [`Error::Canceled`] if `on_step` broke off, [`Error::Argument`] if the configuration is out of range.
+pub fn generate(
+    model: &DiffusionModel,
+    conditional: &Tensor,
+    unconditional: &Tensor,
+    config: &GenerateConfig,
+    on_step: &mut dyn FnMut(GenerateStep<'_>) -> ControlFlow<()>,
+) -> Result<Tensor> {
+    if config.n_pictures == 0 {
+        return Err(Error::argument("n_pictures", "0 is not in 1.."));
+    }
+    if !config.guidance.is_finite() {
+        return Err(Error::argument(
+            "guidance",
+            format!("{} is not a number", config.guidance),
+        ));
+    }
+    let context = Tensor::cat(&[unconditional, conditional], 0)?.detach();
+    let mut pictures = Vec::with_capacity(config.n_pictures);
+    for picture in 0..config.n_pictures {
+        let latents = denoise(model, &context, config, picture, on_step)?;
+        pictures.push(model.vae.decode(&latents)?);
+    }
+    let pictures = Tensor::cat(&pictures, 0)?;
+    Ok(((pictures + 1.0)? * 0.5)?.clamp(0.0, 1.0)?)
+}
+
+/// One picture's latent, [1, 4, h, w], scaled. `context` is [2, 77, D]: unconditional, conditional.
+fn denoise(
+    model: &DiffusionModel,
+    context: &Tensor,
+    config: &GenerateConfig,
+    picture: usize,
+    on_step: &mut dyn FnMut(GenerateStep<'_>) -> ControlFlow<()>,
+) -> Result<Tensor> {
+    let mut scheduler = config
+        .scheduler
+        .build(&model.config.scheduler, config.steps)?;
+    let size = model.latent_size();
+    let shape = [1, model.config.unet.in_channels, size, size];
+    let mut latents =
+        Rng::new(config.seed, "generate", picture as u64).normal(&shape, &model.device)?;
+    for (i, t) in scheduler.timesteps().to_vec().into_iter().enumerate() {
+        let prediction = guided_prediction(&model.unet, &latents, t, context, config.guidance)?;
+        latents = scheduler.step(&prediction, i, &latents)?.detach();
+        let step = picture * config.steps + i + 1;
+        let total = config.n_pictures * config.steps;
+        if on_step(GenerateStep {
+            picture,
+            step,
+            total,
+            latents: &latents,
+        })
+        .is_break()
+        {
+            return Err(Error::Canceled);
+        }
+    }
+    Ok(latents)
+}
+
+/// The U-Net's prediction with classifier-free guidance, [1, 4, h, w].
+///
+/// * `latents`: [1, 4, h, w]
+/// * `context`: [2, 77, D], unconditional and conditional
+///
+/// # Errors
+/// Those of the U-Net.
+pub fn guided_prediction(
+    unet: &UNet,
+    latents: &Tensor,
+    timestep: usize,
+    context: &Tensor,
+    guidance: f64,
+) -> Result<Tensor> {
+    let t = timestep as f32;
+    if guidance == 1.0 {
+        return unet.forward(latents, &[t], &context.narrow(0, 1, 1)?);
+    }
+    let both = unet.forward(&Tensor::cat(&[latents, latents], 0)?, &[t, t], context)?;
+    let (unconditional, conditional) = (both.narrow(0, 0, 1)?, both.narrow(0, 1, 1)?);
+    Ok((&unconditional + ((conditional - &unconditional)? * guidance)?)?)
+}

@@ -1,0 +1,52 @@
+//! Stable Diffusion 1.x and 2.x with observable, differentiable cross-attention.
+//!
+//! The model and nothing else: no training method, no plug-in interface, no picture files. Tensors are f32
+//! on one [`candle_core::Device`] unless said otherwise; modules are listed in reading order.
+//!
+//! | step | module |
+//! |---|---|
+//! | read a checkpoint | [`config`], [`weights`], [`single_file`] |
+//! | prompt to ids, seed to noise | [`tokenizer`], [`rng`] |
+//! | kernels with a backward | [`ops`] |
+//! | ids to context, latents and context to prediction | [`text_encoder`], [`unet`] |
+//! | small trainable deltas, trainable copies | [`lora`] |
+//! | pictures to latents and back | [`vae`] |
+//! | noise levels, sampling | [`noise_schedule`], [`scheduler`], [`generate`] |
+//! | all of it in one value | [`model`] |
+
+pub mod error;
+
+pub mod config;
+pub mod weights;
+
+pub mod single_file;
+
+pub mod tokenizer;
+
+pub mod rng;
+
+pub mod ops;
+
+mod layers;
+
+pub mod text_encoder;
+
+pub mod unet;
+
+pub mod lora;
+
+pub mod vae;
+
+pub mod noise_schedule;
+
+pub mod scheduler;
+
+pub mod model;
+
+pub mod generate;
+
+pub use error::{Error, Result};
+pub use generate::GenerateConfig;
+pub use model::{CheckpointSource, DiffusionModel};
+pub use scheduler::SchedulerKind;
+pub use unet::UNet;

@@ -1,0 +1,308 @@
+//! A whole checkpoint in memory: diffusers' folder, a single file, or one that is part of the program.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::Device;
+
+use crate::config::{ModelConfig, SchedulerConfig, TextEncoderConfig, UNetConfig, VaeConfig};
+use crate::error::{CheckpointError, Error, Result};
+use crate::lora::LoraAdapter;
+use crate::noise_schedule::NoiseSchedule;
+use crate::single_file::{self, Components};
+use crate::text_encoder::TextEncoder;
+use crate::tokenizer::Tokenizer;
+use crate::unet::UNet;
+use crate::vae::{self, Vae};
+use crate::weights::{TensorFile, WeightMap, refuse_pickle};
+
+/// Where a checkpoint is.
+#[derive(Debug, Clone)]
+pub enum CheckpointSource {
+    /// A folder in diffusers' layout (`unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`),
+    /// or a single `.safetensors` file of SD 1.x or 2.x. CLIP's vocabulary is not in a single file:
+    /// it is looked for beside it, as `tokenizer/`, as `tokenizer.json`, or as `vocab.json` and
+    /// `merges.txt`. A `scheduler_config.json` beside it overrides what its version implies.
+    Path(PathBuf),
+    /// Files in diffusers' layout that are part of the program.
+    Embedded {
+        /// What errors call the checkpoint.
+        name: &'static str,
+        /// Path within the checkpoint (`unet/config.json`) and contents.
+        files: &'static [(&'static str, &'static [u8])],
+    },
+}
+
+/// A checkpoint, ready to use. Cloning shares the weights.
+#[derive(Debug, Clone)]
+pub struct DiffusionModel {
+    /// What the networks look like.
+    pub config: ModelConfig,
+    /// Text to ids.
+    pub tokenizer: Tokenizer,
+    /// Ids to text embeddings.
+    pub text_encoder: Arc<TextEncoder>,
+    /// The denoiser.
+    pub unet: Arc<UNet>,
+    /// Pictures to latents and back.
+    pub vae: Arc<Vae>,
+    /// The noise.
+    pub noise_schedule: NoiseSchedule,
+    /// Where the tensors are.
+    pub device: Device,
+    /// blake3 over the weight files, in hexadecimal.
+    pub fingerprint: String,
+    /// The adapter that is part of `unet`, if one was applied.
+    pub lora: Option<LoraAdapter>,
+}
+
+impl DiffusionModel {
+    /// Loads a checkpoint.
+    ///
+    /// # Errors
+    /// One message that names the file and everything wrong with it: missing, truncated, a pickle,
+    /// not supported, or tensors missing, left over or of the wrong shape.
+    pub fn load(source: &CheckpointSource, device: &Device) -> Result<Self> {
+        match source {
+            CheckpointSource::Path(path) if path.is_file() || !path.exists() => {
+                load_single_file(path, device)
+            }
+            CheckpointSource::Path(path) => load_folder(&Folder::Directory(path), device),
+            CheckpointSource::Embedded { name, files } => {
+                load_folder(&Folder::Embedded { name, files }, device)
+            }
+        }
+    }
+
+    /// A model with random weights, for tests and measurements.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the parts do not fit together, or not with the tokenizer.
+    pub fn random(
+        config: &ModelConfig,
+        tokenizer: Tokenizer,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self> {
+        let components = Components {
+            unet: WeightMap::random(seed, |w| UNet::build(&config.unet, w))?.to_device(device)?,
+            vae: WeightMap::random(seed.wrapping_add(1), |w| Vae::new(&config.vae, w).map(drop))?
+                .to_device(device)?,
+            text_encoder: WeightMap::random(seed.wrapping_add(2), |w| {
+                TextEncoder::new(&config.text_encoder, w).map(drop)
+            })?
+            .to_device(device)?,
+        };
+        Self::assemble(
+            "random model",
+            config.clone(),
+            tokenizer,
+            &components,
+            device,
+            format!("random-{seed}"),
+        )
+    }
+
+    /// Builds the networks and checks that everything fits. `name` names the checkpoint in errors.
+    fn assemble(
+        name: &str,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        components: &Components,
+        device: &Device,
+        fingerprint: String,
+    ) -> Result<Self> {
+        config.check(name)?;
+        let (ids, rows) = (tokenizer.base_vocab_size(), config.text_encoder.vocab_size);
+        if ids != rows {
+            let reason =
+                format!("the tokenizer has {ids} tokens, the text encoder's table {rows} rows");
+            return Err(Error::config(name, reason));
+        }
+        let text_encoder = components
+            .text_encoder
+            .build(&format!("{name}, text encoder"), |w| {
+                TextEncoder::new(&config.text_encoder, w)
+            })?;
+        let vae = components
+            .vae
+            .build(&format!("{name}, VAE"), |w| Vae::new(&config.vae, w))?;
+        let unet =
+            UNet::new(&config.unet, &components.unet, None).map_err(|error| match error {
+                Error::Checkpoint(e) => CheckpointError {
+                    file: format!("{name}, U-Net"),
+                    ..e
+                }
+                .into(),
+                other => other,
+            })?;
+        Ok(Self {
+            noise_schedule: NoiseSchedule::new(&config.scheduler),
+            tokenizer,
+            text_encoder: Arc::new(text_encoder),
+            unet: Arc::new(unet),
+            vae: Arc::new(vae),
+            device: device.clone(),
+            fingerprint,
+            lora: None,
+            config,
+        })
+    }
+
+    /// Width and height of a picture in pixels: 512 in SD 1.x.
+    pub fn image_size(&self) -> usize {
+        self.latent_size() * self.config.vae.downsampling()
+    }
+
+    /// Width and height of a latent: 64 in SD 1.x.
+    pub fn latent_size(&self) -> usize {
+        self.config.unet.sample_size
+    }
+}
+
+/// The files of a checkpoint in diffusers' layout.
+enum Folder<'a> {
+    Directory(&'a Path),
+    Embedded {
+        name: &'a str,
+        files: &'static [(&'static str, &'static [u8])],
+    },
+}
+
+impl Folder<'_> {
+    /// What errors call `file`.
+    fn name(&self, file: &str) -> String {
+        match self {
+            Self::Directory(path) => path.join(file).display().to_string(),
+            Self::Embedded { name, .. } => format!("{name}/{file}"),
+        }
+    }
+
+    fn read(&self, file: &str) -> Result<Option<Vec<u8>>> {
+        match self {
+            Self::Directory(path) => read_optional(&path.join(file)),
+            Self::Embedded { files, .. } => Ok(files
+                .iter()
+                .find(|(name, _)| *name == file)
+                .map(|(_, bytes)| bytes.to_vec())),
+        }
+    }
+
+    fn require(&self, file: &str) -> Result<Vec<u8>> {
+        self.read(file)?
+            .ok_or_else(|| Error::unreadable(self.name(file), "no such file"))
+    }
+
+    /// Opens `folder/stem.safetensors`, or its half-precision variant.
+    fn tensors(&self, folder: &str, stem: &str) -> Result<TensorFile> {
+        let full = format!("{folder}/{stem}.safetensors");
+        for file in [&full, &format!("{folder}/{stem}.fp16.safetensors")] {
+            match self {
+                Self::Directory(path) if path.join(file).is_file() => {
+                    return TensorFile::open(&path.join(file));
+                }
+                Self::Directory(_) => {}
+                Self::Embedded { files, .. } => {
+                    if let Some((_, bytes)) = files.iter().find(|(name, _)| name == file) {
+                        return TensorFile::embedded(self.name(file), bytes);
+                    }
+                }
+            }
+        }
+        if let Self::Directory(path) = self {
+            for file in [
+                format!("{folder}/{stem}.bin"),
+                format!("{folder}/pytorch_model.bin"),
+            ] {
+                if path.join(&file).is_file() {
+                    refuse_pickle(&path.join(&file))?;
+                }
+            }
+        }
+        Err(Error::unreadable(self.name(&full), "no such file"))
+    }
+}
+
+fn read_optional(path: &Path) -> Result<Option<Vec<u8>>> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::unreadable(path.display().to_string(), e)),
+    }
+}
+
+fn load_folder(folder: &Folder<'_>, device: &Device) -> Result<DiffusionModel> {
+    let json = |file: &str| Ok::<_, Error>((folder.name(file), folder.require(file)?));
+    let (unet, vae) = (json("unet/config.json")?, json("vae/config.json")?);
+    let (text_encoder, scheduler) = (
+        json("text_encoder/config.json")?,
+        json("scheduler/scheduler_config.json")?,
+    );
+    let config = ModelConfig {
+        unet: UNetConfig::from_json(&unet.0, &unet.1)?,
+        text_encoder: TextEncoderConfig::from_json(&text_encoder.0, &text_encoder.1)?,
+        vae: VaeConfig::from_json(&vae.0, &vae.1)?,
+        scheduler: SchedulerConfig::from_json(&scheduler.0, &scheduler.1)?,
+    };
+    let tokenizer = Tokenizer::from_files(
+        &folder.name("tokenizer"),
+        |file| folder.read(&format!("tokenizer/{file}")),
+        config.text_encoder.max_position_embeddings,
+    )?;
+    let mut hasher = blake3::Hasher::new();
+    let mut read = |component: &str, stem: &str| -> Result<WeightMap> {
+        let file = folder.tensors(component, stem)?;
+        file.hash_into(&mut hasher)?;
+        WeightMap::read(&file, device)
+    };
+    let components = Components {
+        text_encoder: read("text_encoder", "model")?,
+        unet: read("unet", "diffusion_pytorch_model")?,
+        vae: vae::canonical_names(read("vae", "diffusion_pytorch_model")?)?,
+    };
+    let name = match folder {
+        Folder::Directory(path) => path.display().to_string(),
+        Folder::Embedded { name, .. } => (*name).to_owned(),
+    };
+    let fingerprint = hasher.finalize().to_hex().to_string();
+    DiffusionModel::assemble(&name, config, tokenizer, &components, device, fingerprint)
+}
+
+fn load_single_file(path: &Path, device: &Device) -> Result<DiffusionModel> {
+    let file = TensorFile::open(path)?;
+    let mut config = single_file::detect(&file)?;
+    let beside = path.parent().unwrap_or(Path::new("."));
+    for place in ["scheduler_config.json", "scheduler/scheduler_config.json"] {
+        let place = beside.join(place);
+        if let Some(json) = read_optional(&place)? {
+            config.scheduler = SchedulerConfig::from_json(&place.display().to_string(), &json)?;
+            break;
+        }
+    }
+    let folder = if beside.join("tokenizer").is_dir() {
+        beside.join("tokenizer")
+    } else {
+        beside.to_owned()
+    };
+    let length = config.text_encoder.max_position_embeddings;
+    let mut tokenizer = Tokenizer::from_files(
+        &folder.display().to_string(),
+        |name| read_optional(&folder.join(name)),
+        length,
+    )?;
+    if let Some(padding) = single_file::padding(&config) {
+        tokenizer = tokenizer.with_padding(padding)?;
+    }
+    let components = single_file::read(&file, &config, device)?;
+    let mut hasher = blake3::Hasher::new();
+    file.hash_into(&mut hasher)?;
+    let fingerprint = hasher.finalize().to_hex().to_string();
+    DiffusionModel::assemble(
+        file.name(),
+        config,
+        tokenizer,
+        &components,
+        device,
+        fingerprint,
+    )
+}

@@ -1,0 +1,293 @@
+//! Levels of the U-Net: residual blocks, each followed by a transformer where the level has attention.
+
+use candle_core::Tensor;
+
+use super::{CrossAttentionLayer, Pass, Stage, transformer::Transformer};
+use crate::{
+    Result,
+    config::{DownBlock, UNetConfig, UpBlock},
+    layers::{Conv3x3, GroupNorm, Linear},
+    lora::LoraAdapter,
+    ops,
+    weights::Weights,
+};
+
+/// What the levels are built from; collects the cross-attention layers in the order in which they run.
+pub(super) struct Builder<'a> {
+    pub(super) config: &'a UNetConfig,
+    pub(super) lora: Option<&'a LoraAdapter>,
+    weights: Weights,
+    layers: Vec<CrossAttentionLayer>,
+}
+
+impl<'a> Builder<'a> {
+    pub(super) fn new(
+        config: &'a UNetConfig,
+        weights: Weights,
+        lora: Option<&'a LoraAdapter>,
+    ) -> Self {
+        Self {
+            config,
+            lora,
+            weights,
+            layers: Vec::new(),
+        }
+    }
+
+    /// Registers a cross-attention layer and returns its index.
+    pub(super) fn register(&mut self, name: &str, place: Place) -> usize {
+        let resolution = (0..place.level).fold(self.config.sample_size, |size, _| {
+            halved(size, self.config.downsample_padding)
+        });
+        let heads = self.config.heads[place.level];
+        self.layers.push(CrossAttentionLayer {
+            name: name.into(),
+            stage: place.stage,
+            resolution,
+            heads,
+        });
+        self.layers.len() - 1
+    }
+
+    pub(super) fn into_layers(self) -> Vec<CrossAttentionLayer> {
+        self.layers
+    }
+}
+
+/// Side of a plane after the stride 2 convolution with a 3x3 kernel.
+fn halved(size: usize, padding: usize) -> usize {
+    (size + 2 * padding).saturating_sub(3) / 2 + 1
+}
+
+/// Where in the network a transformer lies; levels count from the finest.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place {
+    pub(super) stage: Stage,
+    pub(super) level: usize,
+}
+
+/// A residual block, and the transformer behind it if the level has attention.
+#[derive(Debug)]
+struct Step {
+    residual: Residual,
+    transformer: Option<Transformer>,
+}
+
+impl Step {
+    fn forward(&self, x: &Tensor, time: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let x = self.residual.forward(x, time)?;
+        match &self.transformer {
+            Some(transformer) => transformer.forward(&x, pass),
+            None => Ok(x),
+        }
+    }
+}
+
+/// One level on the way down.
+#[derive(Debug)]
+pub(super) struct DownLevel {
+    steps: Vec<Step>,
+    halve: Option<Conv3x3>,
+}
+
+impl DownLevel {
+    pub(super) fn new(b: &mut Builder<'_>, level: usize) -> Result<Self> {
+        let (config, w) = (b.config, b.weights.pp("down_blocks").pp(level));
+        let widths = &config.block_out_channels;
+        let (n_in, n_out) = (widths[level.saturating_sub(1)], widths[level]);
+        let place = Place {
+            stage: Stage::Down,
+            level,
+        };
+        let mut steps = Vec::new();
+        for index in 0..config.layers_per_block[level] {
+            let n_in = if index == 0 { n_in } else { n_out };
+            let residual = Residual::new(config, &w.pp("resnets").pp(index), n_in, n_out)?;
+            let transformer = match config.down_block_types[level] {
+                DownBlock::Plain => None,
+                DownBlock::CrossAttention => {
+                    Some(Transformer::new(b, &w.pp("attentions").pp(index), place)?)
+                }
+            };
+            steps.push(Step {
+                residual,
+                transformer,
+            });
+        }
+        let is_last = level + 1 == widths.len();
+        let halve = (!is_last)
+            .then(|| {
+                Conv3x3::halving(
+                    &w.pp("downsamplers.0.conv"),
+                    n_out,
+                    config.downsample_padding,
+                )
+            })
+            .transpose()?;
+        Ok(Self { steps, halve })
+    }
+
+    /// Every intermediate plane is pushed on `skips`.
+    pub(super) fn forward(
+        &self,
+        mut x: Tensor,
+        time: &Tensor,
+        pass: &mut Pass<'_>,
+        skips: &mut Vec<Tensor>,
+    ) -> Result<Tensor> {
+        for step in &self.steps {
+            x = step.forward(&x, time, pass)?;
+            skips.push(x.clone());
+        }
+        if let Some(halve) = &self.halve {
+            x = halve.forward(&x)?;
+            skips.push(x.clone());
+        }
+        Ok(x)
+    }
+}
+
+/// The coarsest level once more.
+#[derive(Debug)]
+pub(super) struct Middle {
+    first: Residual,
+    transformer: Transformer,
+    second: Residual,
+}
+
+impl Middle {
+    pub(super) fn new(b: &mut Builder<'_>) -> Result<Self> {
+        let (config, w) = (b.config, b.weights.pp("mid_block"));
+        let level = config.block_out_channels.len() - 1;
+        let width = config.block_out_channels[level];
+        let place = Place {
+            stage: Stage::Mid,
+            level,
+        };
+        Ok(Self {
+            first: Residual::new(config, &w.pp("resnets.0"), width, width)?,
+            transformer: Transformer::new(b, &w.pp("attentions.0"), place)?,
+            second: Residual::new(config, &w.pp("resnets.1"), width, width)?,
+        })
+    }
+
+    pub(super) fn forward(&self, x: &Tensor, time: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let x = self.first.forward(x, time)?;
+        let x = self.transformer.forward(&x, pass)?;
+        self.second.forward(&x, time)
+    }
+}
+
+/// One level on the way up.
+#[derive(Debug)]
+pub(super) struct UpLevel {
+    steps: Vec<Step>,
+    enlarge: Option<Conv3x3>,
+}
+
+impl UpLevel {
+    /// `index` counts from the coarsest level, as diffusers' names do.
+    pub(super) fn new(b: &mut Builder<'_>, index: usize) -> Result<Self> {
+        let (config, w) = (b.config, b.weights.pp("up_blocks").pp(index));
+        let widths = &config.block_out_channels;
+        let level = widths.len() - 1 - index;
+        let (n_out, n_before) = (widths[level], widths[(level + 1).min(widths.len() - 1)]);
+        // The last skip of a level was its input on the way down.
+        let n_last_skip = widths[level.saturating_sub(1)];
+        let place = Place {
+            stage: Stage::Up,
+            level,
+        };
+        let n_steps = config.layers_per_block[level] + 1;
+        let mut steps = Vec::new();
+        for step in 0..n_steps {
+            let n_skip = if step + 1 == n_steps {
+                n_last_skip
+            } else {
+                n_out
+            };
+            let n_in = if step == 0 { n_before } else { n_out };
+            let residual = Residual::new(config, &w.pp("resnets").pp(step), n_in + n_skip, n_out)?;
+            let transformer = match config.up_block_types[index] {
+                UpBlock::Plain => None,
+                UpBlock::CrossAttention => {
+                    Some(Transformer::new(b, &w.pp("attentions").pp(step), place)?)
+                }
+            };
+            steps.push(Step {
+                residual,
+                transformer,
+            });
+        }
+        let enlarge = (level > 0)
+            .then(|| Conv3x3::new(&w.pp("upsamplers.0.conv"), n_out, n_out))
+            .transpose()?;
+        Ok(Self { steps, enlarge })
+    }
+
+    /// Takes its skips off the end of `skips`.
+    pub(super) fn forward(
+        &self,
+        mut x: Tensor,
+        time: &Tensor,
+        pass: &mut Pass<'_>,
+        skips: &mut Vec<Tensor>,
+    ) -> Result<Tensor> {
+        for step in &self.steps {
+            if let Some(skip) = skips.pop() {
+                x = Tensor::cat(&[&x, &skip], 1)?;
+            }
+            x = step.forward(&x, time, pass)?;
+        }
+        if let Some(enlarge) = &self.enlarge {
+            // The next skip's size, not twice this one: odd sides were rounded on the way down.
+            let (height, width) = match skips.last() {
+                Some(skip) => (skip.dim(2)?, skip.dim(3)?),
+                None => (2 * x.dim(2)?, 2 * x.dim(3)?),
+            };
+            x = enlarge.forward(&ops::upsample_nearest(&x, height, width)?)?;
+        }
+        Ok(x)
+    }
+}
+
+/// x + conv(silu(norm(conv(silu(norm(x))) + projection of the time))), the sum's x projected if widths differ.
+#[derive(Debug)]
+struct Residual {
+    norm_1: GroupNorm,
+    conv_1: Conv3x3,
+    time: Linear,
+    norm_2: GroupNorm,
+    conv_2: Conv3x3,
+    shortcut: Option<Linear>,
+}
+
+impl Residual {
+    fn new(config: &UNetConfig, w: &Weights, n_in: usize, n_out: usize) -> Result<Self> {
+        let norm = |name: &str, width: usize| {
+            GroupNorm::new(&w.pp(name), config.norm_num_groups, width, config.norm_eps)
+        };
+        let n_time = 4 * config.block_out_channels[0];
+        Ok(Self {
+            norm_1: norm("norm1", n_in)?,
+            conv_1: Conv3x3::new(&w.pp("conv1"), n_in, n_out)?,
+            time: Linear::new(&w.pp("time_emb_proj"), n_time, n_out)?,
+            norm_2: norm("norm2", n_out)?,
+            conv_2: Conv3x3::new(&w.pp("conv2"), n_out, n_out)?,
+            shortcut: (n_in != n_out)
+                .then(|| Linear::pointwise(&w.pp("conv_shortcut"), n_in, n_out))
+                .transpose()?,
+        })
+    }
+
+    /// x `[B, C, h, w]`; `time` `[B, 4·first width]`, activated.
+    fn forward(&self, x: &Tensor, time: &Tensor) -> Result<Tensor> {
+        let h = self.norm_1.forward_silu(x)?;
+        let h = self.conv_1.forward_shifted(&h, &self.time.forward(time)?)?;
+        let h = self.conv_2.forward(&self.norm_2.forward_silu(&h)?)?;
+        match &self.shortcut {
+            Some(shortcut) => Ok((shortcut.forward_plane(x)? + h)?),
+            None => Ok((x + h)?),
+        }
+    }
+}

@@ -1,0 +1,351 @@
+//! The denoiser of Stable Diffusion 1.x and 2.x (diffusers' `UNet2DConditionModel`), with cross-attention that
+//! can be watched and differentiated.
+//!
+//! Parameters have diffusers' names. The network is a value: its weights are either frozen tensors, which get
+//! no gradients, or variables, which do (see [`crate::lora`]).
+
+mod blocks;
+mod transformer;
+
+use candle_core::Tensor;
+
+use self::blocks::{Builder, DownLevel, Middle, UpLevel};
+use crate::{
+    Error, Result,
+    config::UNetConfig,
+    layers::{Conv3x3, GroupNorm, Linear},
+    lora::LoraAdapter,
+    ops,
+    weights::{WeightMap, Weights},
+};
+
+/// The part of the network that a layer belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Ever smaller planes.
+    Down,
+    /// The smallest plane.
+    Mid,
+    /// Ever larger planes.
+    Up,
+}
+
+/// A cross-attention layer, in the order in which they run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CrossAttentionLayer {
+    /// diffusers' path, for example `down_blocks.1.attentions.0.transformer_blocks.0.attn2`.
+    pub name: String,
+    /// Where it lies.
+    pub stage: Stage,
+    /// Width of its plane for latents of the configured sample size, in pixels.
+    pub resolution: usize,
+    /// Attention heads.
+    pub heads: usize,
+}
+
+/// What one cross-attention layer gave to the watched positions.
+#[derive(Debug, Clone)]
+pub struct LayerAttention {
+    /// Index into [`UNet::cross_attention_layers`].
+    pub layer: usize,
+    /// Height of the layer's plane for these latents.
+    pub height: usize,
+    /// Width of the layer's plane for these latents.
+    pub width: usize,
+    /// softmax(Q·Kᵀ/sqrt(d)) at the watched positions, `[B, heads, h·w, P]`, in [0, 1], differentiable.
+    pub probabilities: Tensor,
+}
+
+/// A prediction and the attention that led to it.
+#[derive(Debug, Clone)]
+pub struct Observed {
+    /// The prediction `[B, 4, h, w]`.
+    pub prediction: Tensor,
+    /// One entry per watched layer, in order.
+    pub attention: Vec<LayerAttention>,
+}
+
+/// Which cross-attention probabilities to return.
+#[derive(Debug, Clone, Copy)]
+pub enum Watch<'a> {
+    /// These positions of the prompt in all layers.
+    All(&'a [usize]),
+    /// In the layers of these indices, these positions of the prompt.
+    Layers(&'a [usize], &'a [usize]),
+}
+
+impl<'a> Watch<'a> {
+    const NOTHING: Self = Self::Layers(&[], &[]);
+
+    fn positions(self, layer: usize) -> Option<&'a [usize]> {
+        match self {
+            Self::All(positions) => Some(positions),
+            Self::Layers(layers, positions) => layers.contains(&layer).then_some(positions),
+        }
+    }
+}
+
+/// The network with its weights.
+#[derive(Debug)]
+pub struct UNet {
+    config: UNetConfig,
+    weights: WeightMap,
+    layers: Vec<CrossAttentionLayer>,
+    network: Network,
+}
+
+impl UNet {
+    /// Builds the network on `weights`; attention projections that `lora` has factors for use them.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] unless `weights` are exactly the network's; [`Error::Argument`] when the adapter has
+    /// factors for a layer that the network lacks, or of another shape.
+    pub fn new(
+        config: &UNetConfig,
+        weights: &WeightMap,
+        lora: Option<&LoraAdapter>,
+    ) -> Result<Self> {
+        if let Some(lora) = lora {
+            lora.check(weights)?;
+        }
+        let (network, layers) = weights.build("U-Net", |w| Network::new(config, w, lora))?;
+        Ok(Self {
+            config: config.clone(),
+            weights: weights.clone(),
+            layers,
+            network,
+        })
+    }
+
+    /// Asks `w` for every parameter of the network, to generate or check them.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] when the tensor library fails.
+    pub fn build(config: &UNetConfig, w: Weights) -> Result<()> {
+        Network::new(config, w, None).map(drop)
+    }
+
+    /// The parameters by diffusers' names.
+    pub fn weights(&self) -> &WeightMap {
+        &self.weights
+    }
+
+    /// The configuration it was built from.
+    pub fn config(&self) -> &UNetConfig {
+        &self.config
+    }
+
+    /// All cross-attention layers, in the order in which they run.
+    pub fn cross_attention_layers(&self) -> &[CrossAttentionLayer] {
+        &self.layers
+    }
+
+    /// The prediction `[B, 4, h, w]`.
+    ///
+    /// # Shapes
+    /// latents `[B, 4, h, w]`; one timestep per sample, in [0, T); context `[B, N, D]`, or `[1, N, D]` for all.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the sizes do not fit.
+    pub fn forward(&self, latents: &Tensor, timesteps: &[f32], context: &Tensor) -> Result<Tensor> {
+        Ok(self
+            .forward_observed(latents, timesteps, context, Watch::NOTHING)?
+            .prediction)
+    }
+
+    /// [`Self::forward`], and the attention to watched positions of the prompt.
+    ///
+    /// # Errors
+    /// As [`Self::forward`], and when a watched layer or position does not exist.
+    pub fn forward_observed(
+        &self,
+        latents: &Tensor,
+        timesteps: &[f32],
+        context: &Tensor,
+        watch: Watch<'_>,
+    ) -> Result<Observed> {
+        self.check(latents, timesteps, context, watch)?;
+        let mut pass = Pass {
+            context,
+            watch,
+            attention: Vec::new(),
+        };
+        let prediction = self
+            .network
+            .forward(&self.config, latents, timesteps, &mut pass)?;
+        Ok(Observed {
+            prediction,
+            attention: pass.attention,
+        })
+    }
+
+    fn check(
+        &self,
+        latents: &Tensor,
+        timesteps: &[f32],
+        context: &Tensor,
+        watch: Watch<'_>,
+    ) -> Result<()> {
+        let (n_samples, n_channels, height, width) = latents.dims4()?;
+        if n_channels != self.config.in_channels || height == 0 || width == 0 {
+            let reason = format!(
+                "[B, {}, h, w], not {:?}",
+                self.config.in_channels,
+                latents.shape()
+            );
+            return Err(Error::argument("latents", reason));
+        }
+        if timesteps.len() != n_samples {
+            let reason = format!("{} for {n_samples} samples", timesteps.len());
+            return Err(Error::argument("timesteps", reason));
+        }
+        let (n_contexts, n_tokens, width) = context.dims3()?;
+        let expected = self.config.cross_attention_dim;
+        if width != expected || (n_contexts != 1 && n_contexts != n_samples) {
+            let reason = format!(
+                "[1 or {n_samples}, N, {expected}], not {:?}",
+                context.shape()
+            );
+            return Err(Error::argument("context", reason));
+        }
+        let (Watch::All(positions) | Watch::Layers(_, positions)) = watch;
+        if let Some(position) = positions.iter().find(|&&position| position >= n_tokens) {
+            return Err(Error::argument(
+                "position",
+                format!("{position} of {n_tokens} tokens"),
+            ));
+        }
+        if let Watch::Layers(layers, _) = watch
+            && let Some(layer) = layers.iter().find(|&&layer| layer >= self.layers.len())
+        {
+            return Err(Error::argument(
+                "layer",
+                format!("{layer} of {}", self.layers.len()),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// What accompanies the latents through one pass.
+struct Pass<'a> {
+    context: &'a Tensor,
+    watch: Watch<'a>,
+    attention: Vec<LayerAttention>,
+}
+
+#[derive(Debug)]
+struct Network {
+    conv_in: Conv3x3,
+    time_1: Linear,
+    time_2: Linear,
+    down: Vec<DownLevel>,
+    middle: Middle,
+    up: Vec<UpLevel>,
+    norm_out: GroupNorm,
+    conv_out: Conv3x3,
+}
+
+impl Network {
+    fn new(
+        config: &UNetConfig,
+        w: Weights,
+        lora: Option<&LoraAdapter>,
+    ) -> Result<(Self, Vec<CrossAttentionLayer>)> {
+        let widths = &config.block_out_channels;
+        let (Some(&first), n_levels) = (widths.first(), widths.len()) else {
+            return Err(Error::argument("block_out_channels", "at least one level"));
+        };
+        for (name, len) in [
+            ("layers_per_block", config.layers_per_block.len()),
+            ("down_block_types", config.down_block_types.len()),
+            ("up_block_types", config.up_block_types.len()),
+            ("heads", config.heads.len()),
+            (
+                "transformer_layers_per_block",
+                config.transformer_layers_per_block.len(),
+            ),
+        ] {
+            if len != n_levels {
+                return Err(Error::argument(
+                    name,
+                    format!("{len} entries for {n_levels} levels"),
+                ));
+            }
+        }
+        let time = w.pp("time_embedding");
+        let mut b = Builder::new(config, w.clone(), lora);
+        let network = Self {
+            conv_in: Conv3x3::new(&w.pp("conv_in"), config.in_channels, first)?,
+            time_1: Linear::new(&time.pp("linear_1"), first, 4 * first)?,
+            time_2: Linear::new(&time.pp("linear_2"), 4 * first, 4 * first)?,
+            down: (0..n_levels)
+                .map(|level| DownLevel::new(&mut b, level))
+                .collect::<Result<_>>()?,
+            middle: Middle::new(&mut b)?,
+            up: (0..n_levels)
+                .map(|index| UpLevel::new(&mut b, index))
+                .collect::<Result<_>>()?,
+            norm_out: GroupNorm::new(
+                &w.pp("conv_norm_out"),
+                config.norm_num_groups,
+                first,
+                config.norm_eps,
+            )?,
+            conv_out: Conv3x3::new(&w.pp("conv_out"), first, config.out_channels)?,
+        };
+        Ok((network, b.into_layers()))
+    }
+
+    fn forward(
+        &self,
+        config: &UNetConfig,
+        latents: &Tensor,
+        timesteps: &[f32],
+        pass: &mut Pass<'_>,
+    ) -> Result<Tensor> {
+        let time = timestep_embedding(config, timesteps)?.to_device(latents.device())?;
+        let time = ops::silu(&self.time_1.forward(&time.to_dtype(latents.dtype())?)?)?;
+        // Every residual block starts from the same activation.
+        let time = ops::silu(&self.time_2.forward(&time)?)?;
+
+        let mut x = self.conv_in.forward(latents)?;
+        let mut skips = vec![x.clone()];
+        for level in &self.down {
+            x = level.forward(x, &time, pass, &mut skips)?;
+        }
+        x = self.middle.forward(&x, &time, pass)?;
+        for level in &self.up {
+            x = level.forward(x, &time, pass, &mut skips)?;
+        }
+        self.conv_out.forward(&self.norm_out.forward_silu(&x)?)
+    }
+}
+
+/// Sinusoids of the timesteps, `[B, width of the first level]` (Vaswani et al. 2017, as in diffusers).
+///
+/// With h half the width: frequency i is exp(-ln(10⁴)·i / (h - freq_shift)); the halves are sin and cos of
+/// t·frequency, or cos and sin if flipped. Computed in f32 so that checkpoints see what they were trained with.
+fn timestep_embedding(config: &UNetConfig, timesteps: &[f32]) -> Result<Tensor> {
+    let width = config.block_out_channels.first().copied().unwrap_or(0);
+    let half = width / 2;
+    let denominator = half as f32 - config.freq_shift as f32;
+    let mut values = Vec::with_capacity(timesteps.len() * width);
+    for &t in timesteps {
+        let angles = (0..half).map(|i| t * (-(1e4_f32.ln()) * i as f32 / denominator).exp());
+        let (sines, cosines): (Vec<f32>, Vec<f32>) = angles.map(f32::sin_cos).unzip();
+        let [first, second] = if config.flip_sin_to_cos {
+            [cosines, sines]
+        } else {
+            [sines, cosines]
+        };
+        values.extend(first);
+        values.extend(second);
+        values.extend(std::iter::repeat_n(0.0, width % 2));
+    }
+    Ok(Tensor::from_vec(
+        values,
+        (timesteps.len(), width),
+        &candle_core::Device::Cpu,
+    )?)
+}

@@ -1,0 +1,200 @@
+//! The transformer of a level: self-attention, cross-attention to the context, gated feed-forward.
+
+use candle_core::Tensor;
+
+use super::{
+    LayerAttention, Pass,
+    blocks::{Builder, Place},
+};
+use crate::{
+    Result,
+    layers::{GroupNorm, LayerNorm, Linear},
+    lora::LoraAdapter,
+    ops::{self, Mask},
+    weights::Weights,
+};
+
+/// Epsilon of the layer norms, and of the group norm in front (diffusers' `Transformer2DModel`).
+const LAYER_NORM_EPSILON: f64 = 1e-5;
+const GROUP_NORM_EPSILON: f64 = 1e-6;
+
+/// x + out(blocks(in(norm(x)))), the pixels of a plane being tokens in between.
+#[derive(Debug)]
+pub(super) struct Transformer {
+    norm: GroupNorm,
+    proj_in: Linear,
+    blocks: Vec<Block>,
+    proj_out: Linear,
+}
+
+impl Transformer {
+    pub(super) fn new(b: &mut Builder<'_>, w: &Weights, place: Place) -> Result<Self> {
+        let config = b.config;
+        let width = config.block_out_channels[place.level];
+        let projection = |name: &str| {
+            let w = w.pp(name);
+            if config.use_linear_projection {
+                Linear::new(&w, width, width)
+            } else {
+                Linear::pointwise(&w, width, width)
+            }
+        };
+        let n_blocks = config.transformer_layers_per_block[place.level];
+        let blocks = w.pp("transformer_blocks");
+        Ok(Self {
+            norm: GroupNorm::new(
+                &w.pp("norm"),
+                config.norm_num_groups,
+                width,
+                GROUP_NORM_EPSILON,
+            )?,
+            proj_in: projection("proj_in")?,
+            proj_out: projection("proj_out")?,
+            blocks: (0..n_blocks)
+                .map(|index| Block::new(b, &blocks.pp(index), place))
+                .collect::<Result<_>>()?,
+        })
+    }
+
+    /// x `[B, C, h, w]`.
+    pub(super) fn forward(&self, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let (_, _, height, width) = x.dims4()?;
+        let mut tokens = self.proj_in.forward_to_tokens(&self.norm.forward(x)?)?;
+        for block in &self.blocks {
+            tokens = block.forward(&tokens, [height, width], pass)?;
+        }
+        Ok((x + self.proj_out.forward_to_plane(&tokens, [height, width])?)?)
+    }
+}
+
+/// Three sums: x + attention(norm(x)), + attention to the context, + feed-forward.
+#[derive(Debug)]
+struct Block {
+    norm_1: LayerNorm,
+    self_attention: Attention,
+    norm_2: LayerNorm,
+    cross_attention: Attention,
+    /// Index of the cross-attention among the network's.
+    layer: usize,
+    norm_3: LayerNorm,
+    widen: Linear,
+    narrow: Linear,
+}
+
+impl Block {
+    fn new(b: &mut Builder<'_>, w: &Weights, place: Place) -> Result<Self> {
+        let (config, lora) = (b.config, b.lora);
+        let width = config.block_out_channels[place.level];
+        let norm = |name: &str| LayerNorm::new(&w.pp(name), width, LAYER_NORM_EPSILON);
+        let n_heads = config.heads[place.level];
+        let attention = |name: &str, context: usize| {
+            Attention::new(&w.pp(name), lora, [width, context], n_heads)
+        };
+        Ok(Self {
+            norm_1: norm("norm1")?,
+            self_attention: attention("attn1", width)?,
+            norm_2: norm("norm2")?,
+            cross_attention: attention("attn2", config.cross_attention_dim)?,
+            layer: b.register(w.pp("attn2").path(), place),
+            norm_3: norm("norm3")?,
+            widen: Linear::new(&w.pp("ff.net.0.proj"), width, 8 * width)?,
+            narrow: Linear::new(&w.pp("ff.net.2"), 4 * width, width)?,
+        })
+    }
+
+    /// x `[B, h·w, C]`.
+    fn forward(
+        &self,
+        x: &Tensor,
+        [height, width]: [usize; 2],
+        pass: &mut Pass<'_>,
+    ) -> Result<Tensor> {
+        let h = self.norm_1.forward(x)?;
+        let [q, k, v] = self.self_attention.project(&h, &h)?;
+        let attended = ops::attention(&q, &k, &v, self.self_attention.n_heads, Mask::None)?;
+        let x = (x + self.self_attention.out.forward(&attended)?)?;
+
+        let h = self.norm_2.forward(&x)?;
+        let x = (&x + self.attend_to_context(&h, [height, width], pass)?)?;
+
+        let h = ops::geglu(&self.widen.forward(&self.norm_3.forward(&x)?)?)?;
+        Ok((x + self.narrow.forward(&h)?)?)
+    }
+
+    fn attend_to_context(
+        &self,
+        x: &Tensor,
+        [height, width]: [usize; 2],
+        pass: &mut Pass<'_>,
+    ) -> Result<Tensor> {
+        let attention = &self.cross_attention;
+        let [q, k, v] = attention.project(x, pass.context)?;
+        let attended = match pass.watch.positions(self.layer) {
+            None => ops::attention(&q, &k, &v, attention.n_heads, Mask::None)?,
+            Some(positions) => {
+                let (attended, probabilities) =
+                    ops::observed_attention(&q, &k, &v, attention.n_heads, positions)?;
+                let layer = self.layer;
+                pass.attention.push(LayerAttention {
+                    layer,
+                    height,
+                    width,
+                    probabilities,
+                });
+                attended
+            }
+        };
+        attention.out.forward(&attended)
+    }
+}
+
+/// The projections of one attention.
+#[derive(Debug)]
+struct Attention {
+    to_q: Linear,
+    to_k: Linear,
+    to_v: Linear,
+    out: Linear,
+    n_heads: usize,
+}
+
+impl Attention {
+    fn new(
+        w: &Weights,
+        lora: Option<&LoraAdapter>,
+        [width, context]: [usize; 2],
+        n_heads: usize,
+    ) -> Result<Self> {
+        let projection = |name: &str, n_in: usize| -> Result<Linear> {
+            let w = w.pp(name);
+            Ok(Linear::without_bias(&w, n_in, width)?.with_lora(lora, &w))
+        };
+        let out = w.pp("to_out.0");
+        Ok(Self {
+            to_q: projection("to_q", width)?,
+            to_k: projection("to_k", context)?,
+            to_v: projection("to_v", context)?,
+            out: Linear::new(&out, width, width)?.with_lora(lora, &out),
+            n_heads,
+        })
+    }
+
+    /// Queries of x `[B, N, C]`; keys and values of the context `[B or 1, M, D]`, for every sample.
+    fn project(&self, x: &Tensor, context: &Tensor) -> Result<[Tensor; 3]> {
+        let n_samples = x.dim(0)?;
+        let for_all = |y: Tensor| -> Result<Tensor> {
+            let (n, n_tokens, width) = y.dims3()?;
+            if n == n_samples {
+                Ok(y)
+            } else {
+                Ok(y.broadcast_as((n_samples, n_tokens, width))?)
+            }
+        };
+        let q = self.to_q.forward(x)?;
+        Ok([
+            q,
+            for_all(self.to_k.forward(context)?)?,
+            for_all(self.to_v.forward(context)?)?,
+        ])
+    }
+}

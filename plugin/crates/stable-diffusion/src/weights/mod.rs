@@ -1,0 +1,278 @@
+//! Weights by name: what a file holds, and the cursor by which a network takes what it needs.
+//!
+//! A network never fails half-way through a damaged checkpoint: [`Weights::get`] always returns a
+//! tensor, and [`WeightMap::build`] reports everything missing, misshapen and left over at once.
+
+mod tensor_file;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::{DType, Device, Tensor};
+
+pub use tensor_file::TensorFile;
+pub(crate) use tensor_file::refuse_pickle;
+
+use crate::error::{CheckpointError, Misshapen, Result};
+use crate::rng::Rng;
+
+/// Prefix that the text encoder's tensors have in Stable Diffusion's files and in transformers
+/// before 5, and lack since.
+const OPTIONAL_PREFIX: &str = "text_model.";
+
+/// Whether a tensor of this name is a table of constants that some exporters wrote along.
+pub(crate) fn is_constant(name: &str) -> bool {
+    name.ends_with("position_ids")
+}
+
+/// The tensors of one component (U-Net, VAE, text encoder) by their name in diffusers' layout, f32.
+#[derive(Debug, Clone, Default)]
+pub struct WeightMap(pub BTreeMap<String, Tensor>);
+
+impl WeightMap {
+    /// Reads every tensor of `file`, one at a time.
+    ///
+    /// # Errors
+    /// [`crate::Error::Unreadable`] naming the tensors that are of no supported type or not finite.
+    pub fn read(file: &TensorFile, device: &Device) -> Result<Self> {
+        let names = file.names().filter(|name| !is_constant(name));
+        let tensors = names.map(|name| Ok((name.to_owned(), file.read(name, device)?)));
+        Ok(Self(tensors.collect::<Result<_>>()?))
+    }
+
+    /// Random weights for whatever `build` asks for, on the CPU: matrices and kernels from
+    /// N(0, 1/fan_in), norm weights 1, biases 0. Each tensor has its own random stream, so the
+    /// order of the requests does not matter.
+    ///
+    /// # Errors
+    /// Those of `build`.
+    pub fn random(seed: u64, build: impl Fn(Weights) -> Result<()>) -> Result<Self> {
+        let made = Arc::new(Mutex::new(BTreeMap::new()));
+        build(Weights::new(Source::Random {
+            seed,
+            made: Arc::clone(&made),
+        }))?;
+        let made = std::mem::take(&mut *lock(&made));
+        Ok(Self(made))
+    }
+
+    /// The name and shape of every tensor that `build` asks for, without allocating any of them:
+    /// what it gets is one zero, broadcast.
+    ///
+    /// # Errors
+    /// Those of `build`.
+    pub fn shapes(build: impl Fn(Weights) -> Result<()>) -> Result<BTreeMap<String, Vec<usize>>> {
+        let asked = Arc::new(Mutex::new(BTreeMap::new()));
+        build(Weights::new(Source::Shapes {
+            asked: Arc::clone(&asked),
+        }))?;
+        let asked = std::mem::take(&mut *lock(&asked));
+        Ok(asked)
+    }
+
+    /// Builds a network from this map; `component` names the file or component in errors.
+    ///
+    /// # Errors
+    /// [`CheckpointError`] unless the network takes exactly the tensors of this map in their shapes.
+    pub fn build<T>(&self, component: &str, f: impl FnOnce(Weights) -> Result<T>) -> Result<T> {
+        let weights = Weights::new(Source::Map(Arc::new(self.0.clone())));
+        let report = Arc::clone(&weights.report);
+        let built = f(weights);
+        let report = std::mem::take(&mut *lock(&report));
+        let unexpected: Vec<String> = self
+            .0
+            .keys()
+            .filter(|name| !report.taken.contains(*name) && !is_constant(name))
+            .cloned()
+            .collect();
+        if report.missing.is_empty()
+            && report.misshapen.is_empty()
+            && (unexpected.is_empty() || built.is_err())
+        {
+            return built;
+        }
+        Err(CheckpointError {
+            file: component.to_owned(),
+            missing: report.missing,
+            unexpected,
+            misshapen: report.misshapen,
+        }
+        .into())
+    }
+
+    /// The same weights on `device`.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let moved = self
+            .0
+            .iter()
+            .map(|(name, tensor)| Ok((name.clone(), tensor.to_device(device)?)));
+        Ok(Self(moved.collect::<Result<_>>()?))
+    }
+}
+
+/// Where a cursor's tensors come from.
+#[derive(Clone)]
+enum Source {
+    Map(Arc<BTreeMap<String, Tensor>>),
+    Random {
+        seed: u64,
+        made: Arc<Mutex<BTreeMap<String, Tensor>>>,
+    },
+    Shapes {
+        asked: Arc<Mutex<BTreeMap<String, Vec<usize>>>>,
+    },
+}
+
+#[derive(Default)]
+struct Report {
+    taken: BTreeSet<String>,
+    missing: Vec<String>,
+    misshapen: Vec<Misshapen>,
+}
+
+/// A panicking builder leaves a report that nobody reads, so poison says nothing here.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A cursor into a [`WeightMap`]: the path by which a layer is reached is its name in the file.
+#[derive(Clone)]
+pub struct Weights {
+    source: Source,
+    path: String,
+    report: Arc<Mutex<Report>>,
+}
+
+impl std::fmt::Debug for Weights {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Weights")
+            .field("path", &self.path)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Weights {
+    fn new(source: Source) -> Self {
+        Self {
+            source,
+            path: String::new(),
+            report: Arc::default(),
+        }
+    }
+
+    /// The cursor at `name` below this one; `name` may hold several steps (`to_out.0`).
+    pub fn pp(&self, name: impl Display) -> Self {
+        Self {
+            source: self.source.clone(),
+            path: self.join(&name.to_string()),
+            report: Arc::clone(&self.report),
+        }
+    }
+
+    /// The path from the component's root, without a trailing dot.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// The device of the tensors.
+    pub fn device(&self) -> Device {
+        match &self.source {
+            Source::Map(map) => map
+                .values()
+                .next()
+                .map_or(Device::Cpu, |tensor| tensor.device().clone()),
+            Source::Random { .. } | Source::Shapes { .. } => Device::Cpu,
+        }
+    }
+
+    /// Whether the map holds `name` below this cursor. A random map holds nothing yet.
+    pub fn contains(&self, name: &str) -> bool {
+        match &self.source {
+            Source::Map(map) => find(map, &self.join(name)).is_some(),
+            Source::Random { .. } | Source::Shapes { .. } => false,
+        }
+    }
+
+    /// The tensor `name` below this cursor. One that is missing or of another shape than `shape`
+    /// is reported by [`WeightMap::build`] and is zero here.
+    pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let name = self.join(name);
+        match &self.source {
+            Source::Map(map) => self.take(map, name, shape),
+            Source::Random { seed, made } => {
+                let tensor = random(*seed, &name, shape)?;
+                lock(made).insert(name, tensor.clone());
+                Ok(tensor)
+            }
+            Source::Shapes { asked } => {
+                lock(asked).insert(name, shape.to_vec());
+                zero(shape, &Device::Cpu)
+            }
+        }
+    }
+
+    fn take(
+        &self,
+        map: &BTreeMap<String, Tensor>,
+        name: String,
+        shape: &[usize],
+    ) -> Result<Tensor> {
+        let mut report = lock(&self.report);
+        let Some((found, tensor)) = find(map, &name) else {
+            if !report.missing.contains(&name) {
+                report.missing.push(name);
+            }
+            return zero(shape, &self.device());
+        };
+        report.taken.insert(found.clone());
+        if tensor.dims() == shape {
+            return Ok(tensor.clone());
+        }
+        let misshapen = Misshapen {
+            name,
+            expected: shape.to_vec(),
+            found: tensor.dims().to_vec(),
+        };
+        if !report.misshapen.contains(&misshapen) {
+            report.misshapen.push(misshapen);
+        }
+        zero(shape, tensor.device())
+    }
+
+    fn join(&self, name: &str) -> String {
+        if self.path.is_empty() {
+            name.to_owned()
+        } else {
+            format!("{}.{name}", self.path)
+        }
+    }
+}
+
+/// The entry `name`, with or without the prefix that not all exporters write.
+fn find<'a>(map: &'a BTreeMap<String, Tensor>, name: &str) -> Option<(&'a String, &'a Tensor)> {
+    map.get_key_value(name)
+        .or_else(|| match name.strip_prefix(OPTIONAL_PREFIX) {
+            Some(bare) => map.get_key_value(bare),
+            None => map.get_key_value(&format!("{OPTIONAL_PREFIX}{name}")),
+        })
+}
+
+fn zero(shape: &[usize], device: &Device) -> Result<Tensor> {
+    Ok(Tensor::zeros((), DType::F32, device)?.broadcast_as(shape)?)
+}
+
+fn random(seed: u64, name: &str, shape: &[usize]) -> Result<Tensor> {
+    if name.ends_with("bias") {
+        return Ok(Tensor::zeros(shape, DType::F32, &Device::Cpu)?);
+    }
+    if shape.len() < 2 {
+        return Ok(Tensor::ones(shape, DType::F32, &Device::Cpu)?);
+    }
+    let fan_in: usize = shape[1..].iter().product();
+    let noise = Rng::new(seed, name, 0).normal(shape, &Device::Cpu)?;
+    Ok((noise * (fan_in.max(1) as f64).powf(-0.5))?)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,179 @@
+use std::ops::ControlFlow;
+
+use candle_core::{Device, Tensor};
+use stable_diffusion::config::ModelConfig;
+use stable_diffusion::generate::{GenerateConfig, generate};
+use stable_diffusion::model::DiffusionModel;
+use stable_diffusion::scheduler::SchedulerKind;
+
+use crate::models::{shrunk, tokenizer};
+
+const CONFIG: GenerateConfig = GenerateConfig {
+    steps: 3,
+    guidance: 4.0,
+    scheduler: SchedulerKind::Ddim,
+    seed: 5,
+    n_pictures: 2,
+};
+
+fn model() -> DiffusionModel {
+    DiffusionModel::random(&shrunk(ModelConfig::sd_1_5()), tokenizer(), 3, &Device::Cpu).unwrap()
+}
+
+/// Text embeddings of a prompt and of none.
+fn embeddings(model: &DiffusionModel) -> (Tensor, Tensor) {
+    let encode = |prompt: &str| {
+        model
+            .text_encoder
+            .encode(&model.tokenizer.encode(prompt).unwrap().ids, None)
+            .unwrap()
+    };
+    (encode("a dog on the grass"), encode(""))
+}
+
+fn pictures(model: &DiffusionModel, config: &GenerateConfig) -> Vec<Vec<f32>> {
+    let (conditional, unconditional) = embeddings(model);
+    let out = generate(model, &conditional, &unconditional, config, &mut |_| {
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert_eq!(out.dims(), [config.n_pictures, 3, 64, 64]);
+    out.flatten_from(1).unwrap().to_vec2().unwrap()
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bits() {
+    let model = model();
+    let both = pictures(&model, &CONFIG);
+    assert_ne!(both[0], both[1]);
+    assert!(both.iter().flatten().all(|x| (0.0..=1.0).contains(x)));
+    // Whatever the number of threads, and however many pictures are asked for.
+    let one = GenerateConfig {
+        n_pictures: 1,
+        ..CONFIG
+    };
+    for threads in [1, 3] {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        assert_eq!(
+            pool.install(|| pictures(&model, &one))[0],
+            both[0],
+            "{threads} threads"
+        );
+    }
+    assert_eq!(pictures(&self::model(), &one)[0], both[0]);
+    for other in [
+        GenerateConfig {
+            seed: 6,
+            ..one.clone()
+        },
+        GenerateConfig {
+            guidance: 1.0,
+            ..one.clone()
+        },
+        GenerateConfig {
+            steps: 4,
+            ..one.clone()
+        },
+        GenerateConfig {
+            scheduler: SchedulerKind::DpmSolverPlusPlus2M,
+            ..one.clone()
+        },
+    ] {
+        assert_ne!(pictures(&model, &other)[0], both[0], "{other:?}");
+    }
+}
+
+#[test]
+fn guidance_one_ignores_the_unconditional_prompt() {
+    let model = model();
+    let (conditional, unconditional) = embeddings(&model);
+    let config = GenerateConfig {
+        guidance: 1.0,
+        n_pictures: 1,
+        ..CONFIG
+    };
+    let run = |unconditional: &Tensor| {
+        let out = generate(&model, &conditional, unconditional, &config, &mut |_| {
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        out.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    assert_eq!(run(&unconditional), run(&conditional));
+}
+
+#[test]
+fn every_step_is_reported_and_can_be_the_last() {
+    let model = model();
+    let (conditional, unconditional) = embeddings(&model);
+    let run = |stop_at: usize| {
+        let mut steps = Vec::new();
+        let result = generate(&model, &conditional, &unconditional, &CONFIG, &mut |step| {
+            assert_eq!(step.latents.dims(), [1, 4, 8, 8]);
+            steps.push((step.picture, step.step, step.total));
+            if step.step == stop_at {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        });
+        (steps, result.err().map(|e| e.to_string()))
+    };
+    let all = [
+        (0, 1, 6),
+        (0, 2, 6),
+        (0, 3, 6),
+        (1, 4, 6),
+        (1, 5, 6),
+        (1, 6, 6),
+    ];
+    assert_eq!(run(0), (all.to_vec(), None));
+    assert_eq!(run(4), (all[..4].to_vec(), Some("canceled".to_owned())));
+}
+
+#[test]
+fn impossible_requests_are_refused() {
+    let model = model();
+    let (conditional, unconditional) = embeddings(&model);
+    let refuse = |config: GenerateConfig| {
+        let on_step =
+            &mut |_: stable_diffusion::generate::GenerateStep<'_>| ControlFlow::Continue(());
+        generate(&model, &conditional, &unconditional, &config, on_step)
+            .unwrap_err()
+            .to_string()
+    };
+    assert_eq!(
+        refuse(GenerateConfig { steps: 0, ..CONFIG }),
+        "steps: 0 is not in 1..=1000"
+    );
+    assert_eq!(
+        refuse(GenerateConfig {
+            n_pictures: 0,
+            ..CONFIG
+        }),
+        "n_pictures: 0 is not in 1.."
+    );
+    assert_eq!(
+        refuse(GenerateConfig {
+            guidance: f64::NAN,
+            ..CONFIG
+        }),
+        "guidance: NaN is not a number"
+    );
+}
+
+#[test]
+fn pictures_of_the_wrong_size_are_refused() {
+    let model = model();
+    let image = Tensor::zeros((1, 3, 20, 64), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let error = model.vae.moments(&image).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "image: [1, 3, 20, 64] is not [B, 3, H, W] with H and W multiples of 8"
+    );
+    let error = model.vae.decode(&image).unwrap_err().to_string();
+    assert_eq!(error, "latents: [1, 3, 20, 64] is not [B, 4, h, w]");
+}

@@ -1,0 +1,214 @@
+//! Adapters and trainable copies: what is trained, what is not, and what a file keeps.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+mod small;
+
+use candle_core::{Device, Tensor};
+use small::{distance, random};
+use stable_diffusion::{
+    Error,
+    lora::{LoraAdapter, trainable_copy},
+    unet::UNet,
+};
+
+fn predict(unet: &UNet) -> Tensor {
+    unet.forward(
+        &random(&[1, 4, 8, 8], 1),
+        &[500.0],
+        &random(&[1, 10, 24], 2),
+    )
+    .unwrap()
+}
+
+fn with_adapter(unet: &UNet, adapter: &LoraAdapter) -> UNet {
+    UNet::new(unet.config(), unet.weights(), Some(adapter)).unwrap()
+}
+
+/// An adapter that changes something.
+fn moved_adapter(unet: &UNet) -> LoraAdapter {
+    let adapter = LoraAdapter::new(unet, 3, 6.0, 5).unwrap();
+    for (index, (_, variable)) in adapter.variables().iter().enumerate() {
+        variable
+            .set(&(random(variable.dims(), index as u64) * 0.1).unwrap())
+            .unwrap();
+    }
+    adapter
+}
+
+#[test]
+fn a_new_adapter_changes_nothing_and_trains_every_attention() {
+    let unet = small::unet();
+    let adapter = LoraAdapter::new(&unet, 3, 6.0, 5).unwrap();
+    // 14 transformer blocks of two attentions with four projections of two factors.
+    assert_eq!(adapter.variables().len(), 14 * 2 * 4 * 2);
+    let adapted = predict(&with_adapter(&unet, &adapter));
+    assert_eq!(distance(&adapted, &predict(&unet)), 0.0);
+
+    let gradients = adapted
+        .sqr()
+        .unwrap()
+        .sum_all()
+        .unwrap()
+        .backward()
+        .unwrap();
+    for (name, variable) in adapter.variables() {
+        let gradient = gradients
+            .get(&variable)
+            .unwrap_or_else(|| panic!("{name} has no gradient"));
+        let is_zero = gradient
+            .sqr()
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .to_scalar::<f32>()
+            .unwrap()
+            == 0.0;
+        // While up is zero, nothing reaches down.
+        assert_eq!(is_zero, name.ends_with("lora_A.weight"), "{name}");
+    }
+    assert!(
+        unet.weights()
+            .0
+            .values()
+            .all(|weight| gradients.get(weight).is_none())
+    );
+}
+
+#[test]
+fn an_adapter_is_the_change_of_weight_that_it_stands_for() {
+    let unet = small::unet();
+    let adapter = moved_adapter(&unet);
+    let mut merged = unet.weights().clone();
+    for (path, factors) in &adapter.factors {
+        let change = (factors.up.matmul(&factors.down).unwrap() * (6.0 / 3.0)).unwrap();
+        let weight = merged.0.get_mut(&format!("{path}.weight")).unwrap();
+        *weight = (&*weight + change).unwrap().detach();
+    }
+    let merged = UNet::new(unet.config(), &merged, None).unwrap();
+    let adapted = predict(&with_adapter(&unet, &adapter));
+    assert!(distance(&adapted, &predict(&merged)) < 1e-5);
+    assert!(distance(&adapted, &predict(&unet)) > 1e-2);
+}
+
+#[test]
+fn the_start_depends_on_seed_and_path_only() {
+    let unet = small::unet();
+    let down = |seed| LoraAdapter::new(&unet, 3, 6.0, seed).unwrap();
+    let path = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k";
+    let (one, same, other) = (down(1), down(1), down(2));
+    assert_eq!(
+        distance(&one.factors[path].down, &same.factors[path].down),
+        0.0
+    );
+    assert!(distance(&one.factors[path].down, &other.factors[path].down) > 0.0);
+}
+
+#[test]
+fn a_file_keeps_everything_and_a_copy_does_not_follow() {
+    let unet = small::unet();
+    let adapter = moved_adapter(&unet);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("adapter.safetensors");
+    adapter.save(&path).unwrap();
+    let loaded = LoraAdapter::load(&path, &Device::Cpu).unwrap();
+    assert_eq!((loaded.rank, loaded.alpha), (3, 6.0));
+    assert!(loaded.variables().is_empty());
+    let before = predict(&with_adapter(&unet, &adapter));
+    assert_eq!(
+        distance(&before, &predict(&with_adapter(&unet, &loaded))),
+        0.0
+    );
+    // Only the finished file is left.
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+
+    let frozen = adapter.detach().unwrap();
+    assert!(frozen.variables().is_empty());
+    for (_, variable) in adapter.variables() {
+        variable.set(&variable.zeros_like().unwrap()).unwrap();
+    }
+    assert_eq!(
+        distance(&before, &predict(&with_adapter(&unet, &frozen))),
+        0.0
+    );
+}
+
+#[test]
+fn adapters_of_other_models_and_other_files_are_refused() {
+    let unet = small::unet();
+    let mut adapter = moved_adapter(&unet);
+    let factors = adapter.factors.values().next().unwrap().clone();
+    adapter.factors.insert("conv_in".into(), factors);
+    let error = UNet::new(unet.config(), unet.weights(), Some(&adapter)).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            Error::Argument {
+                what: "adapter",
+                ..
+            }
+        ),
+        "{error}"
+    );
+
+    let mut adapter = moved_adapter(&unet);
+    let factors = adapter.factors.values_mut().next().unwrap();
+    factors.down = random(&[3, 5], 0);
+    let error = UNet::new(unet.config(), unet.weights(), Some(&adapter)).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            Error::Argument {
+                what: "adapter",
+                ..
+            }
+        ),
+        "{error}"
+    );
+
+    assert!(LoraAdapter::new(&unet, 0, 1.0, 0).is_err());
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("tensors.safetensors");
+    random(&[2], 0)
+        .save_safetensors("unet.conv_in.bias", &path)
+        .unwrap();
+    let error = LoraAdapter::load(&path, &Device::Cpu).unwrap_err();
+    assert!(matches!(error, Error::Unreadable { .. }), "{error}");
+}
+
+#[test]
+fn a_trainable_copy_trains_every_weight_and_leaves_the_original() {
+    let unet = small::unet();
+    let before = predict(&unet);
+    let (copy, variables) = trainable_copy(&unet).unwrap();
+    assert_eq!(variables.len(), unet.weights().0.len());
+    assert_eq!(distance(&before, &predict(&copy)), 0.0);
+    let gradients = predict(&copy)
+        .sqr()
+        .unwrap()
+        .sum_all()
+        .unwrap()
+        .backward()
+        .unwrap();
+    for (name, variable) in &variables {
+        let gradient = gradients
+            .get(variable)
+            .unwrap_or_else(|| panic!("{name} has no gradient"));
+        let is_zero = gradient
+            .sqr()
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .to_scalar::<f32>()
+            .unwrap()
+            == 0.0;
+        assert!(!is_zero, "{name}");
+        variable
+            .set(&(variable.as_tensor() - (gradient * 1e-3).unwrap()).unwrap())
+            .unwrap();
+    }
+    let frozen = copy.frozen_copy().unwrap();
+    assert!(!predict(&frozen).track_op());
+    assert_eq!(distance(&predict(&frozen), &predict(&copy)), 0.0);
+    assert!(distance(&predict(&frozen), &before) > 1e-4);
+    assert_eq!(distance(&predict(&unet), &before), 0.0);
+}

@@ -1,0 +1,312 @@
+//! The text encoder and the U-Net as a whole: what a caller may rely on, for any weights. Agreement with
+//! diffusers is tested on recorded tensors elsewhere.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+mod small;
+
+use candle_core::{Device, Tensor, Var};
+use small::{distance, random};
+use stable_diffusion::{
+    Error,
+    text_encoder::TextEncoder,
+    unet::{Stage, UNet, Watch},
+    weights::WeightMap,
+};
+
+fn text_encoder() -> TextEncoder {
+    let config = small::config().text_encoder;
+    WeightMap::random(4, |w| TextEncoder::new(&config, w).map(drop))
+        .unwrap()
+        .build("text encoder", |w| TextEncoder::new(&config, w))
+        .unwrap()
+}
+
+#[test]
+fn a_learned_row_equal_to_a_word_gives_the_bits_of_the_word() {
+    let encoder = text_encoder();
+    let rows = encoder.token_table().narrow(0, 7, 2).unwrap();
+    let word = encoder.encode(&[1, 8, 2, 7], None).unwrap();
+    let learned = encoder.encode(&[1, 21, 2, 20], Some(&rows)).unwrap();
+    assert_eq!(word.dims(), [1, 4, 24]);
+    assert_eq!(distance(&word, &learned), 0.0);
+}
+
+#[test]
+fn gradients_reach_the_rows_that_occur_and_only_positions_after_them() {
+    let encoder = text_encoder();
+    let rows = Var::from_tensor(&random(&[3, 24], 0)).unwrap();
+    let context = encoder.encode(&[1, 2, 20, 22, 3], Some(&rows)).unwrap();
+    let gradient_at = |position: usize| -> Vec<f32> {
+        let loss = context
+            .narrow(1, position, 1)
+            .unwrap()
+            .sqr()
+            .unwrap()
+            .sum_all()
+            .unwrap();
+        let gradient = loss.backward().unwrap().get(&rows).unwrap().clone();
+        gradient.abs().unwrap().sum(1).unwrap().to_vec1().unwrap()
+    };
+    assert_eq!(gradient_at(1), [0.0; 3]);
+    let after_first = gradient_at(2);
+    assert!(after_first[0] > 0.0 && after_first[1..] == [0.0; 2]);
+    let at_end = gradient_at(4);
+    assert!(at_end[0] > 0.0 && at_end[1] == 0.0 && at_end[2] > 0.0);
+}
+
+#[test]
+fn the_text_encoder_refuses_what_it_has_no_row_for() {
+    let encoder = text_encoder();
+    let rows = random(&[1, 24], 0);
+    for (ids, rows) in [
+        (&[][..], None),
+        (&[1; 11], None),
+        (&[20], None),
+        (&[21], Some(&rows)),
+    ] {
+        let error = encoder.encode(ids, rows).unwrap_err();
+        assert!(
+            matches!(error, Error::Argument { what: "ids", .. }),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn layers_are_listed_in_the_order_in_which_they_run() {
+    let unet = small::unet();
+    let listed: Vec<(&str, Stage, usize, usize)> = unet
+        .cross_attention_layers()
+        .iter()
+        .map(|layer| {
+            (
+                layer.name.as_str(),
+                layer.stage,
+                layer.resolution,
+                layer.heads,
+            )
+        })
+        .collect();
+    assert_eq!(listed.len(), 1 + 4 + 1 + 6 + 2);
+    let first = "down_blocks.0.attentions.0.transformer_blocks.0.attn2";
+    assert_eq!(listed[0], (first, Stage::Down, 16, 2));
+    let deep = "down_blocks.1.attentions.1.transformer_blocks.1.attn2";
+    assert_eq!(listed[4], (deep, Stage::Down, 8, 4));
+    assert_eq!(
+        listed[5],
+        (
+            "mid_block.attentions.0.transformer_blocks.0.attn2",
+            Stage::Mid,
+            4,
+            2
+        )
+    );
+    let last = "up_blocks.2.attentions.1.transformer_blocks.0.attn2";
+    assert_eq!(listed[13], (last, Stage::Up, 16, 2));
+
+    let observed = observe(&unet, Watch::All(&[0]));
+    let indices: Vec<usize> = observed.iter().map(|(layer, _)| *layer).collect();
+    assert_eq!(indices, (0..14).collect::<Vec<_>>());
+    for (layer, probabilities) in observed {
+        let expected = &unet.cross_attention_layers()[layer];
+        assert_eq!(
+            probabilities.dims(),
+            [2, expected.heads, expected.resolution.pow(2), 1]
+        );
+    }
+}
+
+fn observe(unet: &UNet, watch: Watch<'_>) -> Vec<(usize, Tensor)> {
+    let (latents, context) = (random(&[2, 4, 16, 16], 1), random(&[1, 10, 24], 2));
+    let observed = unet
+        .forward_observed(&latents, &[3.0, 700.0], &context, watch)
+        .unwrap();
+    observed
+        .attention
+        .into_iter()
+        .map(|layer| (layer.layer, layer.probabilities))
+        .collect()
+}
+
+#[test]
+fn watching_changes_nothing_and_probabilities_sum_to_one() {
+    let unet = small::unet();
+    let (latents, context) = (random(&[2, 4, 16, 16], 1), random(&[1, 10, 24], 2));
+    let plain = unet.forward(&latents, &[3.0, 700.0], &context).unwrap();
+    let positions: Vec<usize> = (0..10).collect();
+    let watch = Watch::Layers(&[2, 5], &positions);
+    let observed = unet
+        .forward_observed(&latents, &[3.0, 700.0], &context, watch)
+        .unwrap();
+    assert_eq!(distance(&plain, &observed.prediction), 0.0);
+    let layers: Vec<usize> = observed.attention.iter().map(|layer| layer.layer).collect();
+    assert_eq!(layers, [2, 5]);
+    for layer in &observed.attention {
+        let sums = layer.probabilities.sum(3).unwrap();
+        assert!(distance(&sums, &sums.ones_like().unwrap()) < 1e-6);
+        assert_eq!(layer.height * layer.width, layer.probabilities.dims()[2]);
+    }
+    // A subset of positions is a subset of the columns.
+    let some = observe(&unet, Watch::Layers(&[5], &[7, 1]));
+    for (column, position) in [(0, 7), (1, 1)] {
+        let all = observed.attention[1]
+            .probabilities
+            .narrow(3, position, 1)
+            .unwrap();
+        assert_eq!(
+            distance(&some[0].1.narrow(3, column, 1).unwrap(), &all),
+            0.0
+        );
+    }
+}
+
+#[test]
+fn samples_of_a_batch_do_not_see_each_other() {
+    let unet = small::unet();
+    // Odd sides are rounded on the way down and restored on the way up.
+    let (latents, context) = (random(&[2, 4, 14, 11], 1), random(&[2, 10, 24], 2));
+    let together = unet.forward(&latents, &[3.0, 700.0], &context).unwrap();
+    assert_eq!(together.dims(), latents.dims());
+    for (sample, timestep) in [3.0, 700.0].into_iter().enumerate() {
+        let one = |tensor: &Tensor| tensor.narrow(0, sample, 1).unwrap();
+        let alone = unet
+            .forward(&one(&latents), &[timestep], &one(&context))
+            .unwrap();
+        assert!(distance(&one(&together), &alone) < 1e-5);
+    }
+}
+
+#[test]
+fn gradients_reach_the_context_and_no_frozen_weight() {
+    let unet = small::unet();
+    let context = Var::from_tensor(&random(&[1, 10, 24], 2)).unwrap();
+    let latents = random(&[2, 4, 16, 16], 1);
+    let watch = Watch::Layers(&[13], &[4]);
+    let observed = unet
+        .forward_observed(&latents, &[3.0, 700.0], &context, watch)
+        .unwrap();
+    for loss in [
+        observed.prediction.sqr(),
+        observed.attention[0].probabilities.sqr(),
+    ] {
+        let gradients = loss.unwrap().sum_all().unwrap().backward().unwrap();
+        let gradient = gradients.get(&context).unwrap();
+        assert!(
+            gradient
+                .sqr()
+                .unwrap()
+                .sum_all()
+                .unwrap()
+                .to_scalar::<f32>()
+                .unwrap()
+                > 0.0
+        );
+        assert!(
+            unet.weights()
+                .0
+                .values()
+                .all(|weight| gradients.get(weight).is_none())
+        );
+    }
+    let without = unet
+        .forward(&latents, &[3.0, 700.0], &random(&[1, 10, 24], 2))
+        .unwrap();
+    assert!(
+        !without.track_op(),
+        "a pass without gradients keeps its graph"
+    );
+}
+
+#[test]
+fn the_slope_along_the_context_is_that_of_finite_differences() {
+    let unet = small::unet();
+    let (latents, start, direction) = (
+        random(&[1, 4, 8, 8], 1),
+        random(&[1, 10, 24], 2),
+        random(&[1, 10, 24], 3),
+    );
+    let value = |context: &Tensor| {
+        let watch = Watch::All(&[4]);
+        let observed = unet
+            .forward_observed(&latents, &[321.0], context, watch)
+            .unwrap();
+        let mut loss = observed.prediction.sqr().unwrap().mean_all().unwrap();
+        for layer in observed.attention {
+            loss = (loss + layer.probabilities.sqr().unwrap().mean_all().unwrap()).unwrap();
+        }
+        loss
+    };
+    let variable = Var::from_tensor(&start).unwrap();
+    let gradients = value(&variable).backward().unwrap();
+    let gradient = gradients.get(&variable).unwrap();
+    let slope: f32 = (gradient * &direction)
+        .unwrap()
+        .sum_all()
+        .unwrap()
+        .to_scalar()
+        .unwrap();
+    let at = |step: f64| -> f32 {
+        value(&(&start + (&direction * step).unwrap()).unwrap())
+            .to_scalar()
+            .unwrap()
+    };
+    let difference = (at(0.01) - at(-0.01)) / 0.02;
+    assert!(
+        (slope - difference).abs() < 0.01 * slope.abs(),
+        "{slope} and {difference}"
+    );
+}
+
+#[test]
+fn misfits_name_their_argument() {
+    let unet = small::unet();
+    let (latents, context) = (random(&[2, 4, 8, 8], 1), random(&[2, 10, 24], 2));
+    let refused =
+        |latents: &Tensor, timesteps: &[f32], context: &Tensor, watch: Watch<'_>| match unet
+            .forward_observed(latents, timesteps, context, watch)
+            .unwrap_err()
+        {
+            Error::Argument { what, .. } => what,
+            other => panic!("{other}"),
+        };
+    let all = Watch::All(&[0]);
+    assert_eq!(
+        refused(&random(&[2, 3, 8, 8], 1), &[1.0, 2.0], &context, all),
+        "latents"
+    );
+    assert_eq!(refused(&latents, &[1.0], &context, all), "timesteps");
+    assert_eq!(
+        refused(&latents, &[1.0, 2.0], &random(&[3, 10, 24], 1), all),
+        "context"
+    );
+    assert_eq!(
+        refused(&latents, &[1.0, 2.0], &random(&[2, 10, 23], 1), all),
+        "context"
+    );
+    assert_eq!(
+        refused(&latents, &[1.0, 2.0], &context, Watch::All(&[10])),
+        "position"
+    );
+    assert_eq!(
+        refused(&latents, &[1.0, 2.0], &context, Watch::Layers(&[14], &[0])),
+        "layer"
+    );
+}
+
+#[test]
+fn a_damaged_checkpoint_is_reported_in_full() {
+    let unet = small::unet();
+    let mut weights = unet.weights().clone();
+    weights.0.remove("conv_in.bias");
+    weights.0.insert(
+        "surplus".into(),
+        Tensor::zeros(1, candle_core::DType::F32, &Device::Cpu).unwrap(),
+    );
+    weights.0.insert("conv_out.bias".into(), random(&[5], 0));
+    let Err(Error::Checkpoint(report)) = UNet::new(unet.config(), &weights, None) else {
+        panic!("accepted")
+    };
+    assert_eq!(report.missing, ["conv_in.bias"]);
+    assert_eq!(report.unexpected, ["surplus"]);
+    assert_eq!(report.misshapen[0].name, "conv_out.bias");
+}

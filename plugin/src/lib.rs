@@ -1,0 +1,35 @@
+//! Conceptloom as a dynamic library: adapters from graph nodes to the method.
+//!
+//! | file | what it adapts |
+//! | --- | --- |
+//! | `session` | one device and one model cache per process |
+//! | `tensor_bridge` | candle tensors and tensors on wires |
+//! | `values` | the plugin's own values on wires: model, concepts |
+//! | `scene_input` | pictures and a list of concepts to a scene of the method |
+//! | `observer` | events of the method to progress, previews and curves of the host |
+//! | `failure` | errors of the crates to errors with a code |
+//! | `nodes` | one file per node: ports and parameters in, one function call, ports out |
+//!
+//! No equation, no layer, no file format is in here.
+
+mod failure;
+mod nodes;
+mod observer;
+mod scene_input;
+mod session;
+mod tensor_bridge;
+mod values;
+
+plugin_api::export_plugin! {
+    name: "conceptloom",
+    nodes: [
+        nodes::LoadDiffusionModel,
+        nodes::ConceptTokenLearner,
+        nodes::AttentionMaskExtractor,
+        nodes::DenseCrfRefine,
+        nodes::EmLoop,
+        nodes::PersonalizedSampler,
+        nodes::SaveConcepts,
+        nodes::LoadConcepts,
+    ],
+}

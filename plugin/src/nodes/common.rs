@@ -1,0 +1,74 @@
+//! Parameters and conversions that several nodes share.
+
+use personalization::{ImageMasks, Scene, SceneMasks, overlay};
+use plugin_api::parameter::MAX_SAFE_INTEGER;
+use plugin_api::{ErrorCode, NodeError, SharedTensor, Value, port};
+use schemars::Schema;
+use serde_json::json;
+
+use crate::tensor_bridge;
+
+/// Marks a parameter as a seed: editors offer to change it after every run.
+pub(crate) fn seed_schema(schema: &mut Schema) {
+    schema.insert("minimum".to_owned(), json!(0));
+    schema.insert("maximum".to_owned(), json!(MAX_SAFE_INTEGER));
+    schema.insert("x-seed".to_owned(), json!(true));
+}
+
+/// An error that is nobody's input.
+pub(crate) fn internal(error: impl std::fmt::Display) -> NodeError {
+    NodeError::new(ErrorCode::Internal, error.to_string())
+}
+
+/// Masks of a scene as a `MASK` `[B, H, W]`: picture after picture, concept after concept.
+pub(crate) fn masks_value(masks: &[ImageMasks]) -> Result<Value, NodeError> {
+    let size = masks.first().map_or(0, ImageMasks::size);
+    let planes = masks.iter().flat_map(ImageMasks::planes);
+    planes_value(planes.flatten().map(|&inside| f32::from(inside)).collect(), size)
+}
+
+/// Planes of `size` × `size` values as one tensor `[B, size, size]`.
+pub(crate) fn planes_value(values: Vec<f32>, size: usize) -> Result<Value, NodeError> {
+    let n = values.len() / (size * size).max(1);
+    Ok(Value::Tensor(SharedTensor::from_vec(values, &[n, size, size]).map_err(internal)?))
+}
+
+/// Every picture with its masks in color, as an `IMAGE`.
+pub(crate) fn overlay_value(scene: &Scene, masks: &[ImageMasks]) -> Result<Value, NodeError> {
+    let pictures = scene.pictures().iter().zip(masks);
+    let rgb = pictures.flat_map(|(picture, masks)| overlay::masks_over(&picture.picture, masks));
+    let values: Vec<f32> = rgb.map(|byte| f32::from(byte) / 255.0).collect();
+    let size = masks.first().map_or(0, ImageMasks::size);
+    Ok(Value::Tensor(SharedTensor::from_vec(values, &[masks.len(), size, size, 3]).map_err(internal)?))
+}
+
+/// One mask per concept and picture of the scene, cropped and scaled as the pictures were.
+///
+/// # Errors
+/// A number of masks that does not fit the scene, values that are no mask, or an empty one.
+pub(crate) fn scene_masks(input: &str, tensor: &SharedTensor, scene: &Scene) -> Result<SceneMasks, NodeError> {
+    let (planes, [n, height, width]) = planes(input, tensor)?;
+    let expected: usize = scene.pictures().iter().map(|picture| picture.concepts.len()).sum();
+    if n != expected {
+        return Err(NodeError::invalid_input(
+            input,
+            format!(
+                "the input {input} has {n} masks, the pictures need {expected}: one per concept, in the order of the \
+                 list, picture after picture"
+            ),
+        ));
+    }
+    let mut planes = planes.chunks_exact(height * width);
+    let pictures = scene.pictures().iter().map(|picture| {
+        let own: Vec<&[f32]> = planes.by_ref().take(picture.concepts.len()).collect();
+        ImageMasks::from_soft_planes(width, height, &own, picture.picture.size())
+            .map_err(|error| NodeError::invalid_input(input, format!("the input {input}: {error}")))
+    });
+    pictures.collect()
+}
+
+/// Values of planes `[B, H, W]` with their sizes.
+pub(crate) fn planes(input: &str, tensor: &SharedTensor) -> Result<(Vec<f32>, [usize; 3]), NodeError> {
+    let size = port::mask_size(input, tensor)?;
+    Ok((tensor_bridge::values(input, tensor)?, size))
+}

@@ -1,0 +1,104 @@
+//! ConceptTokenLearner: tokens, from their start or from where they stand, under masks if there are any.
+
+use personalization::{PreparedScene, init_tokens, m_step};
+use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use crate::failure::from_method;
+use crate::nodes::common::{scene_masks, seed_schema};
+use crate::nodes::parameters::{self, Start};
+use crate::observer::HostObserver;
+use crate::scene_input;
+use crate::values::{ConceptsValue, ModelValue, concepts_value};
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct ConceptTokenLearner;
+
+/// Parameters of the node.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct Parameters {
+    /// One concept per line: an optional `<token>`, then its class word. Add `(background)` for what lies behind
+    /// everything else, and `@1,3` for a concept that is only in pictures 1 and 3.
+    #[serde(default = "parameters::concepts")]
+    #[schemars(extend("x-multiline" = true))]
+    concepts: String,
+    /// Optimizer steps under the masks; without masks the tokens are only started.
+    #[serde(default = "parameters::twenty")]
+    #[schemars(range(min = 0, max = 100_000))]
+    steps: usize,
+    /// Learning rate of the tokens.
+    #[serde(default = "parameters::learning_rate")]
+    #[schemars(range(min = 1e-7, max = 1.0), extend("x-step" = 0.0001))]
+    learning_rate: f64,
+    /// Weight of the cross-attention loss.
+    #[serde(default = "parameters::lambda")]
+    #[schemars(range(min = 0.0, max = 10.0), extend("x-step" = 0.01))]
+    attention_weight: f64,
+    /// How a new token starts.
+    #[serde(default = "parameters::class")]
+    start: Start,
+    /// Steps of textual inversion, if it starts with that.
+    #[serde(default = "parameters::four_hundred")]
+    #[schemars(range(min = 1, max = 100_000))]
+    inversion_steps: usize,
+    /// Rows of the token table per concept.
+    #[serde(default = "parameters::one")]
+    #[schemars(range(min = 1, max = 16))]
+    vectors_per_concept: usize,
+    /// Same seed, same bits on a CPU. Concepts that are linked keep the seed they started with.
+    #[serde(default)]
+    #[schemars(transform = seed_schema)]
+    seed: u64,
+}
+
+impl Node for ConceptTokenLearner {
+    type Parameters = Parameters;
+
+    fn descriptor() -> NodeDescriptor {
+        NodeDescriptor::new::<Parameters>(
+            "ConceptTokenLearner",
+            "Concept Token Learner",
+            "Conceptloom/learn",
+            "Starts a token for every concept and, given masks, learns it: the M-step of the method",
+        )
+        .input("model", port::DIFFUSION_MODEL, "The model to learn on; it is not changed")
+        .input("images", port::IMAGE, "One or several pictures of the concepts")
+        .optional_input("masks", port::MASK, "One mask per concept, in the order of the list, picture after picture")
+        .optional_input("concepts", port::CONCEPTS, "Tokens to go on with, optimizer included")
+        .output("concepts", port::CONCEPTS, "The tokens")
+        .aliases(&["textual inversion", "embedding"])
+    }
+
+    fn run(&mut self, inputs: &Inputs, parameters: Parameters, host: &Host) -> Result<Outputs, NodeError> {
+        let model = &inputs.object::<ModelValue>("model")?.0;
+        let scene = scene_input::scene(inputs.tensor("images")?, &parameters.concepts, model.image_size())?;
+        let masks = inputs.optional_tensor("masks")?;
+        let masks = masks.map(|tensor| scene_masks("masks", tensor, &scene)).transpose()?;
+        let failed = |error: personalization::Error| from_method("concepts", &error);
+        let prepared = PreparedScene::new(model, &scene, &parameters::crf(0.0, 1)).map_err(failed)?;
+        let mut observer = HostObserver::new(host, model).with_scene(&scene, None);
+        let config = parameters::m_step(parameters.learning_rate, parameters.attention_weight);
+        let started = match inputs.optional_object::<ConceptsValue>("concepts")? {
+            Some(ConceptsValue(learned)) if learned.concepts == scene.concepts() => learned.clone(),
+            Some(_) => {
+                return Err(NodeError::invalid_input(
+                    "concepts",
+                    "the linked concepts are not those of the list; use the same tokens and words in the same order",
+                ));
+            }
+            None => {
+                let tokens = parameters.start.config(parameters.inversion_steps, parameters.vectors_per_concept);
+                init_tokens(model, &prepared, &tokens, &config, parameters.seed, &mut observer).map_err(failed)?
+            }
+        };
+        let learned = match masks {
+            None => started,
+            Some(masks) => {
+                m_step(model, &prepared, &masks, &started, &config, parameters.steps, &mut observer).map_err(failed)?
+            }
+        };
+        Ok(vec![concepts_value(learned)])
+    }
+}

@@ -1,0 +1,179 @@
+//! DenseCrfRefine: masks along the edges of the picture.
+
+use densecrf::{Appearance, CrfConfig, DenseCrf, Smoothness};
+use personalization::{AttentionMaps, Concept, CrfStage, EmConfig, Guard, ImageMasks, Role, Scene, ScenePicture, refine};
+use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, SharedTensor, port};
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use crate::failure::from_method;
+use crate::nodes::common::{masks_value, overlay_value, planes};
+use crate::nodes::parameters;
+use crate::scene_input;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct DenseCrfRefine;
+
+/// Parameters of the node. The constants are CutLER's.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct Parameters {
+    /// Whether the last mask of every picture is what lies behind all others.
+    #[serde(default = "yes")]
+    last_is_background: bool,
+    /// Iterations of the mean field.
+    #[serde(default = "parameters::crf_iterations")]
+    #[schemars(range(min = 1, max = 100))]
+    iterations: usize,
+    /// Weight of the kernel that removes specks.
+    #[serde(default = "smoothness_weight")]
+    #[schemars(range(min = 0.01, max = 100.0), extend("x-step" = 0.5))]
+    smoothness_weight: f64,
+    /// Its reach in pixels.
+    #[serde(default = "smoothness_xy")]
+    #[schemars(range(min = 0.1, max = 1000.0), extend("x-step" = 0.5))]
+    smoothness_xy: f64,
+    /// Weight of the kernel that follows edges.
+    #[serde(default = "appearance_weight")]
+    #[schemars(range(min = 0.01, max = 100.0), extend("x-step" = 0.5))]
+    appearance_weight: f64,
+    /// Its reach in pixels.
+    #[serde(default = "appearance_xy")]
+    #[schemars(range(min = 0.1, max = 1000.0), extend("x-step" = 1.0))]
+    appearance_xy: f64,
+    /// How different colors may be, in steps of 0 to 255.
+    #[serde(default = "appearance_rgb")]
+    #[schemars(range(min = 0.1, max = 255.0), extend("x-step" = 0.5))]
+    appearance_rgb: f64,
+    /// A refined mask whose IoU with the unrefined one is smaller is refused; 0 refuses none.
+    #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1.0), extend("x-step" = 0.05))]
+    guard: f64,
+}
+
+fn yes() -> bool {
+    true
+}
+fn smoothness_weight() -> f64 {
+    7.0
+}
+fn smoothness_xy() -> f64 {
+    3.0
+}
+fn appearance_weight() -> f64 {
+    10.0
+}
+fn appearance_xy() -> f64 {
+    50.0
+}
+fn appearance_rgb() -> f64 {
+    5.0
+}
+
+impl Parameters {
+    fn stage(&self) -> CrfStage {
+        let crf = CrfConfig {
+            iterations: self.iterations,
+            smoothness: Smoothness { weight: self.smoothness_weight as f32, xy_std: self.smoothness_xy as f32 },
+            appearance: Appearance {
+                weight: self.appearance_weight as f32,
+                xy_std: self.appearance_xy as f32,
+                rgb_std: self.appearance_rgb as f32,
+            },
+        };
+        let guard = if self.guard > 0.0 { Guard::MinIou(self.guard as f32) } else { Guard::None };
+        CrfStage { crf, guard, ..EmConfig::recommended().crf }
+    }
+}
+
+impl Node for DenseCrfRefine {
+    type Parameters = Parameters;
+
+    fn descriptor() -> NodeDescriptor {
+        NodeDescriptor::new::<Parameters>(
+            "DenseCrfRefine",
+            "Dense CRF Refine",
+            "Conceptloom/masks",
+            "Refines the masks of every picture together with a dense CRF; no diffusion model needed",
+        )
+        .input("images", port::IMAGE, "The pictures, of the size of the masks")
+        .input("masks", port::MASK, "As many masks for every picture, picture after picture")
+        .optional_input("attention", port::ATTENTION_MAPS, "Stands in where a mask and its predecessor are empty")
+        .optional_input("previous", port::MASK, "Masks before these; kept where a refined one is empty")
+        .output("masks", port::MASK, "Refined masks")
+        .output("overlay", port::IMAGE, "The pictures with their masks in color")
+        .aliases(&["crf", "segment", "refine mask"])
+    }
+
+    fn run(&mut self, inputs: &Inputs, parameters: Parameters, host: &Host) -> Result<Outputs, NodeError> {
+        let (values, [n_masks, height, width]) = planes("masks", inputs.tensor("masks")?)?;
+        let pictures = scene_input::pictures(inputs.tensor("images")?, height.min(width))?;
+        let per_picture = n_masks / pictures.len();
+        if height != width || per_picture * pictures.len() != n_masks {
+            return Err(NodeError::invalid_input(
+                "masks",
+                format!("{n_masks} masks of {width}x{height} do not share out over {} square pictures", pictures.len()),
+            ));
+        }
+        let all = ImageSet { values, size: height, per_picture };
+        let attention = optional_planes(inputs, "attention", n_masks, height)?;
+        let previous = optional_planes(inputs, "previous", n_masks, height)?
+            .map(|values| ImageSet { values, size: height, per_picture });
+        let mut roles = vec![Role::Object; per_picture];
+        if let Some(last) = roles.last_mut().filter(|_| parameters.last_is_background && per_picture > 1) {
+            *last = Role::Background;
+        }
+        let stage = parameters.stage();
+        let failed = |error: personalization::Error| from_method("masks", &error);
+        let mut refined = Vec::with_capacity(pictures.len());
+        for (i, picture) in pictures.iter().enumerate() {
+            if host.is_canceled() {
+                return Err(NodeError::canceled());
+            }
+            let maps = attention.as_ref().map(|values| AttentionMaps {
+                size: height,
+                maps: values.chunks_exact(height * height).skip(i * per_picture).take(per_picture).map(<[f32]>::to_vec).collect(),
+            });
+            let previous = previous.as_ref().map(|set| set.masks(i)).transpose().map_err(failed)?;
+            let crf = DenseCrf::new(height, height, picture.rgb8(), &stage.crf)
+                .map_err(|error| failed(error.into()))?;
+            let planes = all.masks(i).map_err(failed)?;
+            refined.push(refine(&crf, &planes, &roles, maps.as_ref(), previous.as_ref(), &stage).map_err(failed)?);
+            host.progress("crf", i + 1, pictures.len(), "");
+        }
+        let concept = |(i, role): (usize, &Role)| Concept { token: format!("<{i}>"), class_word: String::new(), role: *role };
+        let concepts: Vec<Concept> = roles.iter().enumerate().map(concept).collect();
+        let shown = |picture| ScenePicture { picture, concepts: (0..per_picture).collect() };
+        let scene = Scene::new(concepts, pictures.into_iter().map(shown).collect()).map_err(failed)?;
+        Ok(vec![masks_value(&refined)?, overlay_value(&scene, &refined)?])
+    }
+}
+
+/// Planes of all pictures.
+struct ImageSet {
+    values: Vec<f32>,
+    size: usize,
+    per_picture: usize,
+}
+
+impl ImageSet {
+    /// Masks of one picture; inside is what exceeds ½. Empty ones are allowed: the guards deal with them.
+    fn masks(&self, picture: usize) -> personalization::Result<ImageMasks> {
+        let planes = self.values.chunks_exact(self.size * self.size).skip(picture * self.per_picture);
+        let binary = |plane: &[f32]| plane.iter().map(|&v| u8::from(v > 0.5)).collect();
+        ImageMasks::new(self.size, planes.take(self.per_picture).map(binary).collect())
+    }
+}
+
+/// Values of an optional input of the same shape as the masks.
+fn optional_planes(inputs: &Inputs, name: &str, n: usize, size: usize) -> Result<Option<Vec<f32>>, NodeError> {
+    let read = |tensor: &SharedTensor| {
+        let (values, shape) = planes(name, tensor)?;
+        if shape != [n, size, size] {
+            let message = format!("the input {name} is {shape:?}, the masks are {:?}", [n, size, size]);
+            return Err(NodeError::invalid_input(name, message));
+        }
+        Ok(values)
+    };
+    inputs.optional_tensor(name)?.map(read).transpose()
+}

@@ -1,0 +1,234 @@
+//! EmLoop: the whole method in one node.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use personalization::{EmConfig, EmOutcome, EmStart, EmState, MaskMode, PreparedScene, em, joint_stage};
+use plugin_api::host::LogLevel;
+use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
+use schemars::JsonSchema;
+use serde::Deserialize;
+use stable_diffusion::DiffusionModel;
+
+use crate::failure::from_method;
+use crate::nodes::common::{masks_value, overlay_value, planes_value, scene_masks, seed_schema};
+use crate::nodes::parameters::{self, Extraction, Scope, Start};
+use crate::observer::HostObserver;
+use crate::scene_input;
+use crate::values::{ModelValue, concepts_value, model_value};
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct EmLoop;
+
+/// Where masks come from.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Masks {
+    /// From attention, and re-estimated in every round.
+    Em,
+    /// From the attention of the class words, then fixed.
+    Baseline,
+    /// From the input masks, fixed (Break-A-Scene).
+    Given,
+}
+
+/// Parameters of the node.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct Parameters {
+    /// One concept per line: an optional `<token>`, then its class word. Add `(background)` for what lies behind
+    /// everything else, and `@1,3` for a concept that is only in pictures 1 and 3.
+    #[serde(default = "parameters::concepts")]
+    #[schemars(extend("x-multiline" = true))]
+    concepts: String,
+    /// Where masks come from.
+    #[serde(default = "em_masks")]
+    mode: Masks,
+    /// Optimizer steps on the tokens; the paper says usually 400.
+    #[serde(default = "parameters::four_hundred")]
+    #[schemars(range(min = 0, max = 100_000))]
+    steps: usize,
+    /// Optimizer steps between two estimates of the masks.
+    #[serde(default = "parameters::twenty")]
+    #[schemars(range(min = 1, max = 100_000))]
+    steps_per_round: usize,
+    /// Learning rate of the tokens.
+    #[serde(default = "parameters::learning_rate")]
+    #[schemars(range(min = 1e-7, max = 1.0), extend("x-step" = 0.0001))]
+    learning_rate: f64,
+    /// Weight of the cross-attention loss.
+    #[serde(default = "parameters::lambda")]
+    #[schemars(range(min = 0.0, max = 10.0), extend("x-step" = 0.01))]
+    attention_weight: f64,
+    /// How a token starts.
+    #[serde(default = "parameters::class")]
+    start: Start,
+    /// Steps of textual inversion, if it starts with that.
+    #[serde(default = "parameters::four_hundred")]
+    #[schemars(range(min = 1, max = 100_000))]
+    inversion_steps: usize,
+    /// Rows of the token table per concept.
+    #[serde(default = "parameters::one")]
+    #[schemars(range(min = 1, max = 16))]
+    vectors_per_concept: usize,
+    /// How attention becomes masks.
+    #[serde(default = "parameters::compete")]
+    extraction: Extraction,
+    /// Threshold on the normalized attention.
+    #[serde(default = "parameters::tau")]
+    #[schemars(range(min = 0.01, max = 0.99), extend("x-step" = 0.05))]
+    threshold: f64,
+    /// Random timesteps of the first estimate.
+    #[serde(default = "parameters::fifty")]
+    #[schemars(range(min = 1, max = 1000))]
+    first_timesteps: usize,
+    /// Random timesteps of every later estimate.
+    #[serde(default = "parameters::twenty")]
+    #[schemars(range(min = 1, max = 1000))]
+    timesteps: usize,
+    /// A refined mask whose IoU with the unrefined one is smaller is refused; 0 refuses none.
+    #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1.0), extend("x-step" = 0.05))]
+    crf_guard: f64,
+    /// Steps of the joint stage, which trains weights and tokens under the last masks; 0 leaves it out.
+    #[serde(default = "parameters::four_hundred")]
+    #[schemars(range(min = 0, max = 100_000))]
+    joint_steps: usize,
+    /// Learning rate of the joint stage: 2e-6 for a whole Stable Diffusion U-Net (Break-A-Scene), about 1e-4 for LoRA.
+    #[serde(default = "joint_rate")]
+    #[schemars(range(min = 1e-8, max = 1.0), extend("x-step" = 0.00001))]
+    joint_learning_rate: f64,
+    /// What the joint stage trains.
+    #[serde(default = "lora")]
+    joint_scope: Scope,
+    /// Rank of the LoRA factors.
+    #[serde(default = "rank")]
+    #[schemars(range(min = 1, max = 256))]
+    lora_rank: usize,
+    /// Same seed, same bits on a CPU.
+    #[serde(default)]
+    #[schemars(transform = seed_schema)]
+    seed: u64,
+}
+
+fn em_masks() -> Masks {
+    Masks::Em
+}
+fn joint_rate() -> f64 {
+    1e-4
+}
+fn lora() -> Scope {
+    Scope::Lora
+}
+fn rank() -> usize {
+    8
+}
+
+impl Parameters {
+    fn config(&self) -> EmConfig {
+        let mut extraction = self.extraction.config(self.threshold, self.timesteps);
+        extraction.n_timesteps_initial = self.first_timesteps;
+        EmConfig {
+            tokens: self.start.config(self.inversion_steps, self.vectors_per_concept),
+            extraction,
+            crf: parameters::crf(self.crf_guard, parameters::crf_iterations()),
+            m_step: parameters::m_step(self.learning_rate, self.attention_weight),
+            steps: self.steps,
+            e_step_every: self.steps_per_round,
+            masks: match self.mode {
+                Masks::Em => MaskMode::Em,
+                Masks::Baseline => MaskMode::Baseline,
+                Masks::Given => MaskMode::Given,
+            },
+            joint: self.joint_scope.config(self.joint_steps, self.joint_learning_rate, self.lora_rank),
+        }
+    }
+}
+
+impl Node for EmLoop {
+    type Parameters = Parameters;
+
+    fn descriptor() -> NodeDescriptor {
+        NodeDescriptor::new::<Parameters>(
+            "EmLoop",
+            "EM Loop",
+            "Conceptloom/learn",
+            "Learns a token and a mask for every concept of the pictures: tokens under masks, masks from attention, in \
+             turns; then tokens and weights together",
+        )
+        .input("model", port::DIFFUSION_MODEL, "The model to learn on; it is not changed")
+        .input("images", port::IMAGE, "One or several pictures of the concepts")
+        .optional_input("masks", port::MASK, "For mode `given`: one mask per concept, in the order of the list")
+        .optional_input("true_masks", port::MASK, "Only to show the IoU: one true mask per concept")
+        .output("concepts", port::CONCEPTS, "The learned tokens")
+        .output("model", port::DIFFUSION_MODEL, "The model with the tuned weights")
+        .output("masks", port::MASK, "The last masks, picture after picture, concept after concept")
+        .output("attention", port::ATTENTION_MAPS, "The maps that the last masks came from")
+        .output("overlay", port::IMAGE, "The pictures with their masks in color")
+        .aliases(&["textual inversion", "break-a-scene", "personalization", "train"])
+    }
+
+    fn run(&mut self, inputs: &Inputs, parameters: Parameters, host: &Host) -> Result<Outputs, NodeError> {
+        let model = &inputs.object::<ModelValue>("model")?.0;
+        let scene = scene_input::scene(inputs.tensor("images")?, &parameters.concepts, model.image_size())?;
+        let masks = inputs.optional_tensor("masks")?;
+        let given = masks.map(|tensor| scene_masks("masks", tensor, &scene)).transpose()?;
+        let truth = inputs.optional_tensor("true_masks")?;
+        let truth = truth.map(|tensor| scene_masks("true_masks", tensor, &scene)).transpose()?;
+        let config = parameters.config();
+        if config.masks == MaskMode::Given && given.is_none() {
+            return Err(NodeError::invalid_input("masks", "mode `given` needs masks; link them, or choose `em`"));
+        }
+        let failed = |error: personalization::Error| from_method("concepts", &error);
+        let prepared = PreparedScene::new(model, &scene, &config.crf).map_err(failed)?;
+        let state_file = state_file(host);
+        let mut observer =
+            HostObserver::new(host, model).with_scene(&scene, truth.as_deref()).with_state_file(state_file.clone());
+        let start = match resumable(state_file, model, host) {
+            Some(state) => EmStart::Resume(state),
+            None => given.filter(|_| config.masks == MaskMode::Given).map_or(EmStart::Fresh, EmStart::Masks),
+        };
+        let outcome = em(model, &prepared, start, &config, parameters.seed, &mut observer).map_err(failed)?;
+        let EmOutcome { learned, masks, rounds } = outcome;
+        let maps = rounds.last().map(|round| round.maps.clone()).unwrap_or_default();
+        let (tuned, learned) = match &config.joint {
+            None => (model.clone(), learned),
+            Some(joint) => {
+                let (tuned, learned) =
+                    joint_stage(model, &prepared, &masks, &learned, joint, &config.m_step, &mut observer)
+                        .map_err(failed)?;
+                (Arc::new(tuned), learned)
+            }
+        };
+        let attention = maps.iter().flat_map(|maps| maps.maps.concat()).collect();
+        Ok(vec![
+            concepts_value(learned),
+            model_value(tuned),
+            masks_value(&masks)?,
+            planes_value(attention, model.image_size())?,
+            overlay_value(&scene, &masks)?,
+        ])
+    }
+}
+
+/// Where the state between rounds is kept, if the host keeps anything.
+fn state_file(host: &Host) -> Option<PathBuf> {
+    let folder = host.run_info().work_dir;
+    (!folder.is_empty()).then(|| PathBuf::from(folder.as_str()).join("em-state.safetensors"))
+}
+
+/// The state of an earlier run with the same inputs that was stopped.
+fn resumable(file: Option<PathBuf>, model: &DiffusionModel, host: &Host) -> Option<EmState> {
+    let file = file.filter(|file| file.exists())?;
+    match EmState::load(&file, &model.device) {
+        Ok(state) if state.learned.base_fingerprint == model.fingerprint => {
+            host.log(LogLevel::Info, &format!("going on after step {}", state.learned.step));
+            Some(state)
+        }
+        Ok(_) => None,
+        Err(error) => {
+            host.log(LogLevel::Warning, &format!("starting anew: {error}"));
+            None
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! LoadConcepts: saved tokens come back.
+
+use std::path::{Path, PathBuf};
+
+use personalization::concept_file::load_concepts;
+use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use crate::failure::from_method;
+use crate::session;
+use crate::values::concepts_value;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct LoadConcepts;
+
+/// Parameters of the node.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct Parameters {
+    /// One `.safetensors` file per line: files of SaveConcepts, or textual-inversion embeddings of other programs.
+    #[serde(default)]
+    #[schemars(extend("x-multiline" = true))]
+    files: String,
+}
+
+impl Parameters {
+    fn paths(&self) -> Vec<PathBuf> {
+        self.files.lines().map(str::trim).filter(|line| !line.is_empty()).map(PathBuf::from).collect()
+    }
+}
+
+impl Node for LoadConcepts {
+    type Parameters = Parameters;
+
+    fn descriptor() -> NodeDescriptor {
+        NodeDescriptor::new::<Parameters>(
+            "LoadConcepts",
+            "Load Concepts",
+            "Conceptloom/load",
+            "Loads learned tokens from .safetensors files",
+        )
+        .output("concepts", port::CONCEPTS, "The tokens, in the order of the files")
+        .aliases(&["embedding", "textual inversion"])
+    }
+
+    fn validate(&self, parameters: &Parameters) -> Result<(), NodeError> {
+        let paths = parameters.paths();
+        if paths.is_empty() {
+            return Err(NodeError::invalid_input("files", "no concept file is named; write one path per line"));
+        }
+        match paths.iter().find(|path| !path.is_file()) {
+            Some(path) => {
+                Err(NodeError::invalid_input("files", format!("the concept file {} does not exist", path.display())))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn fingerprint(&self, parameters: &Parameters) -> String {
+        let content = |path: &PathBuf| match std::fs::read(path) {
+            Ok(bytes) => blake3::hash(&bytes).to_string(),
+            Err(_) => "missing".to_owned(),
+        };
+        parameters.paths().iter().map(content).collect::<Vec<_>>().join(" ")
+    }
+
+    fn run(&mut self, _inputs: &Inputs, parameters: Parameters, _host: &Host) -> Result<Outputs, NodeError> {
+        let paths = parameters.paths();
+        let paths: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
+        let learned = load_concepts(&paths, session::device()).map_err(|error| from_method("files", &error))?;
+        Ok(vec![concepts_value(learned)])
+    }
+}

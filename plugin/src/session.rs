@@ -1,0 +1,90 @@
+//! What the library keeps between nodes: one device, and the models that are in use.
+
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+
+use candle_core::Device;
+use parking_lot::Mutex;
+use plugin_api::NodeError;
+use stable_diffusion::{CheckpointSource, DiffusionModel};
+
+use crate::failure::from_model;
+
+/// Two devices made separately are different devices to candle, so there is one per process.
+pub(crate) fn device() -> &'static Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    DEVICE.get_or_init(best_device)
+}
+
+#[cfg(feature = "cuda")]
+fn best_device() -> Device {
+    // One stream for all threads: the per-thread stream of `new_cuda` orders nothing between workers.
+    Device::new_cuda_with_stream(0).unwrap_or(Device::Cpu)
+}
+
+#[cfg(all(feature = "metal", not(feature = "cuda")))]
+fn best_device() -> Device {
+    Device::new_metal(0).unwrap_or(Device::Cpu)
+}
+
+#[cfg(not(any(feature = "cuda", feature = "metal")))]
+fn best_device() -> Device {
+    Device::Cpu
+}
+
+/// The checkpoint that a user named: the bundled one, a directory, or a file.
+pub(crate) fn checkpoint_source(name: &str) -> CheckpointSource {
+    let name = name.trim();
+    if name == sprites::NAME {
+        CheckpointSource::Embedded { name: sprites::NAME, files: sprites::FILES }
+    } else {
+        CheckpointSource::Path(PathBuf::from(name))
+    }
+}
+
+/// The last model, so that two loaders of one checkpoint share its memory.
+static LAST: Mutex<Option<(String, Arc<DiffusionModel>)>> = Mutex::new(None);
+
+/// Loads a checkpoint, or returns the one that is loaded already.
+///
+/// # Errors
+/// The file is missing, truncated, or no Stable Diffusion 1.x / 2.x checkpoint.
+pub(crate) fn load_model(name: &str) -> Result<Arc<DiffusionModel>, NodeError> {
+    let key = format!("{}\n{}", name.trim(), fingerprint(name));
+    let mut last = LAST.lock();
+    if let Some((loaded, model)) = &*last
+        && *loaded == key
+    {
+        return Ok(model.clone());
+    }
+    // Freed before the next one is read: two models of full size need not fit.
+    *last = None;
+    let model = DiffusionModel::load(&checkpoint_source(name), device())
+        .map_err(|error| from_model("checkpoint", &error))?;
+    let model = Arc::new(model);
+    *last = Some((key, model.clone()));
+    Ok(model)
+}
+
+/// Changes when a file of the checkpoint does: names, sizes and times of modification.
+pub(crate) fn fingerprint(name: &str) -> String {
+    match checkpoint_source(name) {
+        CheckpointSource::Embedded { name, .. } => format!("{name} {}", env!("CARGO_PKG_VERSION")),
+        CheckpointSource::Path(path) => {
+            let mut seen = Vec::new();
+            let folders = ["", "unet", "vae", "text_encoder", "tokenizer", "scheduler"];
+            for folder in folders {
+                let Ok(entries) = std::fs::read_dir(path.join(folder)) else { continue };
+                seen.extend(entries.flatten().filter_map(|entry| describe(&entry.path())));
+            }
+            seen.extend(describe(&path));
+            seen.sort();
+            seen.join("\n")
+        }
+    }
+}
+
+fn describe(path: &std::path::Path) -> Option<String> {
+    let meta = path.metadata().ok()?;
+    Some(format!("{} {} {:?}", path.display(), meta.len(), meta.modified().ok()?))
+}

@@ -1,0 +1,28 @@
+//! A plugin for tests of hosts: every node has one habit.
+//!
+//! | node | habit |
+//! | --- | --- |
+//! | `Slow` | counts slowly; shows progress, previews and curves; stops when asked and goes on later |
+//! | `Passthrough` | hands its input on, the very same memory, and says where that is |
+//! | `Number` | gives a number to a widget |
+//! | `Counted` | gives an object and says how many are alive; can lose one |
+//! | `Fail` | fails with a code of one's choice |
+//! | `Lie` | returns what it did not promise |
+//! | `Panic` | panics |
+
+mod counted;
+mod honest;
+mod misbehaving;
+
+plugin_api::export_plugin! {
+    name: "faulty-plugin",
+    nodes: [
+        honest::Slow,
+        honest::Passthrough,
+        honest::Number,
+        counted::Counted,
+        misbehaving::Fail,
+        misbehaving::Lie,
+        misbehaving::Panic,
+    ],
+}

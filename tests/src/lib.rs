@@ -1,0 +1,1 @@
+//! Integration tests: the real dynamic library and the real binary.
