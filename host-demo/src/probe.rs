@@ -27,8 +27,11 @@ pub(crate) enum NoProbe {
 pub(crate) fn read(path: &Path) -> Result<Probe, NoProbe> {
     // SAFETY: initializers of the library run. The user named the file or put it beside the program; running its code
     // is what they asked for.
-    let library =
-        unsafe { Library::new(path) }.map_err(|error| NoProbe::NotALibrary(error.to_string()))?;
+    let library = unsafe { Library::new(path) }.map_err(|error| {
+        // The system's own words are below what libloading says.
+        let source = std::error::Error::source(&error).map(ToString::to_string);
+        NoProbe::NotALibrary(source.unwrap_or_else(|| error.to_string()))
+    })?;
     // Leaked: see above.
     let library: &'static Library = Box::leak(Box::new(library));
     // SAFETY: the symbol is only read through below, once its magic says that it is a probe.

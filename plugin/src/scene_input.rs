@@ -32,7 +32,7 @@ pub(crate) fn parse_concepts(text: &str) -> Result<Vec<ListedConcept>, NodeError
 }
 
 fn wrong(message: impl Into<String>) -> NodeError {
-    NodeError::invalid_input("concepts", message)
+    NodeError::invalid_input("concept_list", message)
 }
 
 fn parse_line(line: &str) -> Result<ListedConcept, NodeError> {

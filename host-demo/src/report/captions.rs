@@ -1,7 +1,7 @@
 //! Which prompt or concept a picture of a batch belongs to, read from the texts of the nodes that it came from.
 //!
 //! The host does not know what a node does; it knows that a batch is in the order of a list. A text that is named
-//! `prompts` (or `prompt`) or `concepts` and has as many lines as the batch has pictures, or a divisor of that, is that
+//! `prompts` (or `prompt`) or `concepts` (or `concept_list`) and has as many lines as the batch has pictures, or a divisor of that, is that
 //! list.
 
 use std::collections::BTreeSet;
@@ -21,7 +21,7 @@ impl List {
     fn names(self) -> &'static [&'static str] {
         match self {
             Self::Prompts => &["prompts", "prompt"],
-            Self::Concepts => &["concepts"],
+            Self::Concepts => &["concepts", "concept_list"],
         }
     }
 }

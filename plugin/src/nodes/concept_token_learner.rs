@@ -23,7 +23,7 @@ pub(crate) struct Parameters {
     /// everything else, and `@1,3` for a concept that is only in pictures 1 and 3.
     #[serde(default = "parameters::concepts")]
     #[schemars(extend("x-multiline" = true))]
-    concepts: String,
+    concept_list: String,
     /// Optimizer steps under the masks; without masks the tokens are only started.
     #[serde(default = "parameters::twenty")]
     #[schemars(range(min = 0, max = 100_000))]
@@ -73,10 +73,10 @@ impl Node for ConceptTokenLearner {
 
     fn run(&mut self, inputs: &Inputs, parameters: Parameters, host: &Host) -> Result<Outputs, NodeError> {
         let model = &inputs.object::<ModelValue>("model")?.0;
-        let scene = scene_input::scene(inputs.tensor("images")?, &parameters.concepts, model.image_size())?;
+        let scene = scene_input::scene(inputs.tensor("images")?, &parameters.concept_list, model.image_size())?;
         let masks = inputs.optional_tensor("masks")?;
         let masks = masks.map(|tensor| scene_masks("masks", tensor, &scene)).transpose()?;
-        let failed = |error: personalization::Error| from_method("concepts", &error);
+        let failed = |error: personalization::Error| from_method("concept_list", &error);
         let prepared = PreparedScene::new(model, &scene, &parameters::crf(0.0, 1)).map_err(failed)?;
         let mut observer = HostObserver::new(host, model).with_scene(&scene, None);
         let config = parameters::m_step(parameters.learning_rate, parameters.attention_weight);

@@ -40,7 +40,7 @@ pub(crate) struct Parameters {
     /// everything else, and `@1,3` for a concept that is only in pictures 1 and 3.
     #[serde(default = "parameters::concepts")]
     #[schemars(extend("x-multiline" = true))]
-    concepts: String,
+    concept_list: String,
     /// Where masks come from.
     #[serde(default = "em_masks")]
     mode: Masks,
@@ -170,7 +170,7 @@ impl Node for EmLoop {
 
     fn run(&mut self, inputs: &Inputs, parameters: Parameters, host: &Host) -> Result<Outputs, NodeError> {
         let model = &inputs.object::<ModelValue>("model")?.0;
-        let scene = scene_input::scene(inputs.tensor("images")?, &parameters.concepts, model.image_size())?;
+        let scene = scene_input::scene(inputs.tensor("images")?, &parameters.concept_list, model.image_size())?;
         let masks = inputs.optional_tensor("masks")?;
         let given = masks.map(|tensor| scene_masks("masks", tensor, &scene)).transpose()?;
         let truth = inputs.optional_tensor("true_masks")?;
@@ -179,7 +179,7 @@ impl Node for EmLoop {
         if config.masks == MaskMode::Given && given.is_none() {
             return Err(NodeError::invalid_input("masks", "mode `given` needs masks; link them, or choose `em`"));
         }
-        let failed = |error: personalization::Error| from_method("concepts", &error);
+        let failed = |error: personalization::Error| from_method("concept_list", &error);
         let prepared = PreparedScene::new(model, &scene, &config.crf).map_err(failed)?;
         let state_file = state_file(host);
         let mut observer =
