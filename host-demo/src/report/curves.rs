@@ -123,6 +123,11 @@ impl Chart<'_> {
             .collect()
     }
 
+    /// Whether its values are shares of a whole.
+    pub(super) fn is_share(&self) -> bool {
+        self.title.to_lowercase().contains("iou")
+    }
+
     /// Mean of the first and of the last tenth of all curves.
     pub(super) fn from_to(&self) -> Option<(f64, f64)> {
         let mean = |values: &mut dyn Iterator<Item = f64>| {
@@ -152,8 +157,7 @@ impl Chart<'_> {
         let x = range(all().map(|&(x, _)| x));
         let (low, high) = range(all().map(|&(_, y)| y));
         // A share is read against 0 and 1, a loss against 0.
-        let is_share = self.title.to_lowercase().contains("iou");
-        let y = if is_share {
+        let y = if self.is_share() {
             (0.0, 1.0)
         } else if low >= 0.0 {
             (0.0, high * 1.05)

@@ -101,7 +101,9 @@ impl<'a> Page<'a> {
         if n_samples > 0 {
             figures.push(("new pictures".to_owned(), n_samples.to_string()));
         }
-        for chart in curves::charts(&self.record.curves).iter().take(4) {
+        // Losses hang on the noise that was drawn: their curves say more than two numbers.
+        let charts = curves::charts(&self.record.curves);
+        for chart in charts.iter().filter(|chart| chart.is_share()).take(4) {
             if let Some((first, last)) = chart.from_to() {
                 let figure = format!("{last:.3} <small>from {first:.3}</small>");
                 figures.push((chart.title.clone(), figure));

@@ -1,0 +1,119 @@
+//! Libraries that cannot be loaded, and nodes that fail, lie and panic.
+
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+
+use crate::support::{Place, faulty, node};
+
+fn load(place: &Place, path: &str) -> crate::support::Done {
+    place.host(&["nodes", "--plugin", path])
+}
+
+/// Some library that is no plugin: a procedural macro, of which every build of this workspace has one.
+fn other_library() -> Option<PathBuf> {
+    let folder = faulty().parent()?.join("deps");
+    let suffix = std::env::consts::DLL_SUFFIX;
+    let is_macro = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.contains("thiserror_impl") && name.ends_with(suffix)
+    };
+    std::fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path()).find(is_macro)
+}
+
+#[test]
+fn a_library_that_cannot_be_loaded_says_why() {
+    let place = Place::with_faulty();
+    place.write("text.so", "not a library");
+    load(&place, "gone.so").failed_with(&["cannot load the plugin gone.so", "No such file"]);
+    load(&place, ".").failed_with(&["cannot load the plugin ."]);
+    load(&place, "text.so").failed_with(&["text.so", "the system cannot open it as a library"]);
+    match other_library() {
+        Some(path) => {
+            load(&place, path.to_str().unwrap()).failed_with(&["no Conceptloom plugin: it has no probe symbol"]);
+        }
+        None => println!("skipped: no other library is at hand"),
+    }
+}
+
+#[test]
+fn a_library_of_another_contract_version_is_refused_in_one_sentence() {
+    let place = Place::with_faulty();
+    let mut library = std::fs::read(faulty()).unwrap();
+    // magic [16], size u32, major u32
+    let magic = b"CONCEPTLOOMPROBE";
+    let places: Vec<_> = (0..library.len() - 24)
+        .filter(|&i| &library[i..i + 16] == magic && library[i + 20..i + 24] == 1u32.to_le_bytes())
+        .collect();
+    assert_eq!(places.len(), 1);
+    library[places[0] + 20] = 2;
+    place.write("newer.so", &library);
+    load(&place, "newer.so").failed_with(&["newer.so", "faulty-plugin 1.0.0 speaks version 2.0", "this host version 1.0.0"]);
+    library[places[0]] = b'X';
+    place.write("other.so", &library);
+    load(&place, "other.so").failed_with(&["its probe symbol is not Conceptloom's"]);
+}
+
+#[test]
+fn two_plugins_with_one_class_are_refused() {
+    let place = Place::with_faulty();
+    let path = faulty();
+    std::fs::copy(&path, place.path().join("copy.so")).unwrap();
+    let done = place.host(&["nodes", "--plugin", path.to_str().unwrap(), "--plugin", "copy.so"]);
+    done.failed_with(&["the node class", "is in the plugin", "load only one of them"]);
+}
+
+/// Runs `class` into a picture that is saved.
+fn ends(class: &str, inputs: Value, parts: &[&str]) {
+    let place = Place::with_faulty();
+    let is_output = matches!(class, "Fail" | "Panic");
+    let mut workflow = json!({"1": node(class, inputs)});
+    if !is_output {
+        workflow["2"] = node("SaveImage", json!({"images": ["1", 0]}));
+    }
+    let done = place.run(&workflow, &[]).failed_with(parts);
+    assert_eq!(place.names("."), ["workflow.json"], "nothing is left: {}", done.stderr);
+}
+
+#[test]
+fn failures_are_one_sentence_with_the_node() {
+    for (code, part) in [
+        ("invalid_input", "node 1 (Fail), input code: the code is one that fails"),
+        ("invalid_file", "node 1 (Fail): it fails with InvalidFile"),
+        ("cannot_write", "node 1 (Fail): it fails with CannotWrite"),
+        ("out_of_memory", "node 1 (Fail): it fails with OOMError"),
+        ("internal", "node 1 (Fail): it fails with InternalError"),
+        ("canceled", "as if canceled, but nobody asked"),
+    ] {
+        ends("Fail", json!({"code": code}), &[part]);
+    }
+}
+
+#[test]
+fn lies_are_found() {
+    for (about, part) in [
+        ("too_few", "promised 1 outputs and returned 0"),
+        ("too_many", "promised 1 outputs and returned 2"),
+        ("wrong_type", "promised IMAGE on its output images and returned the value 7"),
+        ("wrong_shape", "promised IMAGE on its output images and returned a tensor of shape [4, 4]"),
+        ("not_finite", "images holds values that are not finite"),
+    ] {
+        ends("Lie", json!({"about": about}), &[part]);
+    }
+}
+
+#[test]
+fn previews_and_curves_that_are_none_do_not_stop_a_run() {
+    let place = Place::with_faulty();
+    let workflow = json!({
+        "1": node("Lie", json!({"about": "bad_preview"})),
+        "2": node("SaveImage", json!({"images": ["1", 0]})),
+    });
+    let done = place.run(&workflow, &[]).succeeded();
+    assert!(done.stderr.contains("a preview is [height, width, 3], got the shape [16]"), "{}", done.stderr);
+}
+
+#[test]
+fn a_panic_is_one_sentence() {
+    ends("Panic", json!({}), &["node 1 (Panic)", "index 3 out of nothing", "this is a fault of the plugin"]);
+}

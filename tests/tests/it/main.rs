@@ -1,0 +1,27 @@
+//! What a user can see, tried on the real binary and real libraries.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | `contract` | a library through the contract alone: memory is shared, objects are freed, panics are errors |
+//! | `commands` | `nodes`, `validate`, usage; `nodes.json` is what the plugin says |
+//! | `running` | the run's folder, its report, metadata, cache, formats |
+//! | `interrupting` | Ctrl-C and going on |
+//! | `bad_input` | files, graphs and folders that cannot be used: one sentence, nothing left behind |
+//! | `bad_plugin` | libraries that cannot be loaded, nodes that fail, lie and panic |
+//! | `method` | the real plugin: the demo, checkpoints and words that cannot be used, a round wired by hand |
+//!
+//! `support` builds the programs and runs them.
+
+mod support;
+
+mod contract;
+
+mod commands;
+mod running;
+
+mod interrupting;
+
+mod bad_input;
+mod bad_plugin;
+
+mod method;
