@@ -7,11 +7,16 @@ pub(crate) fn from_model(input: &str, error: &stable_diffusion::Error) -> NodeEr
     use stable_diffusion::Error;
     let code = match error {
         Error::Canceled => return NodeError::canceled(),
-        Error::Config { .. } | Error::Checkpoint(_) | Error::Unreadable { .. } => ErrorCode::InvalidFile,
+        Error::Config { .. } | Error::Checkpoint(_) | Error::Unreadable { .. } => {
+            ErrorCode::InvalidFile
+        }
         Error::Prompt(_) | Error::Argument { .. } => ErrorCode::InvalidInput,
         _ => ErrorCode::Internal,
     };
-    NodeError { input: input.into(), ..NodeError::new(code, error.to_string()) }
+    NodeError {
+        input: input.into(),
+        ..NodeError::new(code, error.to_string())
+    }
 }
 
 /// An error of the method; `input` names the socket or parameter that it came from.
@@ -25,5 +30,8 @@ pub(crate) fn from_method(input: &str, error: &personalization::Error) -> NodeEr
         Error::Tensor(_) => ErrorCode::Internal,
         _ => ErrorCode::InvalidInput,
     };
-    NodeError { input: input.into(), ..NodeError::new(code, error.to_string()) }
+    NodeError {
+        input: input.into(),
+        ..NodeError::new(code, error.to_string())
+    }
 }

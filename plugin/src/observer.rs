@@ -43,7 +43,11 @@ impl<'a> HostObserver<'a> {
 
     /// Shows masks of this scene, and their IoU if the true ones are known.
     pub(crate) fn with_scene(self, scene: &'a Scene, truth: Option<&'a [ImageMasks]>) -> Self {
-        Self { scene: Some(scene), truth, ..self }
+        Self {
+            scene: Some(scene),
+            truth,
+            ..self
+        }
     }
 
     /// Keeps the state of the alternation in a file.
@@ -51,28 +55,59 @@ impl<'a> HostObserver<'a> {
         Self { state_file, ..self }
     }
 
-    fn on_step(&mut self, stage: &'static str, (step, total): (usize, usize), masked: f32, attention: f32) {
+    fn on_step(
+        &mut self,
+        stage: &'static str,
+        (step, total): (usize, usize),
+        masked: f32,
+        attention: f32,
+    ) {
         if stage != self.stage {
             (self.stage, self.stage_start) = (stage, self.step);
         }
         self.step = self.stage_start.max(self.step + 1);
-        let iou = self.last_iou.map(|iou| format!("  mask IoU {iou:.2}")).unwrap_or_default();
-        let text = format!("step {step}/{total}  diffusion loss {masked:.4}  attention loss {attention:.3}{iou}");
+        let iou = self
+            .last_iou
+            .map(|iou| format!("  mask IoU {iou:.2}"))
+            .unwrap_or_default();
+        let text = format!(
+            "step {step}/{total}  diffusion loss {masked:.4}  attention loss {attention:.3}{iou}"
+        );
         self.host.progress(stage, step, total, &text);
         let x = self.step as f64;
         self.host.metric("masked diffusion loss", x, masked.into());
         if stage != "inversion" {
-            self.host.metric("cross-attention loss", x, attention.into());
+            self.host
+                .metric("cross-attention loss", x, attention.into());
         }
     }
 
-    fn on_masks(&mut self, round: usize, picture: usize, masks: &ImageMasks, maps: Option<&AttentionMaps>) {
+    fn on_masks(
+        &mut self,
+        round: usize,
+        picture: usize,
+        masks: &ImageMasks,
+        maps: Option<&AttentionMaps>,
+    ) {
         let Some(scene) = self.scene else { return };
         let shown = &scene.pictures()[picture];
         let size = shown.picture.size();
-        let number = if scene.pictures().len() > 1 { format!("picture {}, ", picture + 1) } else { String::new() };
-        let label = if round == 0 { format!("{number}start") } else { format!("{number}round {round}") };
-        self.preview(&overlay::masks_over(&shown.picture, masks), size, "masks of every round", &label);
+        let number = if scene.pictures().len() > 1 {
+            format!("picture {}, ", picture + 1)
+        } else {
+            String::new()
+        };
+        let label = if round == 0 {
+            format!("{number}start")
+        } else {
+            format!("{number}round {round}")
+        };
+        self.preview(
+            &overlay::masks_over(&shown.picture, masks),
+            size,
+            "masks of every round",
+            &label,
+        );
         for (index, &concept) in shown.concepts.iter().enumerate() {
             let token = &scene.concepts()[concept].token;
             let cut = overlay::cut_out(&shown.picture, &masks.planes()[index]);
@@ -82,11 +117,17 @@ impl<'a> HostObserver<'a> {
                 self.preview(&heat, size, &format!("attention of {token}"), &label);
             }
         }
-        let Some(truth) = self.truth.map(|truth| &truth[picture]) else { return };
+        let Some(truth) = self.truth.map(|truth| &truth[picture]) else {
+            return;
+        };
         let ious = mask_ious(masks, truth);
         for (&concept, iou) in shown.concepts.iter().zip(&ious) {
             let token = &scene.concepts()[concept].token;
-            self.host.metric(&format!("mask IoU of {number}{token}"), self.step as f64, (*iou).into());
+            self.host.metric(
+                &format!("mask IoU of {number}{token}"),
+                self.step as f64,
+                (*iou).into(),
+            );
         }
         self.last_iou = Some(ious.iter().sum::<f32>() / ious.len() as f32);
     }
@@ -95,24 +136,32 @@ impl<'a> HostObserver<'a> {
         let values = rgb.iter().map(|&v| f32::from(v) / 255.0).collect();
         match SharedTensor::from_vec(values, &[size, size, 3]) {
             Ok(picture) => self.host.preview(picture, series, label),
-            Err(error) => self.host.log(LogLevel::Warning, &format!("no preview of {series}: {error}")),
+            Err(error) => self.host.log(
+                LogLevel::Warning,
+                &format!("no preview of {series}: {error}"),
+            ),
         }
     }
 
     fn on_latents(&self, step: usize, total: usize, latents: &candle_core::Tensor) {
-        self.host.progress("sampling", step, total, &format!("step {step}/{total}"));
-        if step % PREVIEW_EVERY != 0 || self.model.latent_size() > 32 {
+        self.host
+            .progress("sampling", step, total, &format!("step {step}/{total}"));
+        if !step.is_multiple_of(PREVIEW_EVERY) || self.model.latent_size() > 32 {
             // Decoding a large latent takes longer than the steps between two previews.
             return;
         }
         let decoded = self.model.vae.decode(latents).and_then(|picture| {
-            let picture = ((picture + 1.0)? * 0.5)?.clamp(0.0, 1.0)?.squeeze(0)?.permute((1, 2, 0))?;
+            let picture = ((picture + 1.0)? * 0.5)?
+                .clamp(0.0, 1.0)?
+                .squeeze(0)?
+                .permute((1, 2, 0))?;
             Ok((picture.dim(0)?, picture.flatten_all()?.to_vec1::<f32>()?))
         });
         if let Ok((size, values)) = decoded
             && let Ok(picture) = SharedTensor::from_vec(values, &[size, size, 3])
         {
-            self.host.preview(picture, "sampling", &format!("step {step}"));
+            self.host
+                .preview(picture, "sampling", &format!("step {step}"));
         }
     }
 }
@@ -121,19 +170,41 @@ impl Observer for HostObserver<'_> {
     fn on_event(&mut self, event: &Event<'_>) -> ControlFlow<()> {
         match *event {
             Event::Progress { stage, done, total } => self.host.progress(stage, done, total, ""),
-            Event::Step { stage, step, total, masked_diffusion, cross_attention } => {
+            Event::Step {
+                stage,
+                step,
+                total,
+                masked_diffusion,
+                cross_attention,
+            } => {
                 self.on_step(stage, (step, total), masked_diffusion, cross_attention);
             }
-            Event::Masks { round, picture, masks, maps } => self.on_masks(round, picture, masks, maps),
-            Event::Latents { step, total, latents } => self.on_latents(step, total, latents),
+            Event::Masks {
+                round,
+                picture,
+                masks,
+                maps,
+            } => self.on_masks(round, picture, masks, maps),
+            Event::Latents {
+                step,
+                total,
+                latents,
+            } => self.on_latents(step, total, latents),
             Event::Checkpoint(state) => {
                 if let Some(path) = &self.state_file
                     && let Err(error) = state.save(path)
                 {
-                    self.host.log(LogLevel::Warning, &format!("the run cannot be resumed: {error}"));
+                    self.host.log(
+                        LogLevel::Warning,
+                        &format!("the run cannot be resumed: {error}"),
+                    );
                 }
             }
         }
-        if self.host.is_canceled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if self.host.is_canceled() {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
     }
 }

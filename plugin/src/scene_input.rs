@@ -20,12 +20,19 @@ pub(crate) fn parse_concepts(text: &str) -> Result<Vec<ListedConcept>, NodeError
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let listed = lines.map(parse_line).collect::<Result<Vec<_>, _>>()?;
     if listed.is_empty() {
-        return Err(wrong("the list of concepts is empty; write one concept per line, for example: <rex> dog"));
+        return Err(wrong(
+            "the list of concepts is empty; write one concept per line, for example: <rex> dog",
+        ));
     }
     for (i, one) in listed.iter().enumerate() {
-        if listed[..i].iter().any(|other| other.concept.token == one.concept.token) {
+        if listed[..i]
+            .iter()
+            .any(|other| other.concept.token == one.concept.token)
+        {
             let token = &one.concept.token;
-            return Err(wrong(format!("the token {token} is listed twice; every concept needs its own")));
+            return Err(wrong(format!(
+                "the token {token} is listed twice; every concept needs its own"
+            )));
         }
     }
     Ok(listed)
@@ -49,15 +56,26 @@ fn parse_line(line: &str) -> Result<ListedConcept, NodeError> {
         None => (format!("<{}>", rest.replace(' ', "-")), rest),
     };
     if word.is_empty() || token == "<>" {
-        return Err(wrong(format!("the line \"{line}\" has no class word; write for example: <rex> dog")));
+        return Err(wrong(format!(
+            "the line \"{line}\" has no class word; write for example: <rex> dog"
+        )));
     }
-    Ok(ListedConcept { concept: Concept { token, class_word: word.to_owned(), role }, pictures })
+    Ok(ListedConcept {
+        concept: Concept {
+            token,
+            class_word: word.to_owned(),
+            role,
+        },
+        pictures,
+    })
 }
 
 fn parse_pictures(line: &str, numbers: &str) -> Result<Vec<usize>, NodeError> {
     let parse = |number: &str| match number.trim().parse::<usize>() {
         Ok(n) if n >= 1 => Ok(n - 1),
-        _ => Err(wrong(format!("\"{line}\": after @ come picture numbers from 1, such as @1,3"))),
+        _ => Err(wrong(format!(
+            "\"{line}\": after @ come picture numbers from 1, such as @1,3"
+        ))),
     };
     numbers.split(',').map(parse).collect()
 }
@@ -66,13 +84,24 @@ fn parse_pictures(line: &str, numbers: &str) -> Result<Vec<usize>, NodeError> {
 ///
 /// # Errors
 /// Values that are no pictures, or a list that names a picture which is not there.
-pub(crate) fn scene(images: &SharedTensor, concepts: &str, size: usize) -> Result<Scene, NodeError> {
+pub(crate) fn scene(
+    images: &SharedTensor,
+    concepts: &str,
+    size: usize,
+) -> Result<Scene, NodeError> {
     let listed = parse_concepts(concepts)?;
     let pictures = pictures(images, size)?;
     let n_pictures = pictures.len();
-    if let Some(i) = listed.iter().flat_map(|one| &one.pictures).find(|&&i| i >= n_pictures) {
+    if let Some(i) = listed
+        .iter()
+        .flat_map(|one| &one.pictures)
+        .find(|&&i| i >= n_pictures)
+    {
         let are = if n_pictures == 1 { "is" } else { "are" };
-        return Err(wrong(format!("a concept is listed for picture {}, there {are} {n_pictures}", i + 1)));
+        return Err(wrong(format!(
+            "a concept is listed for picture {}, there {are} {n_pictures}",
+            i + 1
+        )));
     }
     let shown = |(i, picture): (usize, Picture)| {
         let in_it = |one: &ListedConcept| one.pictures.is_empty() || one.pictures.contains(&i);
@@ -95,7 +124,10 @@ pub(crate) fn pictures(images: &SharedTensor, size: usize) -> Result<Vec<Picture
         Picture::from_unit_f32(width, height, pixels, size)
             .map_err(|error| NodeError::invalid_input("images", error.to_string()))
     };
-    values.chunks_exact(height * width * 3).map(picture).collect()
+    values
+        .chunks_exact(height * width * 3)
+        .map(picture)
+        .collect()
 }
 
 #[cfg(test)]
@@ -106,18 +138,27 @@ mod tests {
         let listed = parse_concepts(text).unwrap();
         listed
             .into_iter()
-            .map(|one| (one.concept.token, one.concept.class_word, one.concept.role, one.pictures))
+            .map(|one| {
+                (
+                    one.concept.token,
+                    one.concept.class_word,
+                    one.concept.role,
+                    one.pictures,
+                )
+            })
             .collect()
     }
 
     #[test]
     fn lists_are_read_as_people_write_them() {
-        let object = |token: &str, word: &str, on: &[usize]| (token.into(), word.into(), Role::Object, on.to_vec());
+        let object = |token: &str, word: &str, on: &[usize]| {
+            (token.into(), word.into(), Role::Object, on.to_vec())
+        };
         assert_eq!(read("dog"), [object("<dog>", "dog", &[])]);
-        assert_eq!(read(" <rex>  dog \n\n<vw> car @1, 3"), [
-            object("<rex>", "dog", &[]),
-            object("<vw>", "car", &[0, 2])
-        ]);
+        assert_eq!(
+            read(" <rex>  dog \n\n<vw> car @1, 3"),
+            [object("<rex>", "dog", &[]), object("<vw>", "car", &[0, 2])]
+        );
         let sea = ("<sea>".into(), "sea".into(), Role::Background, vec![1]);
         assert_eq!(read("<sea> sea (background) @2"), [sea]);
     }

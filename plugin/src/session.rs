@@ -36,7 +36,10 @@ fn best_device() -> Device {
 pub(crate) fn checkpoint_source(name: &str) -> CheckpointSource {
     let name = name.trim();
     if name == sprites::NAME {
-        CheckpointSource::Embedded { name: sprites::NAME, files: sprites::FILES }
+        CheckpointSource::Embedded {
+            name: sprites::NAME,
+            files: sprites::FILES,
+        }
     } else {
         CheckpointSource::Path(PathBuf::from(name))
     }
@@ -74,8 +77,14 @@ pub(crate) fn fingerprint(name: &str) -> String {
             let mut seen = Vec::new();
             let folders = ["", "unet", "vae", "text_encoder", "tokenizer", "scheduler"];
             for folder in folders {
-                let Ok(entries) = std::fs::read_dir(path.join(folder)) else { continue };
-                seen.extend(entries.flatten().filter_map(|entry| describe(&entry.path())));
+                let Ok(entries) = std::fs::read_dir(path.join(folder)) else {
+                    continue;
+                };
+                seen.extend(
+                    entries
+                        .flatten()
+                        .filter_map(|entry| describe(&entry.path())),
+                );
             }
             seen.extend(describe(&path));
             seen.sort();
@@ -86,5 +95,10 @@ pub(crate) fn fingerprint(name: &str) -> String {
 
 fn describe(path: &std::path::Path) -> Option<String> {
     let meta = path.metadata().ok()?;
-    Some(format!("{} {} {:?}", path.display(), meta.len(), meta.modified().ok()?))
+    Some(format!(
+        "{} {} {:?}",
+        path.display(),
+        meta.len(),
+        meta.modified().ok()?
+    ))
 }

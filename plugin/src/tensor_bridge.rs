@@ -28,7 +28,13 @@ impl TensorOwner for CandleOwner {
         self.0
             .flatten_all()
             .and_then(|flat| flat.to_vec1::<f32>())
-            .map(|values| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>().into())
+            .map(|values| {
+                values
+                    .iter()
+                    .flat_map(|v| v.to_le_bytes())
+                    .collect::<Vec<u8>>()
+                    .into()
+            })
             .map_err(|error| NodeError::new(ErrorCode::Internal, error.to_string()))
             .into()
     }
@@ -41,9 +47,14 @@ impl TensorOwner for CandleOwner {
 pub(crate) fn share(tensor: &Tensor) -> Result<SharedTensor, NodeError> {
     let internal = |text: String| NodeError::new(ErrorCode::Internal, text);
     if tensor.dtype() != DType::F32 {
-        return Err(internal(format!("a tensor of {:?} cannot go on a wire", tensor.dtype())));
+        return Err(internal(format!(
+            "a tensor of {:?} cannot go on a wire",
+            tensor.dtype()
+        )));
     }
-    let tensor = tensor.contiguous().map_err(|error| internal(error.to_string()))?;
+    let tensor = tensor
+        .contiguous()
+        .map_err(|error| internal(error.to_string()))?;
     let shape = tensor.dims().to_vec();
     let (address, allocation_bytes, byte_offset, device) = memory(&tensor);
     let strides = contiguous_strides(&shape);
@@ -59,7 +70,8 @@ pub(crate) fn share(tensor: &Tensor) -> Result<SharedTensor, NodeError> {
     };
     // SAFETY: candle's storage lives as long as the tensor, which moves into the owner; nothing in this library writes
     // to a tensor in place.
-    unsafe { SharedTensor::from_raw(&description, CandleOwner(tensor)) }.map_err(|error| internal(error.to_string()))
+    unsafe { SharedTensor::from_raw(&description, CandleOwner(tensor)) }
+        .map_err(|error| internal(error.to_string()))
 }
 
 /// Address, size, offset in bytes and device of a contiguous `f32` tensor. On a GPU the address stays 0: consumers of
@@ -69,9 +81,12 @@ fn memory(tensor: &Tensor) -> (u64, u64, u64, DeviceId) {
     let offset = (layout.start_offset() * size_of::<f32>()) as u64;
     let viewed = (tensor.elem_count() * size_of::<f32>()) as u64;
     match &*storage {
-        Storage::Cpu(CpuStorage::F32(values)) => {
-            (values.as_ptr() as u64, size_of_val(values.as_slice()) as u64, offset, DeviceId::CPU)
-        }
+        Storage::Cpu(CpuStorage::F32(values)) => (
+            values.as_ptr() as u64,
+            size_of_val(values.as_slice()) as u64,
+            offset,
+            DeviceId::CPU,
+        ),
         Storage::Cuda(_) => (0, viewed, 0, DeviceId { kind: 2, index: 0 }),
         Storage::Metal(_) => (0, viewed, 0, DeviceId { kind: 8, index: 0 }),
         Storage::Cpu(_) => (0, viewed, 0, DeviceId::CPU),
@@ -82,12 +97,22 @@ fn memory(tensor: &Tensor) -> (u64, u64, u64, DeviceId) {
 ///
 /// # Errors
 /// Foreign memory that cannot be read.
-pub(crate) fn tensor(input: &str, shared: &SharedTensor, device: &Device) -> Result<Tensor, NodeError> {
-    let unreadable = |text: String| NodeError::invalid_input(input, format!("the input {input} cannot be read: {text}"));
+pub(crate) fn tensor(
+    input: &str,
+    shared: &SharedTensor,
+    device: &Device,
+) -> Result<Tensor, NodeError> {
+    let unreadable = |text: String| {
+        NodeError::invalid_input(input, format!("the input {input} cannot be read: {text}"))
+    };
     if let Some(CandleOwner(tensor)) = shared.owner_as::<CandleOwner>() {
-        return tensor.to_device(device).map_err(|error| unreadable(error.to_string()));
+        return tensor
+            .to_device(device)
+            .map_err(|error| unreadable(error.to_string()));
     }
-    let values = shared.to_vec().map_err(|error| unreadable(error.to_string()))?;
+    let values = shared
+        .to_vec()
+        .map_err(|error| unreadable(error.to_string()))?;
     Tensor::from_vec(values, shared.shape(), device).map_err(|error| unreadable(error.to_string()))
 }
 
@@ -101,7 +126,8 @@ pub(crate) fn values(input: &str, shared: &SharedTensor) -> Result<Vec<f32>, Nod
         .and_then(|flat| flat.to_vec1::<f32>())
         .map_err(|error| NodeError::new(ErrorCode::Internal, error.to_string()))?;
     if values.iter().any(|v| !v.is_finite()) {
-        let message = format!("the input {input} holds NaN or infinite values; check the node that made it");
+        let message =
+            format!("the input {input} holds NaN or infinite values; check the node that made it");
         return Err(NodeError::invalid_input(input, message));
     }
     Ok(values)
@@ -113,11 +139,17 @@ mod tests {
 
     #[test]
     fn a_tensor_comes_back_as_the_very_same_buffer() {
-        let there = Tensor::arange(0f32, 24.0, &Device::Cpu).unwrap().reshape((2, 3, 4)).unwrap();
+        let there = Tensor::arange(0f32, 24.0, &Device::Cpu)
+            .unwrap()
+            .reshape((2, 3, 4))
+            .unwrap();
         let view = there.narrow(0, 1, 1).unwrap();
         let shared = share(&view).unwrap();
         assert_eq!(shared.as_f32().unwrap()[0], 12.0);
-        assert_eq!(shared.data_address(), share(&there).unwrap().data_address() + 48);
+        assert_eq!(
+            shared.data_address(),
+            share(&there).unwrap().data_address() + 48
+        );
         let back = tensor("x", &shared, &Device::Cpu).unwrap();
         assert_eq!(share(&back).unwrap().data_address(), shared.data_address());
     }

@@ -14,7 +14,11 @@ pub(crate) struct ModelValue(pub(crate) Arc<DiffusionModel>);
 impl Opaque for ModelValue {
     fn summary(&self) -> RString {
         let fingerprint = &self.0.fingerprint;
-        format!("diffusion model {}", &fingerprint[..fingerprint.len().min(12)]).into()
+        format!(
+            "diffusion model {}",
+            &fingerprint[..fingerprint.len().min(12)]
+        )
+        .into()
     }
 }
 
@@ -23,7 +27,12 @@ pub(crate) struct ConceptsValue(pub(crate) LearnedConcepts);
 
 impl Opaque for ConceptsValue {
     fn summary(&self) -> RString {
-        let tokens: Vec<&str> = self.0.concepts.iter().map(|concept| concept.token.as_str()).collect();
+        let tokens: Vec<&str> = self
+            .0
+            .concepts
+            .iter()
+            .map(|concept| concept.token.as_str())
+            .collect();
         format!("{} after {} steps", tokens.join(", "), self.0.step).into()
     }
 }

@@ -52,20 +52,44 @@ impl Node for AttentionMaskExtractor {
         .aliases(&["daam", "cross attention", "segment"])
     }
 
-    fn run(&mut self, inputs: &Inputs, parameters: Parameters, host: &Host) -> Result<Outputs, NodeError> {
+    fn run(
+        &mut self,
+        inputs: &Inputs,
+        parameters: Parameters,
+        host: &Host,
+    ) -> Result<Outputs, NodeError> {
         let model = &inputs.object::<ModelValue>("model")?.0;
         let learned = &inputs.object::<ConceptsValue>("concepts")?.0;
         let failed = |error: personalization::Error| from_method("images", &error);
         let pictures = scene_input::pictures(inputs.tensor("images")?, model.image_size())?;
         let all: Vec<usize> = (0..learned.concepts.len()).collect();
-        let shown = pictures.into_iter().map(|picture| ScenePicture { picture, concepts: all.clone() }).collect();
+        let shown = pictures
+            .into_iter()
+            .map(|picture| ScenePicture {
+                picture,
+                concepts: all.clone(),
+            })
+            .collect();
         let scene = Scene::new(learned.concepts.clone(), shown).map_err(failed)?;
-        let prepared = PreparedScene::new(model, &scene, &parameters::crf(0.0, 1)).map_err(failed)?;
-        let config = parameters.extraction.config(parameters.threshold, parameters.timesteps);
+        let prepared =
+            PreparedScene::new(model, &scene, &parameters::crf(0.0, 1)).map_err(failed)?;
+        let config = parameters
+            .extraction
+            .config(parameters.threshold, parameters.timesteps);
         let mut observer = HostObserver::new(host, model).with_scene(&scene, None);
-        let maps = extract_attention(model, &prepared, learned, &config, parameters.timesteps, &mut observer)
-            .map_err(failed)?;
-        let masks = maps.iter().enumerate().map(|(picture, maps)| binarize(maps, &scene.roles(picture), &config));
+        let maps = extract_attention(
+            model,
+            &prepared,
+            learned,
+            &config,
+            parameters.timesteps,
+            &mut observer,
+        )
+        .map_err(failed)?;
+        let masks = maps
+            .iter()
+            .enumerate()
+            .map(|(picture, maps)| binarize(maps, &scene.roles(picture), &config));
         let masks = masks.collect::<Result<Vec<_>, _>>().map_err(failed)?;
         let attention = maps.iter().flat_map(|maps| maps.maps.concat()).collect();
         Ok(vec![

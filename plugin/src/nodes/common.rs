@@ -24,13 +24,18 @@ pub(crate) fn internal(error: impl std::fmt::Display) -> NodeError {
 pub(crate) fn masks_value(masks: &[ImageMasks]) -> Result<Value, NodeError> {
     let size = masks.first().map_or(0, ImageMasks::size);
     let planes = masks.iter().flat_map(ImageMasks::planes);
-    planes_value(planes.flatten().map(|&inside| f32::from(inside)).collect(), size)
+    planes_value(
+        planes.flatten().map(|&inside| f32::from(inside)).collect(),
+        size,
+    )
 }
 
 /// Planes of `size` × `size` values as one tensor `[B, size, size]`.
 pub(crate) fn planes_value(values: Vec<f32>, size: usize) -> Result<Value, NodeError> {
     let n = values.len() / (size * size).max(1);
-    Ok(Value::Tensor(SharedTensor::from_vec(values, &[n, size, size]).map_err(internal)?))
+    Ok(Value::Tensor(
+        SharedTensor::from_vec(values, &[n, size, size]).map_err(internal)?,
+    ))
 }
 
 /// Every picture with its masks in color, as an `IMAGE`.
@@ -39,16 +44,26 @@ pub(crate) fn overlay_value(scene: &Scene, masks: &[ImageMasks]) -> Result<Value
     let rgb = pictures.flat_map(|(picture, masks)| overlay::masks_over(&picture.picture, masks));
     let values: Vec<f32> = rgb.map(|byte| f32::from(byte) / 255.0).collect();
     let size = masks.first().map_or(0, ImageMasks::size);
-    Ok(Value::Tensor(SharedTensor::from_vec(values, &[masks.len(), size, size, 3]).map_err(internal)?))
+    Ok(Value::Tensor(
+        SharedTensor::from_vec(values, &[masks.len(), size, size, 3]).map_err(internal)?,
+    ))
 }
 
 /// One mask per concept and picture of the scene, cropped and scaled as the pictures were.
 ///
 /// # Errors
 /// A number of masks that does not fit the scene, values that are no mask, or an empty one.
-pub(crate) fn scene_masks(input: &str, tensor: &SharedTensor, scene: &Scene) -> Result<SceneMasks, NodeError> {
+pub(crate) fn scene_masks(
+    input: &str,
+    tensor: &SharedTensor,
+    scene: &Scene,
+) -> Result<SceneMasks, NodeError> {
     let (planes, [n, height, width]) = planes(input, tensor)?;
-    let expected: usize = scene.pictures().iter().map(|picture| picture.concepts.len()).sum();
+    let expected: usize = scene
+        .pictures()
+        .iter()
+        .map(|picture| picture.concepts.len())
+        .sum();
     if n != expected {
         return Err(NodeError::invalid_input(
             input,
@@ -68,7 +83,10 @@ pub(crate) fn scene_masks(input: &str, tensor: &SharedTensor, scene: &Scene) -> 
 }
 
 /// Values of planes `[B, H, W]` with their sizes.
-pub(crate) fn planes(input: &str, tensor: &SharedTensor) -> Result<(Vec<f32>, [usize; 3]), NodeError> {
+pub(crate) fn planes(
+    input: &str,
+    tensor: &SharedTensor,
+) -> Result<(Vec<f32>, [usize; 3]), NodeError> {
     let size = port::mask_size(input, tensor)?;
     Ok((tensor_bridge::values(input, tensor)?, size))
 }

@@ -71,13 +71,25 @@ impl Node for ConceptTokenLearner {
         .aliases(&["textual inversion", "embedding"])
     }
 
-    fn run(&mut self, inputs: &Inputs, parameters: Parameters, host: &Host) -> Result<Outputs, NodeError> {
+    fn run(
+        &mut self,
+        inputs: &Inputs,
+        parameters: Parameters,
+        host: &Host,
+    ) -> Result<Outputs, NodeError> {
         let model = &inputs.object::<ModelValue>("model")?.0;
-        let scene = scene_input::scene(inputs.tensor("images")?, &parameters.concept_list, model.image_size())?;
+        let scene = scene_input::scene(
+            inputs.tensor("images")?,
+            &parameters.concept_list,
+            model.image_size(),
+        )?;
         let masks = inputs.optional_tensor("masks")?;
-        let masks = masks.map(|tensor| scene_masks("masks", tensor, &scene)).transpose()?;
+        let masks = masks
+            .map(|tensor| scene_masks("masks", tensor, &scene))
+            .transpose()?;
         let failed = |error: personalization::Error| from_method("concept_list", &error);
-        let prepared = PreparedScene::new(model, &scene, &parameters::crf(0.0, 1)).map_err(failed)?;
+        let prepared =
+            PreparedScene::new(model, &scene, &parameters::crf(0.0, 1)).map_err(failed)?;
         let mut observer = HostObserver::new(host, model).with_scene(&scene, None);
         let config = parameters::m_step(parameters.learning_rate, parameters.attention_weight);
         let started = match inputs.optional_object::<ConceptsValue>("concepts")? {
@@ -89,15 +101,32 @@ impl Node for ConceptTokenLearner {
                 ));
             }
             None => {
-                let tokens = parameters.start.config(parameters.inversion_steps, parameters.vectors_per_concept);
-                init_tokens(model, &prepared, &tokens, &config, parameters.seed, &mut observer).map_err(failed)?
+                let tokens = parameters
+                    .start
+                    .config(parameters.inversion_steps, parameters.vectors_per_concept);
+                init_tokens(
+                    model,
+                    &prepared,
+                    &tokens,
+                    &config,
+                    parameters.seed,
+                    &mut observer,
+                )
+                .map_err(failed)?
             }
         };
         let learned = match masks {
             None => started,
-            Some(masks) => {
-                m_step(model, &prepared, &masks, &started, &config, parameters.steps, &mut observer).map_err(failed)?
-            }
+            Some(masks) => m_step(
+                model,
+                &prepared,
+                &masks,
+                &started,
+                &config,
+                parameters.steps,
+                &mut observer,
+            )
+            .map_err(failed)?,
         };
         Ok(vec![concepts_value(learned)])
     }

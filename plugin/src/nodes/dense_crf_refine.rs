@@ -1,7 +1,10 @@
 //! DenseCrfRefine: masks along the edges of the picture.
 
 use densecrf::{Appearance, CrfConfig, DenseCrf, Smoothness};
-use personalization::{AttentionMaps, Concept, CrfStage, EmConfig, Guard, ImageMasks, Role, Scene, ScenePicture, refine};
+use personalization::{
+    AttentionMaps, Concept, CrfStage, EmConfig, Guard, ImageMasks, Role, Scene, ScenePicture,
+    refine,
+};
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, SharedTensor, port};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -74,15 +77,26 @@ impl Parameters {
     fn stage(&self) -> CrfStage {
         let crf = CrfConfig {
             iterations: self.iterations,
-            smoothness: Smoothness { weight: self.smoothness_weight as f32, xy_std: self.smoothness_xy as f32 },
+            smoothness: Smoothness {
+                weight: self.smoothness_weight as f32,
+                xy_std: self.smoothness_xy as f32,
+            },
             appearance: Appearance {
                 weight: self.appearance_weight as f32,
                 xy_std: self.appearance_xy as f32,
                 rgb_std: self.appearance_rgb as f32,
             },
         };
-        let guard = if self.guard > 0.0 { Guard::MinIou(self.guard as f32) } else { Guard::None };
-        CrfStage { crf, guard, ..EmConfig::recommended().crf }
+        let guard = if self.guard > 0.0 {
+            Guard::MinIou(self.guard as f32)
+        } else {
+            Guard::None
+        };
+        CrfStage {
+            crf,
+            guard,
+            ..EmConfig::recommended().crf
+        }
     }
 }
 
@@ -105,22 +119,41 @@ impl Node for DenseCrfRefine {
         .aliases(&["crf", "segment", "refine mask"])
     }
 
-    fn run(&mut self, inputs: &Inputs, parameters: Parameters, host: &Host) -> Result<Outputs, NodeError> {
+    fn run(
+        &mut self,
+        inputs: &Inputs,
+        parameters: Parameters,
+        host: &Host,
+    ) -> Result<Outputs, NodeError> {
         let (values, [n_masks, height, width]) = planes("masks", inputs.tensor("masks")?)?;
         let pictures = scene_input::pictures(inputs.tensor("images")?, height.min(width))?;
         let per_picture = n_masks / pictures.len();
         if height != width || per_picture * pictures.len() != n_masks {
             return Err(NodeError::invalid_input(
                 "masks",
-                format!("{n_masks} masks of {width}x{height} do not share out over {} square pictures", pictures.len()),
+                format!(
+                    "{n_masks} masks of {width}x{height} do not share out over {} square pictures",
+                    pictures.len()
+                ),
             ));
         }
-        let all = ImageSet { values, size: height, per_picture };
+        let all = ImageSet {
+            values,
+            size: height,
+            per_picture,
+        };
         let attention = optional_planes(inputs, "attention", n_masks, height)?;
-        let previous = optional_planes(inputs, "previous", n_masks, height)?
-            .map(|values| ImageSet { values, size: height, per_picture });
+        let previous =
+            optional_planes(inputs, "previous", n_masks, height)?.map(|values| ImageSet {
+                values,
+                size: height,
+                per_picture,
+            });
         let mut roles = vec![Role::Object; per_picture];
-        if let Some(last) = roles.last_mut().filter(|_| parameters.last_is_background && per_picture > 1) {
+        if let Some(last) = roles
+            .last_mut()
+            .filter(|_| parameters.last_is_background && per_picture > 1)
+        {
             *last = Role::Background;
         }
         let stage = parameters.stage();
@@ -132,20 +165,50 @@ impl Node for DenseCrfRefine {
             }
             let maps = attention.as_ref().map(|values| AttentionMaps {
                 size: height,
-                maps: values.chunks_exact(height * height).skip(i * per_picture).take(per_picture).map(<[f32]>::to_vec).collect(),
+                maps: values
+                    .chunks_exact(height * height)
+                    .skip(i * per_picture)
+                    .take(per_picture)
+                    .map(<[f32]>::to_vec)
+                    .collect(),
             });
-            let previous = previous.as_ref().map(|set| set.masks(i)).transpose().map_err(failed)?;
+            let previous = previous
+                .as_ref()
+                .map(|set| set.masks(i))
+                .transpose()
+                .map_err(failed)?;
             let crf = DenseCrf::new(height, height, picture.rgb8(), &stage.crf)
                 .map_err(|error| failed(error.into()))?;
             let planes = all.masks(i).map_err(failed)?;
-            refined.push(refine(&crf, &planes, &roles, maps.as_ref(), previous.as_ref(), &stage).map_err(failed)?);
+            refined.push(
+                refine(
+                    &crf,
+                    &planes,
+                    &roles,
+                    maps.as_ref(),
+                    previous.as_ref(),
+                    &stage,
+                )
+                .map_err(failed)?,
+            );
             host.progress("crf", i + 1, pictures.len(), "");
         }
-        let concept = |(i, role): (usize, &Role)| Concept { token: format!("<{i}>"), class_word: String::new(), role: *role };
+        let concept = |(i, role): (usize, &Role)| Concept {
+            token: format!("<{i}>"),
+            class_word: String::new(),
+            role: *role,
+        };
         let concepts: Vec<Concept> = roles.iter().enumerate().map(concept).collect();
-        let shown = |picture| ScenePicture { picture, concepts: (0..per_picture).collect() };
-        let scene = Scene::new(concepts, pictures.into_iter().map(shown).collect()).map_err(failed)?;
-        Ok(vec![masks_value(&refined)?, overlay_value(&scene, &refined)?])
+        let shown = |picture| ScenePicture {
+            picture,
+            concepts: (0..per_picture).collect(),
+        };
+        let scene =
+            Scene::new(concepts, pictures.into_iter().map(shown).collect()).map_err(failed)?;
+        Ok(vec![
+            masks_value(&refined)?,
+            overlay_value(&scene, &refined)?,
+        ])
     }
 }
 
@@ -159,18 +222,32 @@ struct ImageSet {
 impl ImageSet {
     /// Masks of one picture; inside is what exceeds ½. Empty ones are allowed: the guards deal with them.
     fn masks(&self, picture: usize) -> personalization::Result<ImageMasks> {
-        let planes = self.values.chunks_exact(self.size * self.size).skip(picture * self.per_picture);
+        let planes = self
+            .values
+            .chunks_exact(self.size * self.size)
+            .skip(picture * self.per_picture);
         let binary = |plane: &[f32]| plane.iter().map(|&v| u8::from(v > 0.5)).collect();
-        ImageMasks::new(self.size, planes.take(self.per_picture).map(binary).collect())
+        ImageMasks::new(
+            self.size,
+            planes.take(self.per_picture).map(binary).collect(),
+        )
     }
 }
 
 /// Values of an optional input of the same shape as the masks.
-fn optional_planes(inputs: &Inputs, name: &str, n: usize, size: usize) -> Result<Option<Vec<f32>>, NodeError> {
+fn optional_planes(
+    inputs: &Inputs,
+    name: &str,
+    n: usize,
+    size: usize,
+) -> Result<Option<Vec<f32>>, NodeError> {
     let read = |tensor: &SharedTensor| {
         let (values, shape) = planes(name, tensor)?;
         if shape != [n, size, size] {
-            let message = format!("the input {name} is {shape:?}, the masks are {:?}", [n, size, size]);
+            let message = format!(
+                "the input {name} is {shape:?}, the masks are {:?}",
+                [n, size, size]
+            );
             return Err(NodeError::invalid_input(name, message));
         }
         Ok(values)

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use personalization::{EmConfig, EmOutcome, EmStart, EmState, MaskMode, PreparedScene, em, joint_stage};
+use personalization::{
+    EmConfig, EmOutcome, EmStart, EmState, MaskMode, PreparedScene, em, joint_stage,
+};
 use plugin_api::host::LogLevel;
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
 use schemars::JsonSchema;
@@ -129,7 +131,9 @@ impl Parameters {
         let mut extraction = self.extraction.config(self.threshold, self.timesteps);
         extraction.n_timesteps_initial = self.first_timesteps;
         EmConfig {
-            tokens: self.start.config(self.inversion_steps, self.vectors_per_concept),
+            tokens: self
+                .start
+                .config(self.inversion_steps, self.vectors_per_concept),
             extraction,
             crf: parameters::crf(self.crf_guard, parameters::crf_iterations()),
             m_step: parameters::m_step(self.learning_rate, self.attention_weight),
@@ -140,7 +144,11 @@ impl Parameters {
                 Masks::Baseline => MaskMode::Baseline,
                 Masks::Given => MaskMode::Given,
             },
-            joint: self.joint_scope.config(self.joint_steps, self.joint_learning_rate, self.lora_rank),
+            joint: self.joint_scope.config(
+                self.joint_steps,
+                self.joint_learning_rate,
+                self.lora_rank,
+            ),
         }
     }
 }
@@ -168,35 +176,76 @@ impl Node for EmLoop {
         .aliases(&["textual inversion", "break-a-scene", "personalization", "train"])
     }
 
-    fn run(&mut self, inputs: &Inputs, parameters: Parameters, host: &Host) -> Result<Outputs, NodeError> {
+    fn run(
+        &mut self,
+        inputs: &Inputs,
+        parameters: Parameters,
+        host: &Host,
+    ) -> Result<Outputs, NodeError> {
         let model = &inputs.object::<ModelValue>("model")?.0;
-        let scene = scene_input::scene(inputs.tensor("images")?, &parameters.concept_list, model.image_size())?;
+        let scene = scene_input::scene(
+            inputs.tensor("images")?,
+            &parameters.concept_list,
+            model.image_size(),
+        )?;
         let masks = inputs.optional_tensor("masks")?;
-        let given = masks.map(|tensor| scene_masks("masks", tensor, &scene)).transpose()?;
+        let given = masks
+            .map(|tensor| scene_masks("masks", tensor, &scene))
+            .transpose()?;
         let truth = inputs.optional_tensor("true_masks")?;
-        let truth = truth.map(|tensor| scene_masks("true_masks", tensor, &scene)).transpose()?;
+        let truth = truth
+            .map(|tensor| scene_masks("true_masks", tensor, &scene))
+            .transpose()?;
         let config = parameters.config();
         if config.masks == MaskMode::Given && given.is_none() {
-            return Err(NodeError::invalid_input("masks", "mode `given` needs masks; link them, or choose `em`"));
+            return Err(NodeError::invalid_input(
+                "masks",
+                "mode `given` needs masks; link them, or choose `em`",
+            ));
         }
         let failed = |error: personalization::Error| from_method("concept_list", &error);
         let prepared = PreparedScene::new(model, &scene, &config.crf).map_err(failed)?;
         let state_file = state_file(host);
-        let mut observer =
-            HostObserver::new(host, model).with_scene(&scene, truth.as_deref()).with_state_file(state_file.clone());
+        let mut observer = HostObserver::new(host, model)
+            .with_scene(&scene, truth.as_deref())
+            .with_state_file(state_file.clone());
         let start = match resumable(state_file, model, host) {
             Some(state) => EmStart::Resume(state),
-            None => given.filter(|_| config.masks == MaskMode::Given).map_or(EmStart::Fresh, EmStart::Masks),
+            None => given
+                .filter(|_| config.masks == MaskMode::Given)
+                .map_or(EmStart::Fresh, EmStart::Masks),
         };
-        let outcome = em(model, &prepared, start, &config, parameters.seed, &mut observer).map_err(failed)?;
-        let EmOutcome { learned, masks, rounds } = outcome;
-        let maps = rounds.last().map(|round| round.maps.clone()).unwrap_or_default();
+        let outcome = em(
+            model,
+            &prepared,
+            start,
+            &config,
+            parameters.seed,
+            &mut observer,
+        )
+        .map_err(failed)?;
+        let EmOutcome {
+            learned,
+            masks,
+            rounds,
+        } = outcome;
+        let maps = rounds
+            .last()
+            .map(|round| round.maps.clone())
+            .unwrap_or_default();
         let (tuned, learned) = match &config.joint {
             None => (model.clone(), learned),
             Some(joint) => {
-                let (tuned, learned) =
-                    joint_stage(model, &prepared, &masks, &learned, joint, &config.m_step, &mut observer)
-                        .map_err(failed)?;
+                let (tuned, learned) = joint_stage(
+                    model,
+                    &prepared,
+                    &masks,
+                    &learned,
+                    joint,
+                    &config.m_step,
+                    &mut observer,
+                )
+                .map_err(failed)?;
                 (Arc::new(tuned), learned)
             }
         };
@@ -222,7 +271,10 @@ fn resumable(file: Option<PathBuf>, model: &DiffusionModel, host: &Host) -> Opti
     let file = file.filter(|file| file.exists())?;
     match EmState::load(&file, &model.device) {
         Ok(state) if state.learned.base_fingerprint == model.fingerprint => {
-            host.log(LogLevel::Info, &format!("going on after step {}", state.learned.step));
+            host.log(
+                LogLevel::Info,
+                &format!("going on after step {}", state.learned.step),
+            );
             Some(state)
         }
         Ok(_) => None,

@@ -26,7 +26,12 @@ pub(crate) struct Parameters {
 
 impl Parameters {
     fn paths(&self) -> Vec<PathBuf> {
-        self.files.lines().map(str::trim).filter(|line| !line.is_empty()).map(PathBuf::from).collect()
+        self.files
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty())
+            .map(PathBuf::from)
+            .collect()
     }
 }
 
@@ -40,19 +45,27 @@ impl Node for LoadConcepts {
             "Conceptloom/load",
             "Loads learned tokens from .safetensors files",
         )
-        .output("concepts", port::CONCEPTS, "The tokens, in the order of the files")
+        .output(
+            "concepts",
+            port::CONCEPTS,
+            "The tokens, in the order of the files",
+        )
         .aliases(&["embedding", "textual inversion"])
     }
 
     fn validate(&self, parameters: &Parameters) -> Result<(), NodeError> {
         let paths = parameters.paths();
         if paths.is_empty() {
-            return Err(NodeError::invalid_input("files", "no concept file is named; write one path per line"));
+            return Err(NodeError::invalid_input(
+                "files",
+                "no concept file is named; write one path per line",
+            ));
         }
         match paths.iter().find(|path| !path.is_file()) {
-            Some(path) => {
-                Err(NodeError::invalid_input("files", format!("the concept file {} does not exist", path.display())))
-            }
+            Some(path) => Err(NodeError::invalid_input(
+                "files",
+                format!("the concept file {} does not exist", path.display()),
+            )),
             None => Ok(()),
         }
     }
@@ -62,13 +75,24 @@ impl Node for LoadConcepts {
             Ok(bytes) => blake3::hash(&bytes).to_string(),
             Err(_) => "missing".to_owned(),
         };
-        parameters.paths().iter().map(content).collect::<Vec<_>>().join(" ")
+        parameters
+            .paths()
+            .iter()
+            .map(content)
+            .collect::<Vec<_>>()
+            .join(" ")
     }
 
-    fn run(&mut self, _inputs: &Inputs, parameters: Parameters, _host: &Host) -> Result<Outputs, NodeError> {
+    fn run(
+        &mut self,
+        _inputs: &Inputs,
+        parameters: Parameters,
+        _host: &Host,
+    ) -> Result<Outputs, NodeError> {
         let paths = parameters.paths();
         let paths: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
-        let learned = load_concepts(&paths, session::device()).map_err(|error| from_method("files", &error))?;
+        let learned = load_concepts(&paths, session::device())
+            .map_err(|error| from_method("files", &error))?;
         Ok(vec![concepts_value(learned)])
     }
 }

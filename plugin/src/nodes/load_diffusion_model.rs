@@ -42,7 +42,12 @@ impl Node for LoadDiffusionModel {
         session::fingerprint(&parameters.checkpoint)
     }
 
-    fn run(&mut self, _inputs: &Inputs, parameters: Parameters, host: &Host) -> Result<Outputs, NodeError> {
+    fn run(
+        &mut self,
+        _inputs: &Inputs,
+        parameters: Parameters,
+        host: &Host,
+    ) -> Result<Outputs, NodeError> {
         host.progress("loading", 0, 1, &parameters.checkpoint);
         let model = session::load_model(&parameters.checkpoint)?;
         host.progress("loading", 1, 1, &parameters.checkpoint);

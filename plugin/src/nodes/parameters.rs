@@ -1,8 +1,8 @@
 //! Parameters that several nodes share, and what they mean to the method. Defaults are the recommended configuration.
 
 use personalization::{
-    Binarization, CrfStage, EmConfig, ExtractionConfig, Guard, JointConfig, JointScope, LayerChoice, MStepConfig,
-    Normalization, TokenConfig, TokenInit,
+    Binarization, CrfStage, EmConfig, ExtractionConfig, Guard, JointConfig, JointScope,
+    LayerChoice, MStepConfig, Normalization, TokenConfig, TokenInit,
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -65,9 +65,15 @@ impl Start {
         let init = match self {
             Self::Class => TokenInit::Class,
             Self::Random => TokenInit::Random,
-            Self::Inversion => TokenInit::Inversion { steps: inversion_steps },
+            Self::Inversion => TokenInit::Inversion {
+                steps: inversion_steps,
+            },
         };
-        TokenConfig { init, vectors_per_concept, init_noise: 0.0 }
+        TokenConfig {
+            init,
+            vectors_per_concept,
+            init_noise: 0.0,
+        }
     }
 }
 
@@ -84,26 +90,47 @@ pub(crate) enum Scope {
 }
 
 impl Scope {
-    pub(crate) fn config(self, steps: usize, learning_rate: f64, rank: usize) -> Option<JointConfig> {
+    pub(crate) fn config(
+        self,
+        steps: usize,
+        learning_rate: f64,
+        rank: usize,
+    ) -> Option<JointConfig> {
         let scope = match self {
             Self::Lora => JointScope::Lora { rank },
             Self::KeyValue => JointScope::KeyValue,
             Self::Full => JointScope::Full,
         };
-        (steps > 0).then_some(JointConfig { steps, learning_rate, token_learning_rate: learning_rate, scope })
+        (steps > 0).then_some(JointConfig {
+            steps,
+            learning_rate,
+            token_learning_rate: learning_rate,
+            scope,
+        })
     }
 }
 
 /// The M-step with what a user may change.
 pub(crate) fn m_step(learning_rate: f64, lambda_attention: f64) -> MStepConfig {
-    MStepConfig { learning_rate, lambda_attention, ..MStepConfig::break_a_scene() }
+    MStepConfig {
+        learning_rate,
+        lambda_attention,
+        ..MStepConfig::break_a_scene()
+    }
 }
 
 /// The CRF with what a user may change; a guard of 0 refuses nothing.
 pub(crate) fn crf(guard_iou: f64, iterations: usize) -> CrfStage {
     let base = EmConfig::recommended().crf;
-    let guard = if guard_iou > 0.0 { Guard::MinIou(guard_iou as f32) } else { Guard::None };
-    let crf = densecrf::CrfConfig { iterations, ..base.crf };
+    let guard = if guard_iou > 0.0 {
+        Guard::MinIou(guard_iou as f32)
+    } else {
+        Guard::None
+    };
+    let crf = densecrf::CrfConfig {
+        iterations,
+        ..base.crf
+    };
     CrfStage { crf, guard, ..base }
 }
 

@@ -84,15 +84,34 @@ impl Node for PersonalizedSampler {
             "Conceptloom/sample",
             "Paints prompts in which <token> is a learned concept",
         )
-        .input("model", port::DIFFUSION_MODEL, "The base model, or the tuned one of EmLoop")
-        .optional_input("concepts", port::CONCEPTS, "Learned tokens; without them prompts are plain text")
-        .output("images", port::IMAGE, "All pictures of the first prompt, then of the second, …")
+        .input(
+            "model",
+            port::DIFFUSION_MODEL,
+            "The base model, or the tuned one of EmLoop",
+        )
+        .optional_input(
+            "concepts",
+            port::CONCEPTS,
+            "Learned tokens; without them prompts are plain text",
+        )
+        .output(
+            "images",
+            port::IMAGE,
+            "All pictures of the first prompt, then of the second, …",
+        )
         .aliases(&["ksampler", "generate", "text to image"])
     }
 
-    fn run(&mut self, inputs: &Inputs, parameters: Parameters, host: &Host) -> Result<Outputs, NodeError> {
+    fn run(
+        &mut self,
+        inputs: &Inputs,
+        parameters: Parameters,
+        host: &Host,
+    ) -> Result<Outputs, NodeError> {
         let model = &inputs.object::<ModelValue>("model")?.0;
-        let learned = inputs.optional_object::<ConceptsValue>("concepts")?.map(|value| &value.0);
+        let learned = inputs
+            .optional_object::<ConceptsValue>("concepts")?
+            .map(|value| &value.0);
         let scheduler = match parameters.scheduler {
             Scheduler::DpmSolver => SchedulerKind::DpmSolverPlusPlus2M,
             Scheduler::Ddim => SchedulerKind::Ddim,
@@ -104,20 +123,42 @@ impl Node for PersonalizedSampler {
             seed: parameters.seed,
             n_pictures: parameters.pictures_per_prompt,
         };
-        let prompts: Vec<&str> = parameters.prompts.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        let prompts: Vec<&str> = parameters
+            .prompts
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty())
+            .collect();
         if prompts.is_empty() {
-            return Err(NodeError::invalid_input("prompts", "there is no prompt; write one per line"));
+            return Err(NodeError::invalid_input(
+                "prompts",
+                "there is no prompt; write one per line",
+            ));
         }
-        let prompts = SamplePrompts { prompts: &prompts, negative: &parameters.negative_prompt };
-        let pictures = sample(model, learned, &prompts, &config, &mut HostObserver::new(host, model))
-            .map_err(|error| from_method("prompts", &error))?;
+        let prompts = SamplePrompts {
+            prompts: &prompts,
+            negative: &parameters.negative_prompt,
+        };
+        let pictures = sample(
+            model,
+            learned,
+            &prompts,
+            &config,
+            &mut HostObserver::new(host, model),
+        )
+        .map_err(|error| from_method("prompts", &error))?;
         shared(&pictures)
     }
 }
 
 /// `[n, 3, H, W]` as an `IMAGE`.
 fn shared(pictures: &Tensor) -> Result<Outputs, NodeError> {
-    let internal = |error: candle_core::Error| NodeError::new(plugin_api::ErrorCode::Internal, error.to_string());
-    let images = pictures.permute((0, 2, 3, 1)).and_then(|images| images.contiguous()).map_err(internal)?;
+    let internal = |error: candle_core::Error| {
+        NodeError::new(plugin_api::ErrorCode::Internal, error.to_string())
+    };
+    let images = pictures
+        .permute((0, 2, 3, 1))
+        .and_then(|images| images.contiguous())
+        .map_err(internal)?;
     Ok(vec![Value::Tensor(tensor_bridge::share(&images)?)])
 }

@@ -27,7 +27,13 @@ fn png_of_size(width: u32, height: u32) -> Vec<u8> {
 
 fn crc32(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(u32::MAX, |crc, &byte| {
-        (0..8).fold(crc ^ u32::from(byte), |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 })
+        (0..8).fold(crc ^ u32::from(byte), |crc, _| {
+            if crc & 1 == 1 {
+                crc >> 1 ^ 0xedb8_8320
+            } else {
+                crc >> 1
+            }
+        })
     })
 }
 
@@ -35,20 +41,48 @@ fn crc32(bytes: &[u8]) -> u32 {
 fn refused(place: &Place, done: Done, parts: &[&str]) {
     let before = place.names(".");
     done.failed_with(parts);
-    assert!(!before.iter().any(|name| name == "out" || name == "runs" || name.starts_with('.')), "{before:?}");
+    assert!(
+        !before
+            .iter()
+            .any(|name| name == "out" || name == "runs" || name.starts_with('.')),
+        "{before:?}"
+    );
 }
 
 #[test]
 fn a_file_that_is_no_picture() {
     let place = Place::with_faulty();
     place.write("notes.png", "these are notes");
-    refused(&place, place.run(&show("notes.png"), &[]), &["node 1 (LoadImage), input image", "notes.png cannot be read"]);
+    refused(
+        &place,
+        place.run(&show("notes.png"), &[]),
+        &[
+            "node 1 (LoadImage), input image",
+            "notes.png cannot be read",
+        ],
+    );
     place.write("empty.png", "");
-    refused(&place, place.run(&show("empty.png"), &[]), &["empty.png cannot be read"]);
+    refused(
+        &place,
+        place.run(&show("empty.png"), &[]),
+        &["empty.png cannot be read"],
+    );
     place.write("half.png", png_of_size(64, 64));
-    refused(&place, place.run(&show("half.png"), &[]), &["half.png cannot be read"]);
-    refused(&place, place.run(&show("gone.png"), &[]), &["there is no picture gone.png", "custom_validation_failed"]);
-    refused(&place, place.run(&show("demo:gone.png"), &[]), &["there is no built-in picture demo:gone.png"]);
+    refused(
+        &place,
+        place.run(&show("half.png"), &[]),
+        &["half.png cannot be read"],
+    );
+    refused(
+        &place,
+        place.run(&show("gone.png"), &[]),
+        &["there is no picture gone.png", "custom_validation_failed"],
+    );
+    refused(
+        &place,
+        place.run(&show("demo:gone.png"), &[]),
+        &["there is no built-in picture demo:gone.png"],
+    );
 }
 
 #[test]
@@ -58,11 +92,19 @@ fn a_picture_that_is_too_large() {
     refused(
         &place,
         place.run(&show("huge.png"), &[]),
-        &["huge.png is 20000×20000 pixels", "the largest size that is read is 8192×8192", "scale it down"],
+        &[
+            "huge.png is 20000×20000 pixels",
+            "the largest size that is read is 8192×8192",
+            "scale it down",
+        ],
     );
     // Within the sides, but more memory than its file could ever fill.
     place.write("bomb.png", png_of_size(8192, 8192));
-    refused(&place, place.run(&show("bomb.png"), &[]), &["bomb.png cannot be read"]);
+    refused(
+        &place,
+        place.run(&show("bomb.png"), &[]),
+        &["bomb.png cannot be read"],
+    );
 }
 
 #[test]
@@ -74,7 +116,11 @@ fn pictures_of_two_sizes_in_a_batch() {
         "3": node("ImageBatch", json!({"image_1": ["1", 0], "image_2": ["2", 0]})),
         "4": node("PreviewImage", json!({"images": ["3", 0]})),
     });
-    refused(&place, place.run(&workflow, &[]), &["node 3 (ImageBatch), input image_2", "16×16", "128×128"]);
+    refused(
+        &place,
+        place.run(&workflow, &[]),
+        &["node 3 (ImageBatch), input image_2", "16×16", "128×128"],
+    );
 }
 
 #[test]
@@ -83,21 +129,55 @@ fn a_graph_that_cannot_run() {
     let passthrough = |source: &str| node("Passthrough", json!({"images": [source, 0]}));
     let preview = |source: &str| node("PreviewImage", json!({"images": [source, 0]}));
     let cycle = json!({"1": passthrough("2"), "2": passthrough("1"), "3": preview("2")});
-    refused(&place, place.run(&cycle, &[]), &["form a cycle", "2 (Passthrough) → 1 (Passthrough)", "dependency_cycle"]);
+    refused(
+        &place,
+        place.run(&cycle, &[]),
+        &[
+            "form a cycle",
+            "2 (Passthrough) → 1 (Passthrough)",
+            "dependency_cycle",
+        ],
+    );
     let wrong = json!({"1": node("LoadImageMask", json!({})), "2": preview("1")});
-    refused(&place, place.run(&wrong, &[]), &["node 2 (PreviewImage), input images", "gives MASK", "return_type_mismatch"]);
+    refused(
+        &place,
+        place.run(&wrong, &[]),
+        &[
+            "node 2 (PreviewImage), input images",
+            "gives MASK",
+            "return_type_mismatch",
+        ],
+    );
     let out_of_bounds = json!({"1": node("Slow", json!({"steps": 10_001})), "2": preview("1")});
     refused(
         &place,
         place.run(&out_of_bounds, &[]),
-        &["node 1 (Slow), input steps: steps is 10001, the largest value is 10000", "value_bigger_than_max"],
+        &[
+            "node 1 (Slow), input steps: steps is 10001, the largest value is 10000",
+            "value_bigger_than_max",
+        ],
     );
     let unknown = json!({"1": node("Slower", json!({})), "2": preview("1")});
-    refused(&place, place.run(&unknown, &[]), &["node 1 (Slower): no node of the class Slower is known"]);
+    refused(
+        &place,
+        place.run(&unknown, &[]),
+        &["node 1 (Slower): no node of the class Slower is known"],
+    );
     let idle = json!({"1": node("Slow", json!({}))});
-    refused(&place, place.run(&idle, &[]), &["no output node", "prompt_no_outputs"]);
+    refused(
+        &place,
+        place.run(&idle, &[]),
+        &["no output node", "prompt_no_outputs"],
+    );
     let missing = json!({"2": node("PreviewImage", json!({}))});
-    refused(&place, place.run(&missing, &[]), &["node 2 (PreviewImage), input images", "required_input_missing"]);
+    refused(
+        &place,
+        place.run(&missing, &[]),
+        &[
+            "node 2 (PreviewImage), input images",
+            "required_input_missing",
+        ],
+    );
 }
 
 #[test]
@@ -106,17 +186,31 @@ fn a_file_that_is_no_workflow() {
     for (content, parts) in [
         ("{", &["w.json is no JSON"][..]),
         ("[1, 2]", &["w.json is no workflow", "class_type"]),
-        (r#"{"nodes": [{"id": 1}], "links": []}"#, &["w.json cannot be read", "type"]),
-        (r#"{"1": {"class_type": "Slow", "inputs": []}}"#, &["the inputs of the node 1 (Slow) are no JSON object"]),
+        (
+            r#"{"nodes": [{"id": 1}], "links": []}"#,
+            &["w.json cannot be read", "type"],
+        ),
+        (
+            r#"{"1": {"class_type": "Slow", "inputs": []}}"#,
+            &["the inputs of the node 1 (Slow) are no JSON object"],
+        ),
     ] {
         place.write("w.json", content);
         refused(&place, place.host(&["run", "w.json"]), parts);
     }
-    refused(&place, place.host(&["run", "gone.json"]), &["cannot read the workflow gone.json"]);
+    refused(
+        &place,
+        place.host(&["run", "gone.json"]),
+        &["cannot read the workflow gone.json"],
+    );
     refused(&place, place.host(&["run", "."]), &["it is a directory"]);
     let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
     place.write("w.json", deep);
-    refused(&place, place.host(&["run", "w.json"]), &["w.json is no JSON", "recursion"]);
+    refused(
+        &place,
+        place.host(&["run", "w.json"]),
+        &["w.json is no JSON", "recursion"],
+    );
 }
 
 #[test]
@@ -129,13 +223,26 @@ fn a_set_target_that_is_not_there() {
         "4": node("PreviewImage", json!({"images": ["3", 0]})),
     });
     for (assignment, part) in [
-        ("Blur.radius=3", "no node \"Blur\"; its nodes are: 1 (Slow), 2 (Slow)"),
-        ("Slow.steps=3", "\"Slow\" means several nodes; use one of the ids 1, 2"),
+        (
+            "Blur.radius=3",
+            "no node \"Blur\"; its nodes are: 1 (Slow), 2 (Slow)",
+        ),
+        (
+            "Slow.steps=3",
+            "\"Slow\" means several nodes; use one of the ids 1, 2",
+        ),
         ("1.step=3", "its parameters are: steps, wait, prompts, seed"),
         ("1.steps", "takes node.input=value"),
-        ("1.steps=many", "node 1 (Slow), input steps: steps takes a whole number, got \"many\""),
+        (
+            "1.steps=many",
+            "node 1 (Slow), input steps: steps takes a whole number, got \"many\"",
+        ),
     ] {
-        refused(&place, place.run(&workflow, &["--set", assignment]), &[part]);
+        refused(
+            &place,
+            place.run(&workflow, &["--set", assignment]),
+            &[part],
+        );
     }
 }
 
@@ -144,11 +251,19 @@ fn a_folder_that_cannot_be_written() {
     let place = Place::with_faulty();
     place.write("w.json", show("demo:dog-and-car.png").to_string());
     place.write("taken", "a file");
-    place.host(&["run", "w.json", "--out", "taken"]).failed_with(&["taken is a file", "--out"]);
-    place.host(&["run", "w.json", "--out", "taken/run"]).failed_with(&["taken is a file", "--out"]);
-    place.host(&["run", "w.json", "--out", "/proc/run"]).failed_with(&["cannot write /proc/run", "--out"]);
+    place
+        .host(&["run", "w.json", "--out", "taken"])
+        .failed_with(&["taken is a file", "--out"]);
+    place
+        .host(&["run", "w.json", "--out", "taken/run"])
+        .failed_with(&["taken is a file", "--out"]);
+    place
+        .host(&["run", "w.json", "--out", "/proc/run"])
+        .failed_with(&["cannot write /proc/run", "--out"]);
     place.write("runs", "a file, too");
-    place.host(&["run", "w.json"]).failed_with(&["runs is a file", "--out"]);
+    place
+        .host(&["run", "w.json"])
+        .failed_with(&["runs is a file", "--out"]);
     assert_eq!(place.names("."), ["runs", "taken", "w.json"]);
     assert_eq!(place.read("taken"), b"a file");
 }
@@ -166,7 +281,9 @@ fn a_folder_without_permission() {
         println!("skipped: this user may write everywhere");
         return;
     }
-    place.host(&["run", "w.json", "--out", "closed/run"]).failed_with(&["cannot write closed/run", "Permission denied"]);
+    place
+        .host(&["run", "w.json", "--out", "closed/run"])
+        .failed_with(&["cannot write closed/run", "Permission denied"]);
     assert!(place.names("closed").is_empty());
 }
 
@@ -178,10 +295,23 @@ fn a_file_that_cannot_be_written_to_its_end() {
     place.write("w.json", show("demo:dog-and-car.png").to_string());
     let command = place.command(&["run", "w.json", "--out", "out"]);
     let mut shell = std::process::Command::new("sh");
-    shell.args(["-c", "trap '' XFSZ; ulimit -f 8; exec \"$0\" \"$@\""]).arg(command.get_program());
-    shell.args(command.get_args()).current_dir(place.path()).env("CONCEPTLOOM_PLUGIN", crate::support::faulty());
+    shell
+        .args(["-c", "trap '' XFSZ; ulimit -f 8; exec \"$0\" \"$@\""])
+        .arg(command.get_program());
+    shell
+        .args(command.get_args())
+        .current_dir(place.path())
+        .env("CONCEPTLOOM_PLUGIN", crate::support::faulty());
     let done = crate::support::done(shell.output().unwrap());
-    refused(&place, done, &["node 2 (SaveImage)", "cannot write out/picture_00001.png", "--out"]);
+    refused(
+        &place,
+        done,
+        &[
+            "node 2 (SaveImage)",
+            "cannot write out/picture_00001.png",
+            "--out",
+        ],
+    );
     assert_eq!(place.names("."), ["w.json"]);
 }
 
@@ -203,7 +333,10 @@ fn a_disk_that_is_full() {
     }
     let done = place.host(&["run", "w.json", "--out", "disk/run"]);
     let left = place.names("disk");
-    let unmounted = std::process::Command::new("umount").arg(&disk).status().unwrap();
+    let unmounted = std::process::Command::new("umount")
+        .arg(&disk)
+        .status()
+        .unwrap();
     assert!(unmounted.success());
     done.failed_with(&["cannot write disk/run", "No space left", "free some space"]);
     assert_eq!(left, [] as [&str; 0]);

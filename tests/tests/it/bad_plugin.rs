@@ -18,7 +18,11 @@ fn other_library() -> Option<PathBuf> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         name.contains("thiserror_impl") && name.ends_with(suffix)
     };
-    std::fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path()).find(is_macro)
+    std::fs::read_dir(folder)
+        .ok()?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(is_macro)
 }
 
 #[test]
@@ -30,7 +34,8 @@ fn a_library_that_cannot_be_loaded_says_why() {
     load(&place, "text.so").failed_with(&["text.so", "the system cannot open it as a library"]);
     match other_library() {
         Some(path) => {
-            load(&place, path.to_str().unwrap()).failed_with(&["no Conceptloom plugin: it has no probe symbol"]);
+            load(&place, path.to_str().unwrap())
+                .failed_with(&["no Conceptloom plugin: it has no probe symbol"]);
         }
         None => println!("skipped: no other library is at hand"),
     }
@@ -48,7 +53,11 @@ fn a_library_of_another_contract_version_is_refused_in_one_sentence() {
     assert_eq!(places.len(), 1);
     library[places[0] + 20] = 2;
     place.write("newer.so", &library);
-    load(&place, "newer.so").failed_with(&["newer.so", "faulty-plugin 1.0.0 speaks version 2.0", "this host version 1.0.0"]);
+    load(&place, "newer.so").failed_with(&[
+        "newer.so",
+        "faulty-plugin 1.0.0 speaks version 2.0",
+        "this host version 1.0.0",
+    ]);
     library[places[0]] = b'X';
     place.write("other.so", &library);
     load(&place, "other.so").failed_with(&["its probe symbol is not Conceptloom's"]);
@@ -59,8 +68,18 @@ fn two_plugins_with_one_class_are_refused() {
     let place = Place::with_faulty();
     let path = faulty();
     std::fs::copy(&path, place.path().join("copy.so")).unwrap();
-    let done = place.host(&["nodes", "--plugin", path.to_str().unwrap(), "--plugin", "copy.so"]);
-    done.failed_with(&["the node class", "is in the plugin", "load only one of them"]);
+    let done = place.host(&[
+        "nodes",
+        "--plugin",
+        path.to_str().unwrap(),
+        "--plugin",
+        "copy.so",
+    ]);
+    done.failed_with(&[
+        "the node class",
+        "is in the plugin",
+        "load only one of them",
+    ]);
 }
 
 /// Runs `class` into a picture that is saved.
@@ -72,13 +91,21 @@ fn ends(class: &str, inputs: Value, parts: &[&str]) {
         workflow["2"] = node("SaveImage", json!({"images": ["1", 0]}));
     }
     let done = place.run(&workflow, &[]).failed_with(parts);
-    assert_eq!(place.names("."), ["workflow.json"], "nothing is left: {}", done.stderr);
+    assert_eq!(
+        place.names("."),
+        ["workflow.json"],
+        "nothing is left: {}",
+        done.stderr
+    );
 }
 
 #[test]
 fn failures_are_one_sentence_with_the_node() {
     for (code, part) in [
-        ("invalid_input", "node 1 (Fail), input code: the code is one that fails"),
+        (
+            "invalid_input",
+            "node 1 (Fail), input code: the code is one that fails",
+        ),
         ("invalid_file", "node 1 (Fail): it fails with InvalidFile"),
         ("cannot_write", "node 1 (Fail): it fails with CannotWrite"),
         ("out_of_memory", "node 1 (Fail): it fails with OOMError"),
@@ -94,8 +121,14 @@ fn lies_are_found() {
     for (about, part) in [
         ("too_few", "promised 1 outputs and returned 0"),
         ("too_many", "promised 1 outputs and returned 2"),
-        ("wrong_type", "promised IMAGE on its output images and returned the value 7"),
-        ("wrong_shape", "promised IMAGE on its output images and returned a tensor of shape [4, 4]"),
+        (
+            "wrong_type",
+            "promised IMAGE on its output images and returned the value 7",
+        ),
+        (
+            "wrong_shape",
+            "promised IMAGE on its output images and returned a tensor of shape [4, 4]",
+        ),
         ("not_finite", "images holds values that are not finite"),
     ] {
         ends("Lie", json!({"about": about}), &[part]);
@@ -110,10 +143,23 @@ fn previews_and_curves_that_are_none_do_not_stop_a_run() {
         "2": node("SaveImage", json!({"images": ["1", 0]})),
     });
     let done = place.run(&workflow, &[]).succeeded();
-    assert!(done.stderr.contains("a preview is [height, width, 3], got the shape [16]"), "{}", done.stderr);
+    assert!(
+        done.stderr
+            .contains("a preview is [height, width, 3], got the shape [16]"),
+        "{}",
+        done.stderr
+    );
 }
 
 #[test]
 fn a_panic_is_one_sentence() {
-    ends("Panic", json!({}), &["node 1 (Panic)", "index 3 out of nothing", "this is a fault of the plugin"]);
+    ends(
+        "Panic",
+        json!({}),
+        &[
+            "node 1 (Panic)",
+            "index 3 out of nothing",
+            "this is a fault of the plugin",
+        ],
+    );
 }

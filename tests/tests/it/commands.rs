@@ -7,10 +7,14 @@ use crate::support::{Place, node, repository};
 #[test]
 fn nodes_json_is_what_the_plugin_says() {
     let place = Place::with_conceptloom();
-    let now: Value = serde_json::from_str(&place.host(&["nodes", "--json"]).succeeded().stdout).unwrap();
+    let now: Value =
+        serde_json::from_str(&place.host(&["nodes", "--json"]).succeeded().stdout).unwrap();
     let kept = std::fs::read(repository().join("nodes.json")).unwrap();
     let kept: Value = serde_json::from_slice(&kept).unwrap();
-    assert!(now == kept, "nodes.json is old; write it anew: cargo run --release -- nodes --json > nodes.json");
+    assert!(
+        now == kept,
+        "nodes.json is old; write it anew: cargo run --release -- nodes --json > nodes.json"
+    );
     for class in [
         "LoadDiffusionModel",
         "ConceptTokenLearner",
@@ -21,10 +25,16 @@ fn nodes_json_is_what_the_plugin_says() {
         "SaveConcepts",
         "LoadConcepts",
     ] {
-        assert_eq!(now[class]["python_module"], "custom_nodes.conceptloom", "{class}");
+        assert_eq!(
+            now[class]["python_module"], "custom_nodes.conceptloom",
+            "{class}"
+        );
         // A person who points at a widget reads what it does.
         let inputs = now[class]["input"]["required"].as_object().unwrap();
-        assert!(inputs.values().all(|input| input[1]["tooltip"].is_string()), "{class}");
+        assert!(
+            inputs.values().all(|input| input[1]["tooltip"].is_string()),
+            "{class}"
+        );
     }
 }
 
@@ -32,7 +42,13 @@ fn nodes_json_is_what_the_plugin_says() {
 fn nodes_are_listed_for_people() {
     let place = Place::with_faulty();
     let list = place.host(&["nodes"]).succeeded().stdout;
-    for part in ["faulty-plugin 1.0.0", "Slow: Counts slowly", "steps = 20: How far it counts", "→ images (IMAGE)", "LoadImage:"] {
+    for part in [
+        "faulty-plugin 1.0.0",
+        "Slow: Counts slowly",
+        "steps = 20: How far it counts",
+        "→ images (IMAGE)",
+        "LoadImage:",
+    ] {
         assert!(list.contains(part), "{part}\n{list}");
     }
 }
@@ -41,7 +57,9 @@ fn nodes_are_listed_for_people() {
 fn the_bundled_workflow_can_run() {
     let place = Place::with_conceptloom();
     let file = repository().join("host-demo/workflows/demo.json");
-    let done = place.host(&["validate", file.to_str().unwrap()]).succeeded();
+    let done = place
+        .host(&["validate", file.to_str().unwrap()])
+        .succeeded();
     assert!(done.stdout.starts_with("demo can run"), "{}", done.stdout);
 }
 
@@ -93,11 +111,22 @@ fn validate_tells_all_problems_at_once() {
 #[test]
 fn wrong_arguments_end_with_2() {
     let place = Place::with_faulty();
-    for arguments in [&["run", "--bogus"][..], &["paint"], &["validate"], &["run", "a.json", "b.json"]] {
+    for arguments in [
+        &["run", "--bogus"][..],
+        &["paint"],
+        &["validate"],
+        &["run", "a.json", "b.json"],
+    ] {
         let done = place.host(arguments);
         assert_eq!(done.code, Some(2), "{arguments:?}: {}", done.stderr);
     }
-    assert!(place.host(&["--help"]).succeeded().stdout.contains("validate"));
+    assert!(
+        place
+            .host(&["--help"])
+            .succeeded()
+            .stdout
+            .contains("validate")
+    );
 }
 
 #[test]

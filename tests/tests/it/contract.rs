@@ -6,8 +6,8 @@ use abi_stable::library::lib_header_from_path;
 use abi_stable::std_types::{RString, Tuple2};
 use plugin_api::node::{NodeBox, RunRequest};
 use plugin_api::{
-    ErrorCode, Host, HostContext, NodeError, PluginDescriptor, PluginModule_Ref, Preview, Progress, RunInfo,
-    SharedTensor, Value,
+    ErrorCode, Host, HostContext, NodeError, PluginDescriptor, PluginModule_Ref, Preview, Progress,
+    RunInfo, SharedTensor, Value,
 };
 
 use crate::support;
@@ -19,7 +19,10 @@ fn one_at_a_time() -> MutexGuard<'static, ()> {
 }
 
 fn module() -> PluginModule_Ref {
-    lib_header_from_path(&support::faulty()).unwrap().init_root_module().unwrap()
+    lib_header_from_path(&support::faulty())
+        .unwrap()
+        .init_root_module()
+        .unwrap()
 }
 
 fn create(class: &str) -> NodeBox {
@@ -52,10 +55,22 @@ impl HostContext for Listener {
     }
 }
 
-fn run(node: &mut NodeBox, inputs: &[(&str, &Value)], parameters: &str) -> Result<Vec<Value>, NodeError> {
-    let inputs = inputs.iter().map(|(name, value)| Tuple2(RString::from(*name), (*value).clone())).collect();
-    let request = RunRequest { inputs, parameters: parameters.into() };
-    node.run(request, Host::from_context(Listener::default())).into_result().map(Into::into)
+fn run(
+    node: &mut NodeBox,
+    inputs: &[(&str, &Value)],
+    parameters: &str,
+) -> Result<Vec<Value>, NodeError> {
+    let inputs = inputs
+        .iter()
+        .map(|(name, value)| Tuple2(RString::from(*name), (*value).clone()))
+        .collect();
+    let request = RunRequest {
+        inputs,
+        parameters: parameters.into(),
+    };
+    node.run(request, Host::from_context(Listener::default()))
+        .into_result()
+        .map(Into::into)
 }
 
 fn picture(n: usize) -> (Value, u64) {
@@ -68,18 +83,39 @@ fn picture(n: usize) -> (Value, u64) {
 #[test]
 fn the_description_can_be_read_without_a_node() {
     let described: PluginDescriptor = serde_json::from_str(&module().describe()()).unwrap();
-    let classes: Vec<_> = described.nodes.iter().map(|node| node.class.as_str()).collect();
-    assert_eq!(classes, ["Slow", "Passthrough", "Number", "Counted", "Fail", "Lie", "Panic"]);
+    let classes: Vec<_> = described
+        .nodes
+        .iter()
+        .map(|node| node.class.as_str())
+        .collect();
+    assert_eq!(
+        classes,
+        [
+            "Slow",
+            "Passthrough",
+            "Number",
+            "Counted",
+            "Fail",
+            "Lie",
+            "Panic"
+        ]
+    );
 }
 
 #[test]
 fn a_tensor_passes_through_two_nodes_in_the_very_same_memory() {
     let (value, address) = picture(1000);
-    let first = run(&mut create("Passthrough"), &[("images", &value)], "{}").unwrap().remove(0);
-    let second = run(&mut create("Passthrough"), &[("images", &first)], "{}").unwrap().remove(0);
+    let first = run(&mut create("Passthrough"), &[("images", &value)], "{}")
+        .unwrap()
+        .remove(0);
+    let second = run(&mut create("Passthrough"), &[("images", &first)], "{}")
+        .unwrap()
+        .remove(0);
     drop((value, first));
     // The last handle keeps the memory alive, and it is what it was.
-    let Value::Tensor(tensor) = second else { panic!("no tensor") };
+    let Value::Tensor(tensor) = second else {
+        panic!("no tensor")
+    };
     assert_eq!(tensor.data_address(), address);
     let expected: Vec<f32> = (0..12_000).map(|i| i as f32 / 100.0).collect();
     assert_eq!(tensor.as_f32().unwrap(), expected);
@@ -90,7 +126,9 @@ fn objects_live_as_long_as_somebody_holds_them() {
     let _guard = one_at_a_time();
     let alive = || -> usize {
         let outputs = run(&mut create("Counted"), &[], "{}").unwrap();
-        let Value::Json(text) = &outputs[1] else { panic!("no number") };
+        let Value::Json(text) = &outputs[1] else {
+            panic!("no number")
+        };
         text.parse().unwrap()
     };
     let before = alive();
@@ -124,10 +162,33 @@ fn wrong_calls_are_errors() {
     let (value, _) = picture(1);
     let number = Value::Json("7".into());
     let code = |result: Result<Vec<Value>, NodeError>| result.unwrap_err().error_code();
-    assert_eq!(code(run(&mut create("Passthrough"), &[], "{}")), ErrorCode::InvalidInput);
-    assert_eq!(code(run(&mut create("Passthrough"), &[("images", &number)], "{}")), ErrorCode::InvalidInput);
-    assert_eq!(code(run(&mut create("Counted"), &[("other", &value)], "{}")), ErrorCode::InvalidInput);
-    assert_eq!(code(run(&mut create("Number"), &[], "[")), ErrorCode::InvalidInput);
-    assert_eq!(code(run(&mut create("Number"), &[], r#"{"value": -1}"#)), ErrorCode::InvalidInput);
-    assert!(module().create_node()("Nonsense".into()).into_result().is_err());
+    assert_eq!(
+        code(run(&mut create("Passthrough"), &[], "{}")),
+        ErrorCode::InvalidInput
+    );
+    assert_eq!(
+        code(run(
+            &mut create("Passthrough"),
+            &[("images", &number)],
+            "{}"
+        )),
+        ErrorCode::InvalidInput
+    );
+    assert_eq!(
+        code(run(&mut create("Counted"), &[("other", &value)], "{}")),
+        ErrorCode::InvalidInput
+    );
+    assert_eq!(
+        code(run(&mut create("Number"), &[], "[")),
+        ErrorCode::InvalidInput
+    );
+    assert_eq!(
+        code(run(&mut create("Number"), &[], r#"{"value": -1}"#)),
+        ErrorCode::InvalidInput
+    );
+    assert!(
+        module().create_node()("Nonsense".into())
+            .into_result()
+            .is_err()
+    );
 }

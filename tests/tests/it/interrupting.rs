@@ -25,7 +25,11 @@ fn ctrl_c_stops_within_a_step_and_the_same_command_goes_on() {
     let asked = Instant::now();
     interrupt(&child);
     let ended = done(child.wait_with_output().unwrap());
-    assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
+    assert!(
+        asked.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        asked.elapsed()
+    );
     assert_eq!(ended.code, Some(130), "{}", ended.stderr);
     assert_eq!(
         ended.sentence(),
@@ -50,7 +54,9 @@ fn changed_parameters_start_anew() {
     wait_for(&mut child, "counting 1/60");
     interrupt(&child);
     assert_eq!(child.wait().unwrap().code(), Some(130));
-    let other = place.host(&["run", "w.json", "--set", "Slow.steps=5"]).succeeded();
+    let other = place
+        .host(&["run", "w.json", "--set", "Slow.steps=5"])
+        .succeeded();
     assert!(!other.stderr.contains("goes on"), "{}", other.stderr);
 }
 
@@ -69,11 +75,27 @@ fn ctrl_c_twice_stops_at_once_and_the_next_run_cleans_up() {
     let asked = Instant::now();
     interrupt(&child);
     assert_eq!(child.wait().unwrap().code(), Some(130));
-    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
-    assert!(place.names("runs").iter().any(|name| name.ends_with(".partial")));
+    assert!(
+        asked.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        asked.elapsed()
+    );
+    assert!(
+        place
+            .names("runs")
+            .iter()
+            .any(|name| name.ends_with(".partial"))
+    );
     slow(&place);
-    place.host(&["run", "w.json", "--set", "Slow.steps=1"]).succeeded();
-    assert!(!place.names("runs").iter().any(|name| name.ends_with(".partial")));
+    place
+        .host(&["run", "w.json", "--set", "Slow.steps=1"])
+        .succeeded();
+    assert!(
+        !place
+            .names("runs")
+            .iter()
+            .any(|name| name.ends_with(".partial"))
+    );
 }
 
 #[test]

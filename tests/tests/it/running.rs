@@ -19,16 +19,43 @@ fn a_runs_folder_holds_what_a_person_wants_to_see() {
     let place = Place::with_faulty();
     let done = place.run(&counting(), &[]).succeeded();
     assert_eq!(done.stdout.trim(), "out/report.html");
-    assert_eq!(place.names("out"), ["masks", "previews", "report.html", "run.json", "samples", "workflow.json"]);
-    assert_eq!(place.names("out/samples"), ["picture_00001.png", "picture_00002.png"]);
-    assert_eq!(place.names("out/masks"), ["mask_00001.png", "mask_00002.png"]);
+    assert_eq!(
+        place.names("out"),
+        [
+            "masks",
+            "previews",
+            "report.html",
+            "run.json",
+            "samples",
+            "workflow.json"
+        ]
+    );
+    assert_eq!(
+        place.names("out/samples"),
+        ["picture_00001.png", "picture_00002.png"]
+    );
+    assert_eq!(
+        place.names("out/masks"),
+        ["mask_00001.png", "mask_00002.png"]
+    );
     assert_eq!(place.names("out/previews/1-counted").len(), 14);
-    assert_eq!(place.names("."), ["out", "workflow.json"], "nothing else is left");
-    assert!(pixels(&place.read("out/samples/picture_00001.png")).iter().all(|&byte| byte == 90));
+    assert_eq!(
+        place.names("."),
+        ["out", "workflow.json"],
+        "nothing else is left"
+    );
+    assert!(
+        pixels(&place.read("out/samples/picture_00001.png"))
+            .iter()
+            .all(|&byte| byte == 90)
+    );
     let run = place.json("out/run.json");
     assert_eq!(run["status"], "success");
     assert_eq!(run["metrics"][0]["points"].as_array().unwrap().len(), 70);
-    assert_eq!(run["files"][0], json!({"node": "2", "file": "samples/picture_00001.png"}));
+    assert_eq!(
+        run["files"][0],
+        json!({"node": "2", "file": "samples/picture_00001.png"})
+    );
     assert_eq!(run["nodes"].as_array().unwrap().len(), 4);
 }
 
@@ -37,16 +64,31 @@ fn the_report_needs_nothing_from_outside() {
     let place = Place::with_faulty();
     place.run(&counting(), &[]).succeeded();
     let page = String::from_utf8(place.read("out/report.html")).unwrap();
-    for part in ["a &lt;rex&gt; on the moon", "ä &lt;vw&gt;", "<svg class=\"chart\"", "data:image/png;base64,", "counted", "step 65", "masks/mask_00001.png"] {
+    for part in [
+        "a &lt;rex&gt; on the moon",
+        "ä &lt;vw&gt;",
+        "<svg class=\"chart\"",
+        "data:image/png;base64,",
+        "counted",
+        "step 65",
+        "masks/mask_00001.png",
+    ] {
         assert!(page.contains(part), "no {part}");
     }
-    for part in ["<script", "http:", "https:", "<link", "@import", "url(", ".partial"] {
+    for part in [
+        "<script", "http:", "https:", "<link", "@import", "url(", ".partial",
+    ] {
         // The name space of SVG is a name, not an address that is asked.
         let page = page.replace("http://www.w3.org/2000/svg", "");
         assert!(!page.contains(part), "{part}");
     }
     let sources: Vec<_> = page.split("src=\"").skip(1).collect();
-    assert!(sources.len() >= 18 && sources.iter().all(|source| source.starts_with("data:image/png;base64,")));
+    assert!(
+        sources.len() >= 18
+            && sources
+                .iter()
+                .all(|source| source.starts_with("data:image/png;base64,"))
+    );
 }
 
 #[test]
@@ -59,12 +101,31 @@ fn pictures_restore_the_graph_they_came_from() {
     assert_eq!(keywords, ["prompt", "workflow"]);
     assert!(texts.iter().all(|(_, text)| text.is_ascii()));
     let prompt: Value = serde_json::from_str(&texts[0].1).unwrap();
-    assert_eq!(prompt["1"]["inputs"]["prompts"], "a <rex> on the moon\nä <vw>");
+    assert_eq!(
+        prompt["1"]["inputs"]["prompts"],
+        "a <rex> on the moon\nä <vw>"
+    );
     place.write("again.json", &texts[1].1);
-    place.host(&["run", "again.json", "--out", "again"]).succeeded();
-    assert_eq!(pixels(&place.read("again/samples/picture_00001.png")), pixels(&png));
-    place.host(&["run", "again.json", "--out", "private", "--disable-metadata"]).succeeded();
-    assert_eq!(png_texts(&place.read("private/samples/picture_00001.png")), []);
+    place
+        .host(&["run", "again.json", "--out", "again"])
+        .succeeded();
+    assert_eq!(
+        pixels(&place.read("again/samples/picture_00001.png")),
+        pixels(&png)
+    );
+    place
+        .host(&[
+            "run",
+            "again.json",
+            "--out",
+            "private",
+            "--disable-metadata",
+        ])
+        .succeeded();
+    assert_eq!(
+        png_texts(&place.read("private/samples/picture_00001.png")),
+        []
+    );
 }
 
 #[test]
@@ -81,10 +142,20 @@ fn both_formats_give_the_same_pictures() {
                 "widgets_values": ["samples/picture"]}],
         "links": [[1, 1, 0, 5, 0, "IMAGE"], [2, 5, 0, 2, 0, "IMAGE"]], "version": 0.4, "own": {"key": 1}});
     place.write("editor.json", editor.to_string());
-    place.host(&["run", "editor.json", "--out", "editor", "--set", "Slow.steps=70"]).succeeded();
+    place
+        .host(&[
+            "run",
+            "editor.json",
+            "--out",
+            "editor",
+            "--set",
+            "Slow.steps=70",
+        ])
+        .succeeded();
     place.run(&counting(), &[]).succeeded();
     for name in ["picture_00001.png", "picture_00002.png"] {
-        let [one, other] = ["editor", "out"].map(|run| pixels(&place.read(&format!("{run}/samples/{name}"))));
+        let [one, other] =
+            ["editor", "out"].map(|run| pixels(&place.read(&format!("{run}/samples/{name}"))));
         assert_eq!(one, other);
     }
     // The document is kept, with the changed value.
@@ -102,10 +173,17 @@ fn every_run_gets_a_folder_of_its_own() {
     }
     let names = place.names("runs");
     assert_eq!(names.len(), 3);
-    assert!(names.iter().all(|name| name.contains("-my-workflow") && name.starts_with("20")), "{names:?}");
+    assert!(
+        names
+            .iter()
+            .all(|name| name.contains("-my-workflow") && name.starts_with("20")),
+        "{names:?}"
+    );
     let before = place.read(&format!("runs/{}/run.json", names[0]));
     let out = format!("runs/{}", names[0]);
-    place.host(&["run", "my workflow.json", "--out", &out]).failed_with(&["is not empty", "--out"]);
+    place
+        .host(&["run", "my workflow.json", "--out", &out])
+        .failed_with(&["is not empty", "--out"]);
     assert_eq!(place.read(&format!("runs/{}/run.json", names[0])), before);
     assert_eq!(place.names("runs"), names);
 }
@@ -129,7 +207,10 @@ fn values_pass_between_nodes_in_the_very_same_memory() {
         .map(|curve| curve["points"][0][1].as_f64().unwrap())
         .collect();
     assert_eq!(addresses.len(), 2);
-    assert!(addresses[0] > 0.0 && addresses[0] == addresses[1], "{addresses:?}");
+    assert!(
+        addresses[0] > 0.0 && addresses[0] == addresses[1],
+        "{addresses:?}"
+    );
 }
 
 #[test]
@@ -144,7 +225,12 @@ fn nodes_that_are_the_same_run_once() {
     });
     place.run(&workflow, &[]).succeeded();
     let run = place.json("out/run.json");
-    let cached: Vec<_> = run["nodes"].as_array().unwrap().iter().map(|node| node["cached"].as_bool().unwrap()).collect();
+    let cached: Vec<_> = run["nodes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|node| node["cached"].as_bool().unwrap())
+        .collect();
     assert_eq!(cached, [false, true, false, false, false]);
     let values = [1, 2, 3].map(|i| pixels(&place.read(&format!("out/picture_0000{i}.png")))[0]);
     assert_eq!(values, [5, 5, 6]);
@@ -159,10 +245,25 @@ fn numbers_can_be_linked_to_widgets_and_seeds_set_at_once() {
         "3": node("SaveImage", json!({"images": ["2", 0]})),
     });
     place.run(&workflow, &["--seed", "77"]).succeeded();
-    assert_eq!(place.json("out/run.json")["metrics"][0]["points"].as_array().unwrap().len(), 3);
+    assert_eq!(
+        place.json("out/run.json")["metrics"][0]["points"]
+            .as_array()
+            .unwrap()
+            .len(),
+        3
+    );
     assert_eq!(pixels(&place.read("out/picture_00001.png"))[0], 77);
     // A linked number is checked when it is known.
-    place.host(&["run", "workflow.json", "--out", "bad", "--set", "Number.value=0"]).failed_with(&["node 2 (Slow)", "steps is 0"]);
+    place
+        .host(&[
+            "run",
+            "workflow.json",
+            "--out",
+            "bad",
+            "--set",
+            "Number.value=0",
+        ])
+        .failed_with(&["node 2 (Slow)", "steps is 0"]);
     assert!(place.names("bad").is_empty());
 }
 
@@ -171,7 +272,9 @@ fn pictures_are_found_beside_the_workflow_and_in_the_input_folder() {
     let place = Place::with_faulty();
     let png = |value: u8| {
         let mut bytes = std::io::Cursor::new(Vec::new());
-        image::RgbImage::from_pixel(4, 3, image::Rgb([value; 3])).write_to(&mut bytes, image::ImageFormat::Png).unwrap();
+        image::RgbImage::from_pixel(4, 3, image::Rgb([value; 3]))
+            .write_to(&mut bytes, image::ImageFormat::Png)
+            .unwrap();
         bytes.into_inner()
     };
     place.write("graphs/near.png", png(10));
@@ -183,7 +286,16 @@ fn pictures_are_found_beside_the_workflow_and_in_the_input_folder() {
         "4": node("SaveImage", json!({"images": ["3", 0]})),
     });
     place.write("graphs/w.json", workflow.to_string());
-    place.host(&["run", "graphs/w.json", "--out", "out", "--input", "pictures"]).succeeded();
+    place
+        .host(&[
+            "run",
+            "graphs/w.json",
+            "--out",
+            "out",
+            "--input",
+            "pictures",
+        ])
+        .succeeded();
     let values = [1, 2].map(|i| pixels(&place.read(&format!("out/picture_0000{i}.png")))[0]);
     assert_eq!(values, [10, 20]);
 }

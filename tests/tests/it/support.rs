@@ -30,17 +30,28 @@ fn build(packages: &[&str]) {
         cargo.args(["-p", package]);
     }
     let output = cargo.output().unwrap();
-    assert!(output.status.success(), "cannot build {packages:?}:\n{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "cannot build {packages:?}:\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 pub(crate) fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_owned()
 }
 
 fn library(name: &str) -> PathBuf {
     use std::env::consts::{DLL_PREFIX, DLL_SUFFIX};
     let path = target_dir().join(format!("{DLL_PREFIX}{name}{DLL_SUFFIX}"));
-    assert!(path.is_file(), "{} is not there; build the workspace first", path.display());
+    assert!(
+        path.is_file(),
+        "{} is not there; build the workspace first",
+        path.display()
+    );
     path
 }
 
@@ -108,13 +119,19 @@ pub(crate) struct Place {
 impl Place {
     /// With the library that misbehaves.
     pub(crate) fn with_faulty() -> Self {
-        Self { folder: tempfile::tempdir().unwrap(), plugin: faulty() }
+        Self {
+            folder: tempfile::tempdir().unwrap(),
+            plugin: faulty(),
+        }
     }
 
     /// With the real one.
     pub(crate) fn with_conceptloom() -> Self {
         host_program();
-        Self { folder: tempfile::tempdir().unwrap(), plugin: conceptloom() }
+        Self {
+            folder: tempfile::tempdir().unwrap(),
+            plugin: conceptloom(),
+        }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -155,8 +172,12 @@ impl Place {
 
     /// Names of everything in the folder, hidden ones too; empty if it is not there.
     pub(crate) fn names(&self, folder: &str) -> Vec<String> {
-        let entries = std::fs::read_dir(self.path().join(folder)).into_iter().flatten();
-        let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
+        let entries = std::fs::read_dir(self.path().join(folder))
+            .into_iter()
+            .flatten();
+        let mut names: Vec<_> = entries
+            .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
+            .collect();
         names.sort();
         names
     }
@@ -173,7 +194,11 @@ impl Place {
 
 pub(crate) fn done(output: std::process::Output) -> Done {
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    Done { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+    Done {
+        code: output.status.code(),
+        stdout: text(output.stdout),
+        stderr: text(output.stderr),
+    }
 }
 
 /// Waits until the program has written a line with this text to standard error. Byte by byte: what follows is left for
@@ -200,7 +225,10 @@ pub(crate) fn wait_for(child: &mut Child, text: &str) {
 /// Ctrl-C.
 #[cfg(unix)]
 pub(crate) fn interrupt(child: &Child) {
-    let status = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let status = Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status()
+        .unwrap();
     assert!(status.success());
 }
 

@@ -6,6 +6,11 @@
 //!     --model plugin/crates/sprites/model --scenes plugin/crates/sprites/scenes/index.json --mode em --out em.json
 //! ```
 
+#![expect(
+    clippy::print_stdout,
+    reason = "a table on the terminal is what it is for"
+)]
+
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -16,7 +21,8 @@ use clap::{Parser, ValueEnum};
 use personalization::config::EmConfig;
 use personalization::metrics::{extraction, leaks, mask_ious, masked_errors};
 use personalization::{
-    Concept, EmStart, Event, ImageMasks, MaskMode, Picture, PreparedScene, Role, Scene, ScenePicture, em,
+    Concept, EmStart, Event, ImageMasks, MaskMode, Picture, PreparedScene, Role, Scene,
+    ScenePicture, em,
 };
 use serde::{Deserialize, Serialize};
 use stable_diffusion::{CheckpointSource, DiffusionModel};
@@ -126,15 +132,25 @@ struct Mean {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let model = DiffusionModel::load(&CheckpointSource::Path(arguments.model.clone()), &Device::Cpu)?;
-    let text = std::fs::read_to_string(&arguments.scenes).context(arguments.scenes.display().to_string())?;
-    let index: Index = serde_json::from_str(&text).context(arguments.scenes.display().to_string())?;
+    let model = DiffusionModel::load(
+        &CheckpointSource::Path(arguments.model.clone()),
+        &Device::Cpu,
+    )?;
+    let text = std::fs::read_to_string(&arguments.scenes)
+        .context(arguments.scenes.display().to_string())?;
+    let index: Index =
+        serde_json::from_str(&text).context(arguments.scenes.display().to_string())?;
     let root = arguments.scenes.parent().unwrap_or(Path::new("."));
     let wanted = |scene: &&IndexScene| arguments.kind == "all" || scene.kind == arguments.kind;
     let config = config(&arguments);
     let mut seconds = Seconds::default();
     let mut scenes = Vec::new();
-    for scene in index.scenes.iter().filter(wanted).take(arguments.limit.unwrap_or(usize::MAX)) {
+    for scene in index
+        .scenes
+        .iter()
+        .filter(wanted)
+        .take(arguments.limit.unwrap_or(usize::MAX))
+    {
         let report = evaluate(&model, root, scene, &config, arguments.seed, &mut seconds)?;
         print_row(&report);
         scenes.push(report);
@@ -166,7 +182,8 @@ fn main() -> Result<()> {
         report.seconds_per_e_step,
         report.peak_memory_bytes >> 20
     );
-    std::fs::write(&arguments.out, serde_json::to_string_pretty(&report)?).context(arguments.out.display().to_string())
+    std::fs::write(&arguments.out, serde_json::to_string_pretty(&report)?)
+        .context(arguments.out.display().to_string())
 }
 
 fn config(arguments: &Arguments) -> EmConfig {
@@ -179,19 +196,31 @@ fn config(arguments: &Arguments) -> EmConfig {
         Mode::Baseline => MaskMode::Baseline,
         Mode::Given => MaskMode::Given,
     };
-    EmConfig { masks, steps: arguments.steps, joint: None, ..base }
+    EmConfig {
+        masks,
+        steps: arguments.steps,
+        joint: None,
+        ..base
+    }
 }
 
 /// The scene with its true masks: the objects, then the background as the rest.
 fn load(root: &Path, scene: &IndexScene, size: usize) -> Result<(Scene, ImageMasks)> {
-    let open = |name: &str| image::open(root.join(name)).with_context(|| root.join(name).display().to_string());
+    let open = |name: &str| {
+        image::open(root.join(name)).with_context(|| root.join(name).display().to_string())
+    };
     let picture = open(&scene.image)?.into_rgb8();
     let (width, height) = (picture.width() as usize, picture.height() as usize);
     let picture = Picture::from_rgb8(width, height, picture.as_raw(), size)?;
     let mut planes = Vec::new();
     for concept in &scene.concepts {
         let mask = open(&concept.mask)?.into_luma8();
-        planes.push(mask.as_raw().iter().map(|&v| f32::from(v) / 255.0).collect::<Vec<f32>>());
+        planes.push(
+            mask.as_raw()
+                .iter()
+                .map(|&v| f32::from(v) / 255.0)
+                .collect::<Vec<f32>>(),
+        );
     }
     let rest = (0..planes[0].len()).map(|i| f32::from(planes.iter().all(|plane| plane[i] <= 0.5)));
     planes.push(rest.collect());
@@ -204,9 +233,22 @@ fn load(root: &Path, scene: &IndexScene, size: usize) -> Result<(Scene, ImageMas
     };
     let mut concepts: Vec<Concept> = scene.concepts.iter().enumerate().map(object).collect();
     let class_word = scene.background.clone();
-    concepts.push(Concept { token: "<background>".into(), class_word, role: Role::Background });
+    concepts.push(Concept {
+        token: "<background>".into(),
+        class_word,
+        role: Role::Background,
+    });
     let all = (0..concepts.len()).collect();
-    Ok((Scene::new(concepts, vec![ScenePicture { picture, concepts: all }])?, truth))
+    Ok((
+        Scene::new(
+            concepts,
+            vec![ScenePicture {
+                picture,
+                concepts: all,
+            }],
+        )?,
+        truth,
+    ))
 }
 
 #[derive(Default)]
@@ -230,19 +272,39 @@ fn evaluate(
         _ => EmStart::Fresh,
     };
     let mut last = Instant::now();
-    let outcome = em(model, &prepared, start, config, seed, &mut |event: &Event<'_>| {
-        match event {
-            Event::Step { .. } => seconds.steps.push(last.elapsed().as_secs_f64()),
-            Event::Masks { round: 1.., .. } => seconds.e_steps.push(last.elapsed().as_secs_f64()),
-            Event::Progress { .. } => return ControlFlow::Continue(()),
-            _ => {}
-        }
-        last = Instant::now();
-        ControlFlow::Continue(())
-    })?;
-    let rounds: Vec<Vec<f32>> = outcome.rounds.iter().map(|round| mask_ious(&round.masks[0], &truth)).collect();
+    let outcome = em(
+        model,
+        &prepared,
+        start,
+        config,
+        seed,
+        &mut |event: &Event<'_>| {
+            match event {
+                Event::Step { .. } => seconds.steps.push(last.elapsed().as_secs_f64()),
+                Event::Masks { round: 1.., .. } => {
+                    seconds.e_steps.push(last.elapsed().as_secs_f64());
+                }
+                Event::Progress { .. } => return ControlFlow::Continue(()),
+                _ => {}
+            }
+            last = Instant::now();
+            ControlFlow::Continue(())
+        },
+    )?;
+    let rounds: Vec<Vec<f32>> = outcome
+        .rounds
+        .iter()
+        .map(|round| mask_ious(&round.masks[0], &truth))
+        .collect();
     let last_masks = mask_ious(&outcome.masks[0], &truth);
-    let found = extraction(model, &prepared, &outcome.learned, &config.extraction, &config.crf, 0)?;
+    let found = extraction(
+        model,
+        &prepared,
+        &outcome.learned,
+        &config.extraction,
+        &config.crf,
+        0,
+    )?;
     let extracted = mask_ious(&found.masks, &truth);
     let leak = leaks(&found.maps, &truth);
     let errors = masked_errors(model, &prepared, &outcome.learned, &truth, 0)?;
@@ -258,14 +320,26 @@ fn evaluate(
         })
         .collect();
     let (background, objects) = concepts.split_last().context("a scene without concepts")?;
-    Ok(SceneReport { id: index.id.clone(), concepts: objects.to_vec(), background: background.clone() })
+    Ok(SceneReport {
+        id: index.id.clone(),
+        concepts: objects.to_vec(),
+        background: background.clone(),
+    })
 }
 
 fn print_row(report: &SceneReport) {
     let row = |one: &ConceptReport| {
-        format!("{} {:.2}->{:.2} (x {:.2})", one.class_word, one.iou_initial, one.iou_final, one.extraction_iou)
+        format!(
+            "{} {:.2}->{:.2} (x {:.2})",
+            one.class_word, one.iou_initial, one.iou_final, one.extraction_iou
+        )
     };
-    let concepts: Vec<String> = report.concepts.iter().chain([&report.background]).map(row).collect();
+    let concepts: Vec<String> = report
+        .concepts
+        .iter()
+        .chain([&report.background])
+        .map(row)
+        .collect();
     println!("{:<11} {}", report.id, concepts.join("   "));
 }
 

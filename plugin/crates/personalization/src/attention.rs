@@ -50,18 +50,41 @@ pub fn extract_attention(
     let n_pictures = scene.scene.pictures().len();
     let mut all = Vec::with_capacity(n_pictures);
     for picture in 0..n_pictures {
-        let mut rng = Rng::new(learned.seed, &format!("e-step, picture {picture}"), learned.step as u64);
+        let mut rng = Rng::new(
+            learned.seed,
+            &format!("e-step, picture {picture}"),
+            learned.step as u64,
+        );
         let mut on_pass = |done: usize| {
             let (done, total) = (picture * n_timesteps + done, n_pictures * n_timesteps);
-            tell(observer, &Event::Progress { stage: "attention", done, total })
+            tell(
+                observer,
+                &Event::Progress {
+                    stage: "attention",
+                    done,
+                    total,
+                },
+            )
         };
-        all.push(extract_one(model, scene, learned, config, picture, n_timesteps, &mut rng, &mut on_pass)?);
+        all.push(extract_one(
+            model,
+            scene,
+            learned,
+            config,
+            picture,
+            n_timesteps,
+            &mut rng,
+            &mut on_pass,
+        )?);
     }
     Ok(all)
 }
 
 /// Maps of one picture with a given stream.
-#[expect(clippy::too_many_arguments, reason = "one value per noun of the definition; a struct would name them again")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "one value per noun of the definition; a struct would name them again"
+)]
 pub(crate) fn extract_one(
     model: &DiffusionModel,
     scene: &PreparedScene<'_>,
@@ -76,7 +99,10 @@ pub(crate) fn extract_one(
     let tokenizer = learned.tokenizer(model)?;
     let prompt = tokenizer.encode(&learned.training_prompt(concepts))?;
     let positions = learned.positions(&tokenizer, &prompt, concepts)?;
-    let context = model.text_encoder.encode(&prompt.ids, Some(&learned.rows))?.detach();
+    let context = model
+        .text_encoder
+        .encode(&prompt.ids, Some(&learned.rows))?
+        .detach();
     let layers = chosen_layers(model, config.layers);
     let timesteps = draw_timesteps(model, config, n_timesteps, rng);
     let h = model.latent_size();
@@ -87,30 +113,57 @@ pub(crate) fn extract_one(
         let shape = [timesteps.len(), model.config.unet.in_channels, h, h];
         let latents = scene.latents(model, picture, false, &rng.normal(&shape, &model.device)?)?;
         let noise = rng.normal(&shape, &model.device)?;
-        let noisy = model.noise_schedule.add_noise(&latents, &noise, timesteps)?;
+        let noisy = model
+            .noise_schedule
+            .add_noise(&latents, &noise, timesteps)?;
         let t: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
-        let observed = model.unet.forward_observed(&noisy, &t, &context, Watch::Layers(&layers, &positions))?;
+        let observed = model.unet.forward_observed(
+            &noisy,
+            &t,
+            &context,
+            Watch::Layers(&layers, &positions),
+        )?;
         for layer in &observed.attention {
-            let sum = sums.entry(layer.layer).or_insert_with(|| LayerSum::empty(layer, concepts.len()));
+            let sum = sums
+                .entry(layer.layer)
+                .or_insert_with(|| LayerSum::empty(layer, concepts.len()));
             sum.add(layer, learned.vectors_per_concept)?;
         }
         done += timesteps.len();
         on_pass(done)?;
     }
     let size = model.image_size();
-    let layers: Vec<LayerSum> = sums.into_values().map(|sum| sum.divided_by(n_timesteps)).collect();
-    Ok(AttentionMaps { size, maps: (0..concepts.len()).map(|c| combine(&layers, c, size, config.combination)).collect() })
+    let layers: Vec<LayerSum> = sums
+        .into_values()
+        .map(|sum| sum.divided_by(n_timesteps))
+        .collect();
+    Ok(AttentionMaps {
+        size,
+        maps: (0..concepts.len())
+            .map(|c| combine(&layers, c, size, config.combination))
+            .collect(),
+    })
 }
 
 fn chosen_layers(model: &DiffusionModel, choice: LayerChoice) -> Vec<usize> {
     let resolution = loss_resolution(&model.unet);
     let layers = model.unet.cross_attention_layers().iter().enumerate();
-    layers.filter(|(_, l)| choice == LayerChoice::All || l.resolution == resolution).map(|(i, _)| i).collect()
+    layers
+        .filter(|(_, l)| choice == LayerChoice::All || l.resolution == resolution)
+        .map(|(i, _)| i)
+        .collect()
 }
 
-fn draw_timesteps(model: &DiffusionModel, config: &ExtractionConfig, n: usize, rng: &mut Rng) -> Vec<usize> {
+fn draw_timesteps(
+    model: &DiffusionModel,
+    config: &ExtractionConfig,
+    n: usize,
+    rng: &mut Rng,
+) -> Vec<usize> {
     let total = model.noise_schedule.n_timesteps();
-    let [lo, hi] = config.timestep_range.map(|part| (part * total as f64).round() as usize);
+    let [lo, hi] = config
+        .timestep_range
+        .map(|part| (part * total as f64).round() as usize);
     let hi = hi.clamp(lo + 1, total);
     (0..n).map(|_| lo + rng.below(hi - lo)).collect()
 }
@@ -126,7 +179,11 @@ struct LayerSum {
 impl LayerSum {
     fn empty(layer: &LayerAttention, n_concepts: usize) -> Self {
         let maps = vec![vec![0.0; layer.width * layer.height]; n_concepts];
-        Self { width: layer.width, height: layer.height, maps }
+        Self {
+            width: layer.width,
+            height: layer.height,
+            maps,
+        }
     }
 
     fn add(&mut self, layer: &LayerAttention, vectors_per_concept: usize) -> Result<()> {
@@ -155,19 +212,32 @@ fn combine(layers: &[LayerSum], concept: usize, size: usize, how: Combination) -
     let mut total = vec![0.0f32; size * size];
     for group in groups.values() {
         let n_pixels = group[0].maps[concept].len();
-        let mean = |i: usize| group.iter().map(|layer| layer.maps[concept][i]).sum::<f32>() / group.len() as f32;
+        let mean = |i: usize| {
+            group
+                .iter()
+                .map(|layer| layer.maps[concept][i])
+                .sum::<f32>()
+                / group.len() as f32
+        };
         match how {
             Combination::Flat => {
                 for layer in group {
-                    let up = upsample_bicubic(&layer.maps[concept], layer.width, layer.height, size);
-                    total.iter_mut().zip(up).for_each(|(sum, v)| *sum += v / layers.len() as f32);
+                    let up =
+                        upsample_bicubic(&layer.maps[concept], layer.width, layer.height, size);
+                    total
+                        .iter_mut()
+                        .zip(up)
+                        .for_each(|(sum, v)| *sum += v / layers.len() as f32);
                 }
             }
             Combination::PerResolution => {
                 let mean: Vec<f32> = (0..n_pixels).map(mean).collect();
                 let up = upsample_bicubic(&mean, group[0].width, group[0].height, size);
                 let largest = up.iter().copied().fold(1e-12, f32::max);
-                total.iter_mut().zip(up).for_each(|(sum, v)| *sum += v / largest / groups.len() as f32);
+                total
+                    .iter_mut()
+                    .zip(up)
+                    .for_each(|(sum, v)| *sum += v / largest / groups.len() as f32);
             }
         }
     }
@@ -182,13 +252,19 @@ pub fn upsample_bicubic(map: &[f32], width: usize, height: usize, size: usize) -
     let narrow: Vec<f32> = (0..height)
         .flat_map(|y| {
             let row = &map[y * width..(y + 1) * width];
-            columns.iter().map(move |taps| taps.iter().map(|&(x, weight)| row[x] * weight).sum())
+            columns
+                .iter()
+                .map(move |taps| taps.iter().map(|&(x, weight)| row[x] * weight).sum())
         })
         .collect();
     (0..size * size)
         .map(|i| {
             let (y, x) = (i / size, i % size);
-            rows[y].iter().map(|&(row, weight)| narrow[row * size + x] * weight).sum::<f32>().max(0.0)
+            rows[y]
+                .iter()
+                .map(|&(row, weight)| narrow[row * size + x] * weight)
+                .sum::<f32>()
+                .max(0.0)
         })
         .collect()
 }

@@ -10,15 +10,31 @@ const OTSU_BINS: usize = 128;
 ///
 /// # Errors
 /// A number of roles that does not fit.
-pub fn binarize(maps: &AttentionMaps, roles: &[Role], config: &ExtractionConfig) -> Result<ImageMasks> {
+pub fn binarize(
+    maps: &AttentionMaps,
+    roles: &[Role],
+    config: &ExtractionConfig,
+) -> Result<ImageMasks> {
     if roles.len() != maps.maps.len() {
-        return Err(Error::scene(format!("{} maps do not fit {} concepts", maps.maps.len(), roles.len())));
+        return Err(Error::scene(format!(
+            "{} maps do not fit {} concepts",
+            maps.maps.len(),
+            roles.len()
+        )));
     }
-    let normalized: Vec<Vec<f32>> = maps.maps.iter().map(|map| normalize(map, config.normalization)).collect();
-    let above = |map: &Vec<f32>, tau: f32| map.iter().map(|&v| u8::from(v > tau)).collect::<Vec<u8>>();
+    let normalized: Vec<Vec<f32>> = maps
+        .maps
+        .iter()
+        .map(|map| normalize(map, config.normalization))
+        .collect();
+    let above =
+        |map: &Vec<f32>, tau: f32| map.iter().map(|&v| u8::from(v > tau)).collect::<Vec<u8>>();
     let planes = match config.binarization {
         Binarization::Threshold { tau } => normalized.iter().map(|map| above(map, tau)).collect(),
-        Binarization::Otsu => normalized.iter().map(|map| above(map, otsu_threshold(map))).collect(),
+        Binarization::Otsu => normalized
+            .iter()
+            .map(|map| above(map, otsu_threshold(map)))
+            .collect(),
         Binarization::Compete { tau } => compete(maps, &normalized, roles, tau),
     };
     ImageMasks::new(maps.size, planes)
@@ -37,20 +53,41 @@ pub fn normalize(map: &[f32], how: Normalization) -> Vec<f32> {
 }
 
 /// Every foreground pixel belongs to exactly one object; the background concept is the rest.
-fn compete(maps: &AttentionMaps, normalized: &[Vec<f32>], roles: &[Role], tau: f32) -> Vec<Vec<u8>> {
-    let mut objects: Vec<usize> = (0..roles.len()).filter(|&c| roles[c] == Role::Object).collect();
+fn compete(
+    maps: &AttentionMaps,
+    normalized: &[Vec<f32>],
+    roles: &[Role],
+    tau: f32,
+) -> Vec<Vec<u8>> {
+    let mut objects: Vec<usize> = (0..roles.len())
+        .filter(|&c| roles[c] == Role::Object)
+        .collect();
     if objects.is_empty() {
         objects = (0..roles.len()).collect();
     }
-    let mass: Vec<f32> = maps.maps.iter().map(|map| map.iter().sum::<f32>().max(1e-12)).collect();
+    let mass: Vec<f32> = maps
+        .maps
+        .iter()
+        .map(|map| map.iter().sum::<f32>().max(1e-12))
+        .collect();
     let owner = |i: usize| -> Option<usize> {
         let foreground = objects.iter().any(|&c| normalized[c][i] > tau);
         let share = |c: usize| maps.maps[c][i] / mass[c];
-        foreground.then(|| objects[1..].iter().fold(objects[0], |best, &c| if share(c) > share(best) { c } else { best }))
+        foreground.then(|| {
+            objects[1..].iter().fold(
+                objects[0],
+                |best, &c| if share(c) > share(best) { c } else { best },
+            )
+        })
     };
     let owners: Vec<Option<usize>> = (0..maps.size * maps.size).map(owner).collect();
     let rest = |c: usize| roles[c] == Role::Background && !objects.contains(&c);
-    let plane = |c: usize| owners.iter().map(|o| u8::from(if rest(c) { o.is_none() } else { *o == Some(c) })).collect();
+    let plane = |c: usize| {
+        owners
+            .iter()
+            .map(|o| u8::from(if rest(c) { o.is_none() } else { *o == Some(c) }))
+            .collect()
+    };
     (0..roles.len()).map(plane).collect()
 }
 
@@ -62,14 +99,19 @@ fn otsu_threshold(map: &[f32]) -> f32 {
     }
     let center = |bin: usize| (bin as f64 + 0.5) / OTSU_BINS as f64;
     let total: f64 = counts.iter().sum();
-    let mean_total: f64 = counts.iter().enumerate().map(|(bin, n)| n * center(bin)).sum();
+    let mean_total: f64 = counts
+        .iter()
+        .enumerate()
+        .map(|(bin, n)| n * center(bin))
+        .sum();
     let (mut weight, mut moment) = (0.0, 0.0);
     let (mut best, mut best_variance) = (0.5, -1.0);
     for (bin, n) in counts.iter().enumerate() {
         weight += n;
         moment += n * center(bin);
         if weight > 0.0 && weight < total {
-            let variance = (mean_total * weight - moment * total).powi(2) / (weight * (total - weight));
+            let variance =
+                (mean_total * weight - moment * total).powi(2) / (weight * (total - weight));
             if variance > best_variance {
                 (best, best_variance) = (center(bin), variance);
             }
@@ -91,17 +133,29 @@ mod tests {
     fn competing_concepts_share_the_picture_out() {
         let config = EmConfig::recommended().extraction;
         let found = binarize(
-            &maps(vec![vec![4.0, 2.0, 0.0, 0.0], vec![1.0, 3.0, 0.0, 0.0], vec![1.0, 1.0, 1.0, 1.0]]),
+            &maps(vec![
+                vec![4.0, 2.0, 0.0, 0.0],
+                vec![1.0, 3.0, 0.0, 0.0],
+                vec![1.0, 1.0, 1.0, 1.0],
+            ]),
             &[Role::Object, Role::Object, Role::Background],
             &config,
         );
-        assert_eq!(found.unwrap().planes(), [vec![1, 0, 0, 0], vec![0, 1, 0, 0], vec![0, 0, 1, 1]]);
+        assert_eq!(
+            found.unwrap().planes(),
+            [vec![1, 0, 0, 0], vec![0, 1, 0, 0], vec![0, 0, 1, 1]]
+        );
     }
 
     #[test]
     fn thresholds_are_taken_one_by_one() {
         let config = EmConfig::paper().extraction;
-        let found = binarize(&maps(vec![vec![4.0, 2.1, 1.9, 0.0], vec![0.0; 4]]), &[Role::Object; 2], &config).unwrap();
+        let found = binarize(
+            &maps(vec![vec![4.0, 2.1, 1.9, 0.0], vec![0.0; 4]]),
+            &[Role::Object; 2],
+            &config,
+        )
+        .unwrap();
         assert_eq!(found.planes(), [vec![1, 1, 0, 0], vec![0; 4]]);
     }
 

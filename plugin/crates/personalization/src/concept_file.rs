@@ -42,15 +42,27 @@ pub fn concept_bytes(
     extra: &BTreeMap<String, String>,
 ) -> Result<Vec<u8>> {
     let vectors = learned.vectors_per_concept;
-    let rows = learned.rows.narrow(0, concept * vectors, vectors)?.flatten_all()?.to_vec1::<f32>()?;
-    let Concept { token, class_word, role } = &learned.concepts[concept];
+    let rows = learned
+        .rows
+        .narrow(0, concept * vectors, vectors)?
+        .flatten_all()?
+        .to_vec1::<f32>()?;
+    let Concept {
+        token,
+        class_word,
+        role,
+    } = &learned.concepts[concept];
     let bytes: Vec<u8> = rows.iter().flat_map(|v| v.to_le_bytes()).collect();
     let name = match form {
         ConceptForm::Shared => "emb_params",
         ConceptForm::Diffusers => token,
     };
     let mut metadata: HashMap<String, String> = extra.clone().into_iter().collect();
-    let role = if *role == Role::Background { "background" } else { "object" };
+    let role = if *role == Role::Background {
+        "background"
+    } else {
+        "object"
+    };
     metadata.extend([
         ("format".to_owned(), "pt".to_owned()),
         ("token".to_owned(), token.clone()),
@@ -58,10 +70,16 @@ pub fn concept_bytes(
         ("role".to_owned(), role.to_owned()),
         ("steps".to_owned(), learned.step.to_string()),
         ("seed".to_owned(), learned.seed.to_string()),
-        ("base_model_blake3".to_owned(), learned.base_fingerprint.clone()),
+        (
+            "base_model_blake3".to_owned(),
+            learned.base_fingerprint.clone(),
+        ),
     ]);
-    let failed = |error: safetensors::SafeTensorError| Error::scene(format!("{token} cannot be saved: {error}"));
-    let view = TensorView::new(Dtype::F32, vec![vectors, rows.len() / vectors], &bytes).map_err(failed)?;
+    let failed = |error: safetensors::SafeTensorError| {
+        Error::scene(format!("{token} cannot be saved: {error}"))
+    };
+    let view =
+        TensorView::new(Dtype::F32, vec![vectors, rows.len() / vectors], &bytes).map_err(failed)?;
     safetensors::serialize([(name, view)], Some(metadata)).map_err(failed)
 }
 
@@ -70,18 +88,35 @@ pub fn concept_bytes(
 /// # Errors
 /// A file that is missing, too large, no concept, of another width than the others, or not finite.
 pub fn load_concepts(paths: &[&Path], device: &Device) -> Result<LearnedConcepts> {
-    let loaded = paths.iter().map(|path| load_one(path)).collect::<Result<Vec<_>>>()?;
-    let first = loaded.first().ok_or_else(|| Error::scene("no concept file is named"))?;
+    let loaded = paths
+        .iter()
+        .map(|path| load_one(path))
+        .collect::<Result<Vec<_>>>()?;
+    let first = loaded
+        .first()
+        .ok_or_else(|| Error::scene("no concept file is named"))?;
     let (vectors, width) = (first.vectors, first.values.len() / first.vectors);
     for (one, path) in loaded.iter().zip(paths) {
         if one.vectors != vectors || one.values.len() != vectors * width {
             let found = [one.vectors, one.values.len() / one.vectors];
-            return Err(Error::file(path, format!("has the shape {found:?}, the first file has [{vectors}, {width}]")));
+            return Err(Error::file(
+                path,
+                format!("has the shape {found:?}, the first file has [{vectors}, {width}]"),
+            ));
         }
     }
-    let rows: Vec<f32> = loaded.iter().flat_map(|one| one.values.iter().copied()).collect();
+    let rows: Vec<f32> = loaded
+        .iter()
+        .flat_map(|one| one.values.iter().copied())
+        .collect();
     let rows = Tensor::from_vec(rows, (loaded.len() * vectors, width), device)?;
-    let number = |key: &str| first.metadata.get(key).and_then(|v| v.parse::<u64>().ok()).unwrap_or(0);
+    let number = |key: &str| {
+        first
+            .metadata
+            .get(key)
+            .and_then(|v| v.parse::<u64>().ok())
+            .unwrap_or(0)
+    };
     Ok(LearnedConcepts {
         vectors_per_concept: vectors,
         initial_rows: rows.clone(),
@@ -89,7 +124,11 @@ pub fn load_concepts(paths: &[&Path], device: &Device) -> Result<LearnedConcepts
         rows,
         step: number("steps") as usize,
         seed: number("seed"),
-        base_fingerprint: first.metadata.get("base_model_blake3").cloned().unwrap_or_default(),
+        base_fingerprint: first
+            .metadata
+            .get("base_model_blake3")
+            .cloned()
+            .unwrap_or_default(),
         concepts: loaded.into_iter().map(|one| one.concept).collect(),
     })
 }
@@ -102,36 +141,61 @@ struct LoadedConcept {
 }
 
 fn load_one(path: &Path) -> Result<LoadedConcept> {
-    let pickled = path.extension().is_some_and(|extension| ["pt", "bin", "ckpt"].iter().any(|e| extension == *e));
+    let pickled = path
+        .extension()
+        .is_some_and(|extension| ["pt", "bin", "ckpt"].iter().any(|e| extension == *e));
     if pickled {
-        return Err(Error::file(path, "is a pickle, which is never read; convert it to .safetensors"));
+        return Err(Error::file(
+            path,
+            "is a pickle, which is never read; convert it to .safetensors",
+        ));
     }
-    let size = std::fs::metadata(path).map_err(|error| Error::file(path, error))?.len();
+    let size = std::fs::metadata(path)
+        .map_err(|error| Error::file(path, error))?
+        .len();
     if size > MAX_BYTES {
-        return Err(Error::file(path, format!("has {size} bytes, too many for a concept")));
+        return Err(Error::file(
+            path,
+            format!("has {size} bytes, too many for a concept"),
+        ));
     }
     let bytes = std::fs::read(path).map_err(|error| Error::file(path, error))?;
-    let broken = |error: safetensors::SafeTensorError| Error::file(path, format!("is no .safetensors file: {error}"));
+    let broken = |error: safetensors::SafeTensorError| {
+        Error::file(path, format!("is no .safetensors file: {error}"))
+    };
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
     let metadata = header.metadata().clone().unwrap_or_default();
     let tensors = SafeTensors::deserialize(&bytes).map_err(broken)?;
     let names = tensors.names();
     let [name] = names[..] else {
-        return Err(Error::file(path, format!("holds {} tensors, a concept is one", names.len())));
+        return Err(Error::file(
+            path,
+            format!("holds {} tensors, a concept is one", names.len()),
+        ));
     };
     let view = tensors.tensor(name).map_err(broken)?;
     let (vectors, values) = match (view.shape(), view.dtype()) {
         ([width], Dtype::F32) => (1, (*width, f32_values(view.data()))),
-        ([vectors, width], Dtype::F32) if *vectors > 0 => (*vectors, (*width, f32_values(view.data()))),
+        ([vectors, width], Dtype::F32) if *vectors > 0 => {
+            (*vectors, (*width, f32_values(view.data())))
+        }
         (shape, dtype) => {
-            return Err(Error::file(path, format!("holds {dtype:?} {shape:?}, a concept is F32 [vectors, width]")));
+            return Err(Error::file(
+                path,
+                format!("holds {dtype:?} {shape:?}, a concept is F32 [vectors, width]"),
+            ));
         }
     };
     let (width, values) = values;
     if width == 0 || values.iter().any(|v| !v.is_finite()) {
-        return Err(Error::file(path, "holds values that are not finite, or none"));
+        return Err(Error::file(
+            path,
+            "holds values that are not finite, or none",
+        ));
     }
-    let stem = path.file_stem().map(|stem| stem.to_string_lossy().replace(char::is_whitespace, "-"));
+    let stem = path
+        .file_stem()
+        .map(|stem| stem.to_string_lossy().replace(char::is_whitespace, "-"));
     let in_brackets = |name: &str| format!("<{}>", name.trim_matches(['<', '>']));
     let token = match metadata.get("token") {
         Some(token) => in_brackets(token),
@@ -139,13 +203,31 @@ fn load_one(path: &Path) -> Result<LoadedConcept> {
         None => in_brackets(&stem.unwrap_or_default()),
     };
     let class_word = metadata.get("class_word").cloned().unwrap_or_default();
-    let background = metadata.get("role").is_some_and(|role| role == "background");
-    let role = if background { Role::Background } else { Role::Object };
-    Ok(LoadedConcept { concept: Concept { token, class_word, role }, vectors, values, metadata })
+    let background = metadata
+        .get("role")
+        .is_some_and(|role| role == "background");
+    let role = if background {
+        Role::Background
+    } else {
+        Role::Object
+    };
+    Ok(LoadedConcept {
+        concept: Concept {
+            token,
+            class_word,
+            role,
+        },
+        vectors,
+        values,
+        metadata,
+    })
 }
 
 fn f32_values(bytes: &[u8]) -> Vec<f32> {
-    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+    bytes
+        .chunks_exact(4)
+        .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+        .collect()
 }
 
 /// Writes a temporary sibling, then renames it: a reader sees the old file, the new one, or none.
@@ -153,7 +235,10 @@ fn f32_values(bytes: &[u8]) -> Vec<f32> {
 /// # Errors
 /// [`Error::CannotWrite`] with the path and the system's reason.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let cannot = |error: std::io::Error| Error::CannotWrite { file: path.display().to_string(), reason: error.to_string() };
+    let cannot = |error: std::io::Error| Error::CannotWrite {
+        file: path.display().to_string(),
+        reason: error.to_string(),
+    };
     let temporary = path.with_extension("partial");
     let written = std::fs::File::create(&temporary)
         .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))

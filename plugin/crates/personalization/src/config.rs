@@ -124,7 +124,10 @@ pub struct CrfStage {
     pub min_area: f64,
 }
 
-fn crf_constants<S: serde::Serializer>(crf: &CrfConfig, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+fn crf_constants<S: serde::Serializer>(
+    crf: &CrfConfig,
+    serializer: S,
+) -> std::result::Result<S::Ok, S::Error> {
     serializer.collect_str(&format_args!("{crf:?}"))
 }
 
@@ -198,7 +201,12 @@ impl JointConfig {
     /// Break-A-Scene's second phase, with the text encoder frozen.
     #[must_use]
     pub const fn break_a_scene() -> Self {
-        Self { steps: 400, learning_rate: 2e-6, token_learning_rate: 2e-6, scope: JointScope::Full }
+        Self {
+            steps: 400,
+            learning_rate: 2e-6,
+            token_learning_rate: 2e-6,
+            scope: JointScope::Full,
+        }
     }
 }
 
@@ -240,7 +248,11 @@ impl EmConfig {
     #[must_use]
     pub const fn paper() -> Self {
         Self {
-            tokens: TokenConfig { init: TokenInit::Class, vectors_per_concept: 1, init_noise: 0.0 },
+            tokens: TokenConfig {
+                init: TokenInit::Class,
+                vectors_per_concept: 1,
+                init_noise: 0.0,
+            },
             extraction: ExtractionConfig {
                 n_timesteps_initial: 50,
                 n_timesteps: 50,
@@ -250,7 +262,11 @@ impl EmConfig {
                 normalization: Normalization::Max,
                 binarization: Binarization::Threshold { tau: 0.5 },
             },
-            crf: CrfStage { crf: CrfConfig::cutler(), guard: Guard::None, min_area: 0.002 },
+            crf: CrfStage {
+                crf: CrfConfig::cutler(),
+                guard: Guard::None,
+                min_area: 0.002,
+            },
             m_step: MStepConfig::break_a_scene(),
             steps: 400,
             e_step_every: 50,
@@ -282,7 +298,11 @@ impl EmConfig {
     /// The first one out of range.
     pub fn validate(&self) -> Result<()> {
         let check = |ok: bool, what: &'static str, value: String, range: &'static str| {
-            if ok { Ok(()) } else { Err(Error::Config { what, value, range }) }
+            if ok {
+                Ok(())
+            } else {
+                Err(Error::Config { what, value, range })
+            }
         };
         let positive = |value: f64| value.is_finite() && value > 0.0;
         let tau = match self.extraction.binarization {
@@ -292,26 +312,80 @@ impl EmConfig {
         let [lo, hi] = self.extraction.timestep_range;
         let m = &self.m_step;
         self.crf.crf.validate()?;
-        check(tau > 0.0 && tau < 1.0, "the threshold", tau.to_string(), "it lies between 0 and 1")?;
+        check(
+            tau > 0.0 && tau < 1.0,
+            "the threshold",
+            tau.to_string(),
+            "it lies between 0 and 1",
+        )?;
         check(
             (0.0..1.0).contains(&lo) && hi > lo && hi <= 1.0,
             "the timestep range",
             format!("{lo}..{hi}"),
             "it is a part of 0..1",
         )?;
-        for n in [self.extraction.n_timesteps, self.extraction.n_timesteps_initial] {
-            check(n >= 1, "the number of timesteps", n.to_string(), "at least 1 is needed")?;
+        for n in [
+            self.extraction.n_timesteps,
+            self.extraction.n_timesteps_initial,
+        ] {
+            check(
+                n >= 1,
+                "the number of timesteps",
+                n.to_string(),
+                "at least 1 is needed",
+            )?;
         }
         let vectors = self.tokens.vectors_per_concept;
-        check((1..=16).contains(&vectors), "vectors per concept", vectors.to_string(), "1 to 16 are possible")?;
-        check(self.e_step_every >= 1, "the steps per round", self.e_step_every.to_string(), "at least 1 is needed")?;
-        check(positive(m.learning_rate), "the learning rate", m.learning_rate.to_string(), "it is above 0")?;
-        check(m.lambda_attention >= 0.0, "lambda", m.lambda_attention.to_string(), "it is at least 0")?;
-        check(m.batch >= 1, "the batch size", m.batch.to_string(), "at least 1 is needed")?;
-        let Some(joint) = self.joint else { return Ok(()) };
+        check(
+            (1..=16).contains(&vectors),
+            "vectors per concept",
+            vectors.to_string(),
+            "1 to 16 are possible",
+        )?;
+        check(
+            self.e_step_every >= 1,
+            "the steps per round",
+            self.e_step_every.to_string(),
+            "at least 1 is needed",
+        )?;
+        check(
+            positive(m.learning_rate),
+            "the learning rate",
+            m.learning_rate.to_string(),
+            "it is above 0",
+        )?;
+        check(
+            m.lambda_attention >= 0.0,
+            "lambda",
+            m.lambda_attention.to_string(),
+            "it is at least 0",
+        )?;
+        check(
+            m.batch >= 1,
+            "the batch size",
+            m.batch.to_string(),
+            "at least 1 is needed",
+        )?;
+        let Some(joint) = self.joint else {
+            return Ok(());
+        };
         let rate = joint.learning_rate;
-        check(positive(rate), "the joint learning rate", rate.to_string(), "it is above 0")?;
-        let rank = if let JointScope::Lora { rank } = joint.scope { rank } else { 1 };
-        check(rank >= 1, "the LoRA rank", rank.to_string(), "at least 1 is needed")
+        check(
+            positive(rate),
+            "the joint learning rate",
+            rate.to_string(),
+            "it is above 0",
+        )?;
+        let rank = if let JointScope::Lora { rank } = joint.scope {
+            rank
+        } else {
+            1
+        };
+        check(
+            rank >= 1,
+            "the LoRA rank",
+            rank.to_string(),
+            "at least 1 is needed",
+        )
     }
 }

@@ -3,15 +3,18 @@
 use stable_diffusion::DiffusionModel;
 
 use crate::{
-    AttentionMaps, CrfStage, ExtractionConfig, ImageMasks, LearnedConcepts, Observer, PreparedScene, Result,
-    SceneMasks, binarize, extract_attention, refine,
+    AttentionMaps, CrfStage, ExtractionConfig, ImageMasks, LearnedConcepts, Observer,
+    PreparedScene, Result, SceneMasks, binarize, extract_attention, refine,
 };
 
 /// New masks of every picture, with the maps that they came from.
 ///
 /// # Errors
 /// Those of its three parts, or a stop.
-#[expect(clippy::too_many_arguments, reason = "the parts' own arguments; hand-wired graphs pass the same ones")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the parts' own arguments; hand-wired graphs pass the same ones"
+)]
 pub fn e_step(
     model: &DiffusionModel,
     scene: &PreparedScene<'_>,
@@ -28,7 +31,14 @@ pub fn e_step(
         let roles = scene.scene.roles(picture);
         let planes = binarize(maps, &roles, extraction)?;
         let previous = previous.map(|masks| &masks[picture]);
-        masks.push(refine(scene.crf(picture), &planes, &roles, Some(maps), previous, crf)?);
+        masks.push(refine(
+            scene.crf(picture),
+            &planes,
+            &roles,
+            Some(maps),
+            previous,
+            crf,
+        )?);
     }
     Ok((masks, maps))
 }

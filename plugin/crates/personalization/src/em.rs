@@ -12,8 +12,8 @@ use stable_diffusion::DiffusionModel;
 use crate::m_step::check_masks;
 use crate::observer::tell;
 use crate::{
-    AttentionMaps, EmConfig, EmState, Error, Event, LearnedConcepts, MaskMode, Observer, PreparedScene, Result,
-    SceneMasks, e_step, init_tokens, m_step,
+    AttentionMaps, EmConfig, EmState, Error, Event, LearnedConcepts, MaskMode, Observer,
+    PreparedScene, Result, SceneMasks, e_step, init_tokens, m_step,
 };
 
 /// Where the alternation begins.
@@ -70,20 +70,44 @@ pub fn em(
     tell(observer, &Event::Checkpoint(&state))?;
     while state.learned.step < config.steps {
         let n_steps = config.e_step_every.min(config.steps - state.learned.step);
-        let mut offset = StepOffset { inner: observer, done: state.learned.step, total: config.steps };
-        state.learned = m_step(model, scene, &state.masks, &state.learned, &config.m_step, n_steps, &mut offset)?;
+        let mut offset = StepOffset {
+            inner: observer,
+            done: state.learned.step,
+            total: config.steps,
+        };
+        state.learned = m_step(
+            model,
+            scene,
+            &state.masks,
+            &state.learned,
+            &config.m_step,
+            n_steps,
+            &mut offset,
+        )?;
         state.round += 1;
         if config.masks == MaskMode::Em && n_steps == config.e_step_every {
             let n = config.extraction.n_timesteps;
             let previous = Some(state.masks.as_slice());
-            let (masks, maps) =
-                e_step(model, scene, &state.learned, &config.extraction, &config.crf, n, previous, observer)?;
+            let (masks, maps) = e_step(
+                model,
+                scene,
+                &state.learned,
+                &config.extraction,
+                &config.crf,
+                n,
+                previous,
+                observer,
+            )?;
             state.masks = masks;
             record(&state, maps, &mut rounds, observer)?;
         }
         tell(observer, &Event::Checkpoint(&state))?;
     }
-    Ok(EmOutcome { learned: state.learned, masks: state.masks, rounds })
+    Ok(EmOutcome {
+        learned: state.learned,
+        masks: state.masks,
+        rounds,
+    })
 }
 
 fn first_state(
@@ -102,7 +126,9 @@ fn first_state(
         }
         EmStart::Masks(masks) => Some(masks),
         EmStart::Fresh if config.masks == MaskMode::Given => {
-            return Err(Error::scene("the mode `given` needs masks; link them, or choose another mode"));
+            return Err(Error::scene(
+                "the mode `given` needs masks; link them, or choose another mode",
+            ));
         }
         EmStart::Fresh => None,
     };
@@ -111,11 +137,24 @@ fn first_state(
         Some(masks) => (masks, Vec::new()),
         None => {
             let n = config.extraction.n_timesteps_initial;
-            e_step(model, scene, &learned, &config.extraction, &config.crf, n, None, observer)?
+            e_step(
+                model,
+                scene,
+                &learned,
+                &config.extraction,
+                &config.crf,
+                n,
+                None,
+                observer,
+            )?
         }
     };
     check_masks(scene, &masks)?;
-    let state = EmState { learned, masks, round: 0 };
+    let state = EmState {
+        learned,
+        masks,
+        round: 0,
+    };
     record(&state, maps, rounds, observer)?;
     Ok(state)
 }
@@ -128,10 +167,23 @@ fn record(
 ) -> Result<()> {
     for (picture, masks) in state.masks.iter().enumerate() {
         let maps = maps.get(picture);
-        tell(observer, &Event::Masks { round: state.round, picture, masks, maps })?;
+        tell(
+            observer,
+            &Event::Masks {
+                round: state.round,
+                picture,
+                masks,
+                maps,
+            },
+        )?;
     }
     let (round, step, masks) = (state.round, state.learned.step, state.masks.clone());
-    rounds.push(RoundRecord { round, step, masks, maps });
+    rounds.push(RoundRecord {
+        round,
+        step,
+        masks,
+        maps,
+    });
     Ok(())
 }
 
@@ -145,9 +197,21 @@ struct StepOffset<'a> {
 impl Observer for StepOffset<'_> {
     fn on_event(&mut self, event: &Event<'_>) -> std::ops::ControlFlow<()> {
         match *event {
-            Event::Step { stage, step, masked_diffusion, cross_attention, .. } => {
+            Event::Step {
+                stage,
+                step,
+                masked_diffusion,
+                cross_attention,
+                ..
+            } => {
                 let (step, total) = (step + self.done, self.total);
-                self.inner.on_event(&Event::Step { stage, step, total, masked_diffusion, cross_attention })
+                self.inner.on_event(&Event::Step {
+                    stage,
+                    step,
+                    total,
+                    masked_diffusion,
+                    cross_attention,
+                })
             }
             _ => self.inner.on_event(event),
         }

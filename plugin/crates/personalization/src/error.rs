@@ -30,7 +30,9 @@ pub enum Error {
         range: &'static str,
     },
     /// A prompt that names a token nobody learned.
-    #[error("the prompt \"{prompt}\" names {token}, which is not among the learned concepts ({known})")]
+    #[error(
+        "the prompt \"{prompt}\" names {token}, which is not among the learned concepts ({known})"
+    )]
     UnknownToken {
         /// The prompt.
         prompt: String,
@@ -62,7 +64,10 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn file(file: &std::path::Path, reason: impl std::fmt::Display) -> Self {
-        Self::File { file: file.display().to_string(), reason: reason.to_string() }
+        Self::File {
+            file: file.display().to_string(),
+            reason: reason.to_string(),
+        }
     }
 
     pub(crate) fn scene(text: impl Into<String>) -> Self {

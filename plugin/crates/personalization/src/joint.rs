@@ -13,7 +13,9 @@ use crate::config::JointScope;
 use crate::m_step::{Draw, LossContext, check_masks, gradients_of, step_event};
 use crate::observer::tell;
 use crate::optimizer::{AdamWState, clip_gradient_norm};
-use crate::{ImageMasks, JointConfig, LearnedConcepts, MStepConfig, Observer, PreparedScene, Result};
+use crate::{
+    ImageMasks, JointConfig, LearnedConcepts, MStepConfig, Observer, PreparedScene, Result,
+};
 
 /// Alpha of new LoRA factors is their rank: the product counts once.
 fn alpha_of(rank: usize) -> f64 {
@@ -37,16 +39,34 @@ pub fn joint_stage(
     let tokenizer = learned.tokenizer(model)?;
     let trained = Trained::start(model, config, learned.seed)?;
     let rows = Var::from_tensor(&learned.rows)?;
-    let variables: Vec<&Var> = trained.variables.iter().map(|(_, var)| var).chain([&rows]).collect();
+    let variables: Vec<&Var> = trained
+        .variables
+        .iter()
+        .map(|(_, var)| var)
+        .chain([&rows])
+        .collect();
     let mut rates = vec![config.learning_rate; variables.len()];
     rates[variables.len() - 1] = config.token_learning_rate;
-    let values = || variables.iter().map(|var| var.as_detached_tensor()).collect::<Vec<Tensor>>();
+    let values = || {
+        variables
+            .iter()
+            .map(|var| var.as_detached_tensor())
+            .collect::<Vec<Tensor>>()
+    };
     let mut optimizer = AdamWState::zeros(&values())?;
     let unet = trained.unet.as_ref();
     for done in 1..=config.steps {
         let draw = Draw::new(model, scene, m_step, (learned.seed, "joint", done))?;
         let masks = Some(masks);
-        let context = LossContext { model, unet, scene, masks, learned, tokenizer: &tokenizer, config: m_step };
+        let context = LossContext {
+            model,
+            unet,
+            scene,
+            masks,
+            learned,
+            tokenizer: &tokenizer,
+            config: m_step,
+        };
         let losses = context.losses(rows.as_tensor(), &draw)?;
         let gradients = gradients_of(&losses.total, &variables)?;
         let (gradients, _) = clip_gradient_norm(&gradients, m_step.max_gradient_norm)?;
@@ -58,7 +78,13 @@ pub fn joint_stage(
         tell(observer, &step_event("joint", done, config.steps, &losses))?;
     }
     let rows = rows.as_detached_tensor().copy()?;
-    Ok((trained.finish(model)?, LearnedConcepts { rows, ..learned.clone() }))
+    Ok((
+        trained.finish(model)?,
+        LearnedConcepts {
+            rows,
+            ..learned.clone()
+        },
+    ))
 }
 
 /// A U-Net some of whose weights are variables.
@@ -75,7 +101,11 @@ impl Trained {
             let lora = LoraAdapter::new(base, rank, alpha_of(rank), seed)?;
             let variables = lora.variables();
             let unet = UNet::new(base.config(), base.weights(), Some(&lora))?;
-            return Ok(Self { unet: Arc::new(unet), lora: Some(lora), variables });
+            return Ok(Self {
+                unet: Arc::new(unet),
+                lora: Some(lora),
+                variables,
+            });
         }
         let mut weights = base.weights().clone();
         let mut variables = Vec::new();
@@ -87,7 +117,11 @@ impl Trained {
             }
         }
         let unet = UNet::new(base.config(), &weights, None)?;
-        Ok(Self { unet: Arc::new(unet), lora: None, variables })
+        Ok(Self {
+            unet: Arc::new(unet),
+            lora: None,
+            variables,
+        })
     }
 
     /// A model with the trained weights, none of them a variable any more.
@@ -95,13 +129,34 @@ impl Trained {
         let frozen = |weight: &Tensor| weight.detach();
         let lora = self.lora.map(|lora| {
             let factors = lora.factors.iter().map(|(path, factors)| {
-                (path.clone(), LoraFactors { down: frozen(&factors.down), up: frozen(&factors.up) })
+                (
+                    path.clone(),
+                    LoraFactors {
+                        down: frozen(&factors.down),
+                        up: frozen(&factors.up),
+                    },
+                )
             });
-            LoraAdapter { rank: lora.rank, alpha: lora.alpha, factors: factors.collect() }
+            LoraAdapter {
+                rank: lora.rank,
+                alpha: lora.alpha,
+                factors: factors.collect(),
+            }
         });
-        let weights = WeightMap(self.unet.weights().0.iter().map(|(name, w)| (name.clone(), frozen(w))).collect());
+        let weights = WeightMap(
+            self.unet
+                .weights()
+                .0
+                .iter()
+                .map(|(name, w)| (name.clone(), frozen(w)))
+                .collect(),
+        );
         let unet = UNet::new(self.unet.config(), &weights, lora.as_ref())?;
-        Ok(DiffusionModel { unet: Arc::new(unet), lora, ..model.clone() })
+        Ok(DiffusionModel {
+            unet: Arc::new(unet),
+            lora,
+            ..model.clone()
+        })
     }
 }
 

@@ -61,8 +61,8 @@ pub mod overlay;
 pub use attention::{AttentionMaps, extract_attention};
 pub use binarize::binarize;
 pub use config::{
-    Binarization, Combination, CrfStage, EmConfig, ExtractionConfig, Guard, JointConfig, JointScope, LayerChoice,
-    MStepConfig, MaskMode, Normalization, TokenConfig, TokenInit,
+    Binarization, Combination, CrfStage, EmConfig, ExtractionConfig, Guard, JointConfig,
+    JointScope, LayerChoice, MStepConfig, MaskMode, Normalization, TokenConfig, TokenInit,
 };
 pub use e_step::e_step;
 pub use em::{EmOutcome, EmStart, RoundRecord, em};

@@ -20,7 +20,9 @@ use crate::loss::{cross_attention_loss, loss_layers, loss_resolution, masked_dif
 use crate::mask::{at_resolution, plane_tensor};
 use crate::observer::tell;
 use crate::optimizer::{AdamWState, clip_gradient_norm};
-use crate::{Error, Event, ImageMasks, LearnedConcepts, MStepConfig, Observer, PreparedScene, Result};
+use crate::{
+    Error, Event, ImageMasks, LearnedConcepts, MStepConfig, Observer, PreparedScene, Result,
+};
 
 /// What one step is about; everything random of it.
 #[derive(Debug)]
@@ -52,10 +54,20 @@ impl Draw {
         let flipped = rng.uniform() < config.flip_probability;
         let size = model.latent_size();
         let shape = [config.batch, model.config.unet.in_channels, size, size];
-        let latents = scene.latents(model, picture, flipped, &rng.normal(&shape, &model.device)?)?;
+        let latents =
+            scene.latents(model, picture, flipped, &rng.normal(&shape, &model.device)?)?;
         let noise = rng.normal(&shape, &model.device)?;
-        let timesteps = (0..config.batch).map(|_| rng.below(model.noise_schedule.n_timesteps())).collect();
-        Ok(Self { picture, subset, flipped, latents, noise, timesteps })
+        let timesteps = (0..config.batch)
+            .map(|_| rng.below(model.noise_schedule.n_timesteps()))
+            .collect();
+        Ok(Self {
+            picture,
+            subset,
+            flipped,
+            latents,
+            noise,
+            timesteps,
+        })
     }
 }
 
@@ -85,7 +97,9 @@ impl LossContext<'_> {
     pub(crate) fn losses(&self, rows: &Tensor, draw: &Draw) -> Result<Losses> {
         let picture = &self.scene.scene.pictures()[draw.picture];
         let concepts: Vec<usize> = draw.subset.iter().map(|&i| picture.concepts[i]).collect();
-        let prompt = self.tokenizer.encode(&self.learned.training_prompt(&concepts))?;
+        let prompt = self
+            .tokenizer
+            .encode(&self.learned.training_prompt(&concepts))?;
         let context = self.model.text_encoder.encode(&prompt.ids, Some(rows))?;
         let schedule = &self.model.noise_schedule;
         let noisy = schedule.add_noise(&draw.latents, &draw.noise, &draw.timesteps)?;
@@ -95,18 +109,34 @@ impl LossContext<'_> {
             let prediction = self.unet.forward(&noisy, &timesteps, &context)?;
             let total = (prediction - target)?.sqr()?.mean_all()?;
             let masked_diffusion = total.to_scalar()?;
-            return Ok(Losses { total, masked_diffusion, cross_attention: 0.0 });
+            return Ok(Losses {
+                total,
+                masked_diffusion,
+                cross_attention: 0.0,
+            });
         };
         let positions = self.learned.positions(self.tokenizer, &prompt, &concepts)?;
-        let layers = if self.config.lambda_attention > 0.0 { loss_layers(self.unet) } else { Vec::new() };
-        let observed =
-            self.unet.forward_observed(&noisy, &timesteps, &context, Watch::Layers(&layers, &positions))?;
+        let layers = if self.config.lambda_attention > 0.0 {
+            loss_layers(self.unet)
+        } else {
+            Vec::new()
+        };
+        let observed = self.unet.forward_observed(
+            &noisy,
+            &timesteps,
+            &context,
+            Watch::Layers(&layers, &positions),
+        )?;
         let (from, h, device) = (masks.size(), self.model.latent_size(), &self.model.device);
         let union = plane_tensor(&masks.union(&draw.subset), from, h, draw.flipped, device)?;
         let masked_diffusion = masked_diffusion_loss(&observed.prediction, &target, &union)?;
         if layers.is_empty() {
             let value = masked_diffusion.to_scalar()?;
-            return Ok(Losses { total: masked_diffusion, masked_diffusion: value, cross_attention: 0.0 });
+            return Ok(Losses {
+                total: masked_diffusion,
+                masked_diffusion: value,
+                cross_attention: 0.0,
+            });
         }
         let maps = concept_maps(&observed.attention, self.learned.vectors_per_concept)?;
         let cross_attention = cross_attention_loss(&maps, &self.small_masks(masks, draw)?)?;
@@ -120,10 +150,13 @@ impl LossContext<'_> {
     /// G `[R·R, C]` of the sampled concepts.
     fn small_masks(&self, masks: &ImageMasks, draw: &Draw) -> Result<Tensor> {
         let resolution = loss_resolution(self.unet);
-        let small = |&c: &usize| at_resolution(&masks.planes()[c], masks.size(), resolution, draw.flipped);
+        let small =
+            |&c: &usize| at_resolution(&masks.planes()[c], masks.size(), resolution, draw.flipped);
         let planes: Vec<f32> = draw.subset.iter().flat_map(small).collect();
         let shape = (draw.subset.len(), resolution * resolution);
-        Ok(Tensor::from_vec(planes, shape, &self.model.device)?.t()?.contiguous()?)
+        Ok(Tensor::from_vec(planes, shape, &self.model.device)?
+            .t()?
+            .contiguous()?)
     }
 }
 
@@ -146,7 +179,15 @@ pub fn m_step(
     for done in 1..=n_steps {
         let draw = Draw::new(model, scene, config, (learned.seed, "m-step", learned.step))?;
         let losses;
-        (learned, losses) = token_step(model, scene, Some(masks), &learned, &tokenizer, config, &draw)?;
+        (learned, losses) = token_step(
+            model,
+            scene,
+            Some(masks),
+            &learned,
+            &tokenizer,
+            config,
+            &draw,
+        )?;
         tell(observer, &step_event("tokens", done, n_steps, &losses))?;
     }
     Ok(learned)
@@ -171,7 +212,11 @@ pub(crate) fn inversion(
     }
     // Stage 2 counts its own steps and starts with fresh moments, as a new optimizer does.
     let optimizer = AdamWState::zeros(std::slice::from_ref(&inverted.rows))?;
-    Ok(LearnedConcepts { step: 0, optimizer, ..inverted })
+    Ok(LearnedConcepts {
+        step: 0,
+        optimizer,
+        ..inverted
+    })
 }
 
 /// One optimizer step on the rows.
@@ -185,20 +230,44 @@ fn token_step(
     draw: &Draw,
 ) -> Result<(LearnedConcepts, Losses)> {
     let rows = Var::from_tensor(&learned.rows)?;
-    let context = LossContext { model, unet: &model.unet, scene, masks, learned, tokenizer, config };
+    let context = LossContext {
+        model,
+        unet: &model.unet,
+        scene,
+        masks,
+        learned,
+        tokenizer,
+        config,
+    };
     let losses = context.losses(rows.as_tensor(), draw)?;
     let gradients = gradients_of(&losses.total, &[&rows])?;
     let (gradients, _) = clip_gradient_norm(&gradients, config.max_gradient_norm)?;
     let rates = [config.learning_rate];
-    let (moved, optimizer) = learned.optimizer.step(&[rows.as_detached_tensor()], &gradients, &rates, config)?;
-    let rows = moved.into_iter().next().unwrap_or_else(|| learned.rows.clone());
-    Ok((LearnedConcepts { rows, optimizer, step: learned.step + 1, ..learned.clone() }, losses))
+    let (moved, optimizer) =
+        learned
+            .optimizer
+            .step(&[rows.as_detached_tensor()], &gradients, &rates, config)?;
+    let rows = moved
+        .into_iter()
+        .next()
+        .unwrap_or_else(|| learned.rows.clone());
+    Ok((
+        LearnedConcepts {
+            rows,
+            optimizer,
+            step: learned.step + 1,
+            ..learned.clone()
+        },
+        losses,
+    ))
 }
 
 /// Gradients of a finite loss; zeros for variables that it does not depend on.
 pub(crate) fn gradients_of(loss: &Tensor, variables: &[&Var]) -> Result<Vec<Tensor>> {
     if !loss.to_scalar::<f32>()?.is_finite() {
-        return Err(Error::scene("the loss is no longer a finite number; lower the learning rate"));
+        return Err(Error::scene(
+            "the loss is no longer a finite number; lower the learning rate",
+        ));
     }
     let mut gradients = loss.backward()?;
     let gradient = |var: &&Var| match gradients.remove(var.as_tensor()) {
@@ -208,9 +277,24 @@ pub(crate) fn gradients_of(loss: &Tensor, variables: &[&Var]) -> Result<Vec<Tens
     variables.iter().map(gradient).collect()
 }
 
-pub(crate) fn step_event(stage: &'static str, step: usize, total: usize, losses: &Losses) -> Event<'static> {
-    let Losses { masked_diffusion, cross_attention, .. } = *losses;
-    Event::Step { stage, step, total, masked_diffusion, cross_attention }
+pub(crate) fn step_event(
+    stage: &'static str,
+    step: usize,
+    total: usize,
+    losses: &Losses,
+) -> Event<'static> {
+    let Losses {
+        masked_diffusion,
+        cross_attention,
+        ..
+    } = *losses;
+    Event::Step {
+        stage,
+        step,
+        total,
+        masked_diffusion,
+        cross_attention,
+    }
 }
 
 pub(crate) fn check_masks(scene: &PreparedScene<'_>, masks: &[ImageMasks]) -> Result<()> {
@@ -219,11 +303,20 @@ pub(crate) fn check_masks(scene: &PreparedScene<'_>, masks: &[ImageMasks]) -> Re
         masks.planes().len() == picture.concepts.len() && masks.size() == picture.picture.size()
     };
     if masks.len() != pictures.len() || !masks.iter().zip(pictures).all(fits) {
-        return Err(Error::scene("the masks do not fit: there has to be one per picture and concept, of its size"));
+        return Err(Error::scene(
+            "the masks do not fit: there has to be one per picture and concept, of its size",
+        ));
     }
-    let empty = |masks: &ImageMasks| masks.planes().iter().any(|plane| plane.iter().all(|&v| v == 0));
+    let empty = |masks: &ImageMasks| {
+        masks
+            .planes()
+            .iter()
+            .any(|plane| plane.iter().all(|&v| v == 0))
+    };
     if masks.iter().any(empty) {
-        return Err(Error::scene("a mask is empty; nothing can be learned from it"));
+        return Err(Error::scene(
+            "a mask is empty; nothing can be learned from it",
+        ));
     }
     Ok(())
 }

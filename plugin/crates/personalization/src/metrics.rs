@@ -8,7 +8,8 @@ use stable_diffusion::rng::Rng;
 use crate::attention::extract_one;
 use crate::mask::{at_resolution, iou};
 use crate::{
-    AttentionMaps, CrfStage, ExtractionConfig, ImageMasks, LearnedConcepts, PreparedScene, Result, binarize, refine,
+    AttentionMaps, CrfStage, ExtractionConfig, ImageMasks, LearnedConcepts, PreparedScene, Result,
+    binarize, refine,
 };
 
 /// Seed of the evaluation streams.
@@ -20,7 +21,12 @@ const N_TIMESTEPS: usize = 16;
 /// IoU of every concept's mask with its true one, in [0, 1].
 #[must_use]
 pub fn mask_ious(masks: &ImageMasks, truth: &ImageMasks) -> Vec<f32> {
-    masks.planes().iter().zip(truth.planes()).map(|(mask, truth)| iou(mask, truth)).collect()
+    masks
+        .planes()
+        .iter()
+        .zip(truth.planes())
+        .map(|(mask, truth)| iou(mask, truth))
+        .collect()
 }
 
 /// What the current tokens find on a picture, whatever masks they were trained on.
@@ -46,9 +52,25 @@ pub fn extraction(
 ) -> Result<Extraction> {
     let mut rng = Rng::new(EVALUATION_SEED, "extraction", picture as u64);
     let n = config.n_timesteps_initial;
-    let maps = extract_one(model, scene, learned, config, picture, n, &mut rng, &mut |_| Ok(()))?;
+    let maps = extract_one(
+        model,
+        scene,
+        learned,
+        config,
+        picture,
+        n,
+        &mut rng,
+        &mut |_| Ok(()),
+    )?;
     let roles = scene.scene.roles(picture);
-    let masks = refine(scene.crf(picture), &binarize(&maps, &roles, config)?, &roles, Some(&maps), None, crf)?;
+    let masks = refine(
+        scene.crf(picture),
+        &binarize(&maps, &roles, config)?,
+        &roles,
+        Some(&maps),
+        None,
+        crf,
+    )?;
     Ok(Extraction { masks, maps })
 }
 
@@ -56,7 +78,12 @@ pub fn extraction(
 #[must_use]
 pub fn leaks(maps: &AttentionMaps, truth: &ImageMasks) -> Vec<f32> {
     let leak = |(map, truth): (&Vec<f32>, &Vec<u8>)| {
-        let outside: f32 = map.iter().zip(truth).filter(|(_, t)| **t == 0).map(|(v, _)| v).sum();
+        let outside: f32 = map
+            .iter()
+            .zip(truth)
+            .filter(|(_, t)| **t == 0)
+            .map(|(v, _)| v)
+            .sum();
         outside / map.iter().sum::<f32>().max(1e-12)
     };
     maps.maps.iter().zip(truth.planes()).map(leak).collect()
@@ -81,15 +108,23 @@ pub fn masked_errors(
 ) -> Result<Vec<f64>> {
     let tokenizer = learned.tokenizer(model)?;
     let (h, total) = (model.latent_size(), model.noise_schedule.n_timesteps());
-    let timesteps: Vec<usize> = (1..=N_TIMESTEPS).map(|k| k * (total - 1) / (N_TIMESTEPS + 1)).collect();
+    let timesteps: Vec<usize> = (1..=N_TIMESTEPS)
+        .map(|k| k * (total - 1) / (N_TIMESTEPS + 1))
+        .collect();
     let z = scene.mean_latents(model, picture)?;
     let mut rng = Rng::new(EVALUATION_SEED, "masked error", picture as u64);
-    let noises = timesteps.iter().map(|_| Ok(rng.normal(z.dims(), &model.device)?)).collect::<Result<Vec<Tensor>>>()?;
+    let noises = timesteps
+        .iter()
+        .map(|_| Ok(rng.normal(z.dims(), &model.device)?))
+        .collect::<Result<Vec<Tensor>>>()?;
     let concepts = &scene.scene.pictures()[picture].concepts;
     let mut errors = Vec::with_capacity(concepts.len());
     for (index, &concept) in concepts.iter().enumerate() {
         let prompt = tokenizer.encode(&learned.training_prompt(&[concept]))?;
-        let context = model.text_encoder.encode(&prompt.ids, Some(&learned.rows))?.detach();
+        let context = model
+            .text_encoder
+            .encode(&prompt.ids, Some(&learned.rows))?
+            .detach();
         let inside = at_resolution(&truth.planes()[index], truth.size(), h, false);
         let n_inside: f32 = inside.iter().sum();
         let inside = Tensor::from_vec(inside, (1, 1, h, h), &model.device)?;
@@ -98,7 +133,12 @@ pub fn masked_errors(
             let noisy = model.noise_schedule.add_noise(&z, noise, &[t])?;
             let target = model.noise_schedule.target(&z, noise, &[t])?;
             let square = (model.unet.forward(&noisy, &[t as f32], &context)? - target)?.sqr()?;
-            sum += f64::from(square.broadcast_mul(&inside)?.sum_all()?.to_scalar::<f32>()?);
+            sum += f64::from(
+                square
+                    .broadcast_mul(&inside)?
+                    .sum_all()?
+                    .to_scalar::<f32>()?,
+            );
         }
         let channels = z.dim(1)? as f64;
         errors.push(sum / (N_TIMESTEPS as f64 * channels * f64::from(n_inside.max(1.0))));

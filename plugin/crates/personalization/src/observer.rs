@@ -79,5 +79,9 @@ impl<F: FnMut(&Event<'_>) -> ControlFlow<()>> Observer for F {
 
 /// Tells, and turns a request to stop into an error.
 pub(crate) fn tell(observer: &mut dyn Observer, event: &Event<'_>) -> Result<()> {
-    if observer.on_event(event).is_break() { Err(Error::Canceled) } else { Ok(()) }
+    if observer.on_event(event).is_break() {
+        Err(Error::Canceled)
+    } else {
+        Ok(())
+    }
 }

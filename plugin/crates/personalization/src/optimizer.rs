@@ -32,8 +32,17 @@ impl AdamWState {
     /// # Errors
     /// The tensor library fails.
     pub fn zeros(parameters: &[Tensor]) -> Result<Self> {
-        let zeros = || parameters.iter().map(|p| Ok(p.zeros_like()?.detach())).collect::<Result<Vec<_>>>();
-        Ok(Self { m: zeros()?, v: zeros()?, t: 0 })
+        let zeros = || {
+            parameters
+                .iter()
+                .map(|p| Ok(p.zeros_like()?.detach()))
+                .collect::<Result<Vec<_>>>()
+        };
+        Ok(Self {
+            m: zeros()?,
+            v: zeros()?,
+            t: 0,
+        })
     }
 
     /// One step: the new parameters and the new state.
@@ -52,7 +61,11 @@ impl AdamWState {
         let [beta1, beta2] = config.betas;
         let t = self.t + 1;
         let (correction1, correction2) = (1.0 - beta1.powi(t as i32), 1.0 - beta2.powi(t as i32));
-        let mut next = Self { m: Vec::new(), v: Vec::new(), t };
+        let mut next = Self {
+            m: Vec::new(),
+            v: Vec::new(),
+            t,
+        };
         let mut moved = Vec::new();
         for (i, (parameter, gradient)) in parameters.iter().zip(gradients).enumerate() {
             let m = ((&self.m[i] * beta1)? + (gradient * (1.0 - beta1))?)?;
@@ -80,7 +93,10 @@ pub fn clip_gradient_norm(gradients: &[Tensor], max_norm: f64) -> Result<(Vec<Te
     }
     let norm = square.sqrt();
     let scale = (max_norm / (norm + 1e-6)).min(1.0);
-    let scaled = gradients.iter().map(|gradient| Ok((gradient * scale)?)).collect::<Result<_>>()?;
+    let scaled = gradients
+        .iter()
+        .map(|gradient| Ok((gradient * scale)?))
+        .collect::<Result<_>>()?;
     Ok((scaled, norm))
 }
 
@@ -91,17 +107,26 @@ mod tests {
 
     #[test]
     fn two_steps_are_those_of_the_formula() {
-        let config = MStepConfig { learning_rate: 0.1, ..MStepConfig::break_a_scene() };
+        let config = MStepConfig {
+            learning_rate: 0.1,
+            ..MStepConfig::break_a_scene()
+        };
         let tensor = |v: f32| Tensor::new(&[v], &Device::Cpu).unwrap();
-        let (mut parameters, mut state) = (vec![tensor(1.0)], AdamWState::zeros(&[tensor(1.0)]).unwrap());
+        let (mut parameters, mut state) = (
+            vec![tensor(1.0)],
+            AdamWState::zeros(&[tensor(1.0)]).unwrap(),
+        );
         let (mut theta, mut m, mut v) = (1.0f64, 0.0f64, 0.0f64);
         for (t, gradient) in [(1, 0.5f64), (2, -0.25)] {
             let gradients = [tensor(gradient as f32)];
-            (parameters, state) = state.step(&parameters, &gradients, &[0.1], &config).unwrap();
+            (parameters, state) = state
+                .step(&parameters, &gradients, &[0.1], &config)
+                .unwrap();
             theta *= 1.0 - 0.1 * 1e-2;
             m = 0.9 * m + 0.1 * gradient;
             v = 0.999 * v + 0.001 * gradient * gradient;
-            theta -= 0.1 * (m / (1.0 - 0.9f64.powi(t))) / ((v / (1.0 - 0.999f64.powi(t))).sqrt() + 1e-8);
+            theta -=
+                0.1 * (m / (1.0 - 0.9f64.powi(t))) / ((v / (1.0 - 0.999f64.powi(t))).sqrt() + 1e-8);
         }
         let ours = f64::from(parameters[0].to_vec1::<f32>().unwrap()[0]);
         assert!((ours - theta).abs() < 1e-6, "{ours} {theta}");
@@ -109,7 +134,10 @@ mod tests {
 
     #[test]
     fn the_joint_norm_is_clipped() {
-        let gradients = [Tensor::new(&[3.0f32], &Device::Cpu).unwrap(), Tensor::new(&[4.0f32], &Device::Cpu).unwrap()];
+        let gradients = [
+            Tensor::new(&[3.0f32], &Device::Cpu).unwrap(),
+            Tensor::new(&[4.0f32], &Device::Cpu).unwrap(),
+        ];
         let (clipped, norm) = clip_gradient_norm(&gradients, 1.0).unwrap();
         assert!((norm - 5.0).abs() < 1e-6);
         assert!((clipped[0].to_vec1::<f32>().unwrap()[0] - 0.6).abs() < 1e-5);

@@ -3,8 +3,15 @@
 use crate::{AttentionMaps, ImageMasks, Picture};
 
 /// Colors of the concepts, sRGB: Okabe and Ito's palette, told apart by color-blind people too.
-pub const PALETTE: [[u8; 3]; 7] =
-    [[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0], [204, 121, 167]];
+pub const PALETTE: [[u8; 3]; 7] = [
+    [230, 159, 0],
+    [86, 180, 233],
+    [0, 158, 115],
+    [240, 228, 66],
+    [0, 114, 178],
+    [213, 94, 0],
+    [204, 121, 167],
+];
 
 /// Share of the color in a tinted pixel.
 const TINT: f32 = 0.55;
@@ -27,7 +34,11 @@ pub fn masks_over(picture: &Picture, masks: &ImageMasks) -> Vec<u8> {
 #[must_use]
 pub fn cut_out(picture: &Picture, mask: &[u8]) -> Vec<u8> {
     let mut rgb = picture.rgb8().to_vec();
-    for (channels, _) in rgb.chunks_exact_mut(3).zip(mask).filter(|(_, inside)| **inside == 0) {
+    for (channels, _) in rgb
+        .chunks_exact_mut(3)
+        .zip(mask)
+        .filter(|(_, inside)| **inside == 0)
+    {
         blend(channels, [245, 245, 245], 0.85);
     }
     rgb
@@ -51,8 +62,13 @@ pub fn heat_over(picture: &Picture, maps: &AttentionMaps, concept: usize) -> Vec
 
 /// Black, violet, red, yellow, white over [0, 1].
 fn heat_color(heat: f32) -> [u8; 3] {
-    const STOPS: [[f32; 3]; 5] =
-        [[0.0, 0.0, 4.0], [81.0, 18.0, 124.0], [183.0, 55.0, 121.0], [252.0, 137.0, 97.0], [252.0, 253.0, 191.0]];
+    const STOPS: [[f32; 3]; 5] = [
+        [0.0, 0.0, 4.0],
+        [81.0, 18.0, 124.0],
+        [183.0, 55.0, 121.0],
+        [252.0, 137.0, 97.0],
+        [252.0, 253.0, 191.0],
+    ];
     let place = heat.clamp(0.0, 1.0) * 4.0;
     let low = (place as usize).min(3);
     let share = place - low as f32;

@@ -29,7 +29,8 @@ pub fn refine(
     config: &CrfStage,
 ) -> Result<ImageMasks> {
     let n_concepts = planes.planes().len();
-    let fits = |masks: &ImageMasks| masks.planes().len() == n_concepts && masks.size() == planes.size();
+    let fits =
+        |masks: &ImageMasks| masks.planes().len() == n_concepts && masks.size() == planes.size();
     let size = planes.size();
     if roles.len() != n_concepts || crf.n_pixels() != size * size || !previous.is_none_or(fits) {
         return Err(Error::scene(format!(
@@ -40,12 +41,19 @@ pub fn refine(
     }
     let labels = label_planes(planes, roles);
     let n_labels = labels.len() / (size * size);
-    let marginals = crf.infer(&unary_from_planes(&labels, n_labels)?, n_labels, config.crf.iterations)?;
+    let marginals = crf.infer(
+        &unary_from_planes(&labels, n_labels)?,
+        n_labels,
+        config.crf.iterations,
+    )?;
     let first_concept = n_labels - n_concepts;
     let chosen = marginals.labels();
     let refined = (0..n_concepts)
         .map(|c| {
-            let plane: Vec<u8> = chosen.iter().map(|&label| u8::from(usize::from(label) == c + first_concept)).collect();
+            let plane: Vec<u8> = chosen
+                .iter()
+                .map(|&label| u8::from(usize::from(label) == c + first_concept))
+                .collect();
             let alternatives = Alternatives {
                 unrefined: &planes.planes()[c],
                 previous: previous.map(|masks| masks.planes()[c].as_slice()),
@@ -94,12 +102,19 @@ impl Alternatives<'_> {
         if usable(&refined) {
             return Ok(refined);
         }
-        if let Some(plane) = self.previous.into_iter().chain([self.unrefined]).find(|plane| usable(plane)) {
+        if let Some(plane) = self
+            .previous
+            .into_iter()
+            .chain([self.unrefined])
+            .find(|plane| usable(plane))
+        {
             return Ok(plane.to_vec());
         }
         let hottest = self.map.map(hottest_part);
         hottest.ok_or_else(|| {
-            Error::scene("a mask is empty before and after the CRF; link the attention maps, or draw a mask")
+            Error::scene(
+                "a mask is empty before and after the CRF; link the attention maps, or draw a mask",
+            )
         })
     }
 }
@@ -118,7 +133,11 @@ mod tests {
     use crate::EmConfig;
 
     fn stage(guard: Guard) -> CrfStage {
-        CrfStage { guard, min_area: 0.1, ..EmConfig::paper().crf }
+        CrfStage {
+            guard,
+            min_area: 0.1,
+            ..EmConfig::paper().crf
+        }
     }
 
     #[test]
@@ -126,12 +145,22 @@ mod tests {
         let (full, empty) = (vec![1u8; 20], vec![0u8; 20]);
         let map: Vec<f32> = (0..20).map(|i| i as f32).collect();
         let pick = |unrefined: &[u8], previous: Option<&[u8]>, map: Option<&[f32]>| {
-            Alternatives { unrefined, previous, map }.guarded(empty.clone(), &stage(Guard::None))
+            Alternatives {
+                unrefined,
+                previous,
+                map,
+            }
+            .guarded(empty.clone(), &stage(Guard::None))
         };
         assert_eq!(pick(&empty, Some(&full), None).unwrap(), full);
         assert_eq!(pick(&full, Some(&empty), None).unwrap(), full);
         assert_eq!(pick(&empty, None, Some(&map)).unwrap()[17..], [0, 1, 1]);
-        assert!(pick(&empty, None, None).unwrap_err().to_string().contains("empty"));
+        assert!(
+            pick(&empty, None, None)
+                .unwrap_err()
+                .to_string()
+                .contains("empty")
+        );
     }
 
     #[test]
@@ -139,7 +168,12 @@ mod tests {
         let unrefined = [1, 1, 1, 1, 0, 0, 0, 0];
         let refined = vec![1, 0, 0, 0, 0, 0, 0, 0];
         let with = |guard| {
-            Alternatives { unrefined: &unrefined, previous: None, map: None }.guarded(refined.clone(), &stage(guard))
+            Alternatives {
+                unrefined: &unrefined,
+                previous: None,
+                map: None,
+            }
+            .guarded(refined.clone(), &stage(guard))
         };
         assert_eq!(with(Guard::MinIou(0.5)).unwrap(), unrefined);
         assert_eq!(with(Guard::None).unwrap(), refined);
@@ -148,7 +182,13 @@ mod tests {
     #[test]
     fn the_background_plane_is_added_only_where_it_is_missing() {
         let masks = ImageMasks::new(1, vec![vec![1], vec![0]]).unwrap();
-        assert_eq!(label_planes(&masks, &[Role::Object, Role::Object]), [0.0, 1.0, 0.0]);
-        assert_eq!(label_planes(&masks, &[Role::Object, Role::Background]), [1.0, 0.0]);
+        assert_eq!(
+            label_planes(&masks, &[Role::Object, Role::Object]),
+            [0.0, 1.0, 0.0]
+        );
+        assert_eq!(
+            label_planes(&masks, &[Role::Object, Role::Background]),
+            [1.0, 0.0]
+        );
     }
 }

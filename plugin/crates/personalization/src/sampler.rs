@@ -1,8 +1,8 @@
 //! Prompts with learned tokens to pictures.
 
 use candle_core::Tensor;
-use stable_diffusion::generate::{GenerateConfig, generate};
 use stable_diffusion::DiffusionModel;
+use stable_diffusion::generate::{GenerateConfig, generate};
 
 use crate::{Error, Event, LearnedConcepts, Observer, Result};
 
@@ -32,27 +32,47 @@ pub fn sample(
         && learned.rows.dim(1)? != width
     {
         let found = learned.rows.dim(1)?;
-        return Err(Error::scene(format!("the concepts are {found} wide, this model's text encoder is {width} wide")));
+        return Err(Error::scene(format!(
+            "the concepts are {found} wide, this model's text encoder is {width} wide"
+        )));
     }
     let unconditional = encode(model, learned, prompts.negative)?;
-    let contexts = prompts.prompts.iter().map(|prompt| encode(model, learned, prompt)).collect::<Result<Vec<_>>>()?;
+    let contexts = prompts
+        .prompts
+        .iter()
+        .map(|prompt| encode(model, learned, prompt))
+        .collect::<Result<Vec<_>>>()?;
     let n_prompts = contexts.len();
     let mut pictures = Vec::new();
     for (index, conditional) in contexts.iter().enumerate() {
         let own = generate(model, conditional, &unconditional, config, &mut |step| {
             let total = step.total * n_prompts;
-            observer.on_event(&Event::Latents { step: index * step.total + step.step, total, latents: step.latents })
+            observer.on_event(&Event::Latents {
+                step: index * step.total + step.step,
+                total,
+                latents: step.latents,
+            })
         })?;
         pictures.push(own);
     }
     Ok(Tensor::cat(&pictures, 0)?)
 }
 
-fn encode(model: &DiffusionModel, learned: Option<&LearnedConcepts>, prompt: &str) -> Result<Tensor> {
+fn encode(
+    model: &DiffusionModel,
+    learned: Option<&LearnedConcepts>,
+    prompt: &str,
+) -> Result<Tensor> {
     let text = expand(prompt, learned)?;
-    let tokenizer = learned.map_or_else(|| Ok(model.tokenizer.clone()), |learned| learned.tokenizer(model))?;
+    let tokenizer = learned.map_or_else(
+        || Ok(model.tokenizer.clone()),
+        |learned| learned.tokenizer(model),
+    )?;
     let ids = tokenizer.encode(&text)?.ids;
-    Ok(model.text_encoder.encode(&ids, learned.map(|learned| &learned.rows))?.detach())
+    Ok(model
+        .text_encoder
+        .encode(&ids, learned.map(|learned| &learned.rows))?
+        .detach())
 }
 
 /// The prompt with `embedding:name` as `<name>`, and every token as all of its vectors.
@@ -62,11 +82,24 @@ fn expand(prompt: &str, learned: Option<&LearnedConcepts>) -> Result<String> {
     let mut rest = prompt;
     while let Some(start) = next_token(rest) {
         text.push_str(&rest[..start.at]);
-        let concept = concepts.iter().position(|concept| concept.token == start.token);
+        let concept = concepts
+            .iter()
+            .position(|concept| concept.token == start.token);
         let (Some(concept), Some(learned)) = (concept, learned) else {
-            let known: Vec<&str> = concepts.iter().map(|concept| concept.token.as_str()).collect();
-            let known = if known.is_empty() { "none are linked".to_owned() } else { known.join(", ") };
-            return Err(Error::UnknownToken { prompt: prompt.to_owned(), token: start.token, known });
+            let known: Vec<&str> = concepts
+                .iter()
+                .map(|concept| concept.token.as_str())
+                .collect();
+            let known = if known.is_empty() {
+                "none are linked".to_owned()
+            } else {
+                known.join(", ")
+            };
+            return Err(Error::UnknownToken {
+                prompt: prompt.to_owned(),
+                token: start.token,
+                known,
+            });
         };
         text.push_str(&learned.text_of(concept));
         rest = &rest[start.end..];
@@ -92,10 +125,16 @@ fn next_token(text: &str) -> Option<Found> {
     });
     let prefixed = text.find(PREFIX).map(|at| {
         let name = &text[at + PREFIX.len()..];
-        let length = name.find(|c: char| !(c.is_alphanumeric() || "-_.<>".contains(c))).unwrap_or(name.len());
+        let length = name
+            .find(|c: char| !(c.is_alphanumeric() || "-_.<>".contains(c)))
+            .unwrap_or(name.len());
         let name = name[..length].trim_end_matches('.');
         let end = at + PREFIX.len() + name.len();
-        Found { at, end, token: format!("<{}>", name.trim_matches(['<', '>'])) }
+        Found {
+            at,
+            end,
+            token: format!("<{}>", name.trim_matches(['<', '>'])),
+        }
     });
     match (bracket, prefixed) {
         (Some(a), Some(b)) => Some(if a.at < b.at { a } else { b }),
@@ -111,7 +150,10 @@ mod tests {
     fn tokens_are_found_in_both_spellings() {
         let token = |text| next_token(text).map(|found| found.token);
         assert_eq!(token("a photo of <rex> here").as_deref(), Some("<rex>"));
-        assert_eq!(token("a photo, embedding:rex, here").as_deref(), Some("<rex>"));
+        assert_eq!(
+            token("a photo, embedding:rex, here").as_deref(),
+            Some("<rex>")
+        );
         assert_eq!(token("embedding:<rex>").as_deref(), Some("<rex>"));
         assert_eq!(token("1 < 2"), None);
         assert_eq!(token("plain"), None);
@@ -120,6 +162,9 @@ mod tests {
     #[test]
     fn a_token_that_nobody_learned_is_named() {
         let error = expand("a photo of <rex>", None).unwrap_err().to_string();
-        assert!(error.contains("<rex>") && error.contains("none are linked"), "{error}");
+        assert!(
+            error.contains("<rex>") && error.contains("none are linked"),
+            "{error}"
+        );
     }
 }

@@ -43,17 +43,30 @@ impl Picture {
     /// A length that does not fit, or an empty picture.
     pub fn from_unit_f32(width: usize, height: usize, pixels: &[f32], size: usize) -> Result<Self> {
         if width * height == 0 || pixels.len() != 3 * width * height {
-            return Err(Error::scene(format!("a picture of {width}x{height} does not have {} values", pixels.len())));
+            return Err(Error::scene(format!(
+                "a picture of {width}x{height} does not have {} values",
+                pixels.len()
+            )));
         }
         let wrong = || Error::scene("a picture has more than 2^32 pixels along a side");
-        let (w, h) = (u32::try_from(width).map_err(|_| wrong())?, u32::try_from(height).map_err(|_| wrong())?);
+        let (w, h) = (
+            u32::try_from(width).map_err(|_| wrong())?,
+            u32::try_from(height).map_err(|_| wrong())?,
+        );
         let whole = Rgb32FImage::from_raw(w, h, pixels.to_vec()).ok_or_else(wrong)?;
         let side = w.min(h);
         let square = crop_imm(&whole, (w - side) / 2, (h - side) / 2, side, side).to_image();
         let target = u32::try_from(size).map_err(|_| wrong())?;
-        let scaled = if side == target { square } else { resize(&square, target, target, FilterType::Lanczos3) };
+        let scaled = if side == target {
+            square
+        } else {
+            resize(&square, target, target, FilterType::Lanczos3)
+        };
         let byte = |v: f32| (v * 255.0).round().clamp(0.0, 255.0) as u8;
-        let rgb = scaled.pixels().flat_map(|Rgb(channels)| channels.map(byte)).collect();
+        let rgb = scaled
+            .pixels()
+            .flat_map(|Rgb(channels)| channels.map(byte))
+            .collect();
         Ok(Self { size, rgb })
     }
 
@@ -118,23 +131,40 @@ impl Scene {
     /// backgrounds; a concept that no picture shows.
     pub fn new(concepts: Vec<Concept>, pictures: Vec<ScenePicture>) -> Result<Self> {
         if concepts.is_empty() || pictures.is_empty() {
-            return Err(Error::scene("a scene needs at least one concept and one picture"));
+            return Err(Error::scene(
+                "a scene needs at least one concept and one picture",
+            ));
         }
         for (i, concept) in concepts.iter().enumerate() {
             let token = &concept.token;
             let named = token.len() > 2 && token.starts_with('<') && token.ends_with('>');
-            if !named || token.chars().any(char::is_whitespace) || token[1..token.len() - 1].contains(['<', '>']) {
-                return Err(Error::scene(format!("the token {token} is not of the form <name>, without spaces")));
+            if !named
+                || token.chars().any(char::is_whitespace)
+                || token[1..token.len() - 1].contains(['<', '>'])
+            {
+                return Err(Error::scene(format!(
+                    "the token {token} is not of the form <name>, without spaces"
+                )));
             }
             if concepts[..i].iter().any(|other| other.token == *token) {
-                return Err(Error::scene(format!("the token {token} is used twice; every concept needs its own")));
+                return Err(Error::scene(format!(
+                    "the token {token} is used twice; every concept needs its own"
+                )));
             }
             if !pictures.iter().any(|picture| picture.concepts.contains(&i)) {
                 return Err(Error::scene(format!("no picture shows {token}")));
             }
         }
-        for (number, picture) in pictures.iter().enumerate().map(|(i, picture)| (i + 1, picture)) {
-            let backgrounds = picture.concepts.iter().filter(|&&c| concepts[c].role == Role::Background).count();
+        for (number, picture) in pictures
+            .iter()
+            .enumerate()
+            .map(|(i, picture)| (i + 1, picture))
+        {
+            let backgrounds = picture
+                .concepts
+                .iter()
+                .filter(|&&c| concepts[c].role == Role::Background)
+                .count();
             if picture.concepts.is_empty() || backgrounds > 1 {
                 return Err(Error::scene(format!(
                     "picture {number} shows {} concepts, {backgrounds} of them background; it needs at least one \
@@ -161,7 +191,11 @@ impl Scene {
     /// Roles of one picture's concepts, in its order.
     #[must_use]
     pub fn roles(&self, picture: usize) -> Vec<Role> {
-        self.pictures[picture].concepts.iter().map(|&c| self.concepts[c].role).collect()
+        self.pictures[picture]
+            .concepts
+            .iter()
+            .map(|&c| self.concepts[c].role)
+            .collect()
     }
 }
 
@@ -191,15 +225,29 @@ impl<'a> PreparedScene<'a> {
             let size = one.picture.size();
             if size != model.image_size() {
                 let wanted = model.image_size();
-                return Err(Error::scene(format!("a picture has {size} pixels a side, the model works at {wanted}")));
+                return Err(Error::scene(format!(
+                    "a picture has {size} pixels a side, the model works at {wanted}"
+                )));
             }
             let encode = |flipped| -> Result<LatentMoments> {
-                Ok(model.vae.moments(&one.picture.tensor(flipped, &model.device)?)?)
+                Ok(model
+                    .vae
+                    .moments(&one.picture.tensor(flipped, &model.device)?)?)
             };
             let moments = [encode(false)?, encode(true)?];
-            Ok(PreparedPicture { moments, crf: DenseCrf::new(size, size, one.picture.rgb8(), &crf.crf)? })
+            Ok(PreparedPicture {
+                moments,
+                crf: DenseCrf::new(size, size, one.picture.rgb8(), &crf.crf)?,
+            })
         };
-        Ok(Self { scene, pictures: scene.pictures().iter().map(prepare).collect::<Result<_>>()? })
+        Ok(Self {
+            scene,
+            pictures: scene
+                .pictures()
+                .iter()
+                .map(prepare)
+                .collect::<Result<_>>()?,
+        })
     }
 
     /// z = scaling · (mean + std · noise), `[B, 4, h, h]`, for noise `[B, 4, h, h]`.
@@ -211,7 +259,9 @@ impl<'a> PreparedScene<'a> {
         noise: &Tensor,
     ) -> Result<Tensor> {
         let moments = &self.pictures[picture].moments[usize::from(flipped)];
-        let z = noise.broadcast_mul(&moments.std)?.broadcast_add(&moments.mean)?;
+        let z = noise
+            .broadcast_mul(&moments.std)?
+            .broadcast_add(&moments.mean)?;
         Ok(model.vae.scaled(&z)?)
     }
 
@@ -232,12 +282,19 @@ mod tests {
     use super::*;
 
     fn concept(token: &str, role: Role) -> Concept {
-        Concept { token: token.into(), class_word: "dog".into(), role }
+        Concept {
+            token: token.into(),
+            class_word: "dog".into(),
+            role,
+        }
     }
 
     fn picture(concepts: &[usize]) -> ScenePicture {
         let picture = Picture::from_rgb8(2, 2, &[7; 12], 2).unwrap();
-        ScenePicture { picture, concepts: concepts.to_vec() }
+        ScenePicture {
+            picture,
+            concepts: concepts.to_vec(),
+        }
     }
 
     #[test]
@@ -245,11 +302,31 @@ mod tests {
         use Role::{Background, Object};
         for (concepts, pictures, part) in [
             (vec![], vec![picture(&[])], "at least one concept"),
-            (vec![concept("dog", Object)], vec![picture(&[0])], "of the form <name>"),
-            (vec![concept("<a b>", Object)], vec![picture(&[0])], "without spaces"),
-            (vec![concept("<a>", Object), concept("<a>", Object)], vec![picture(&[0, 1])], "used twice"),
-            (vec![concept("<a>", Object), concept("<b>", Object)], vec![picture(&[0])], "no picture shows <b>"),
-            (vec![concept("<a>", Background), concept("<b>", Background)], vec![picture(&[0, 1])], "2 of them"),
+            (
+                vec![concept("dog", Object)],
+                vec![picture(&[0])],
+                "of the form <name>",
+            ),
+            (
+                vec![concept("<a b>", Object)],
+                vec![picture(&[0])],
+                "without spaces",
+            ),
+            (
+                vec![concept("<a>", Object), concept("<a>", Object)],
+                vec![picture(&[0, 1])],
+                "used twice",
+            ),
+            (
+                vec![concept("<a>", Object), concept("<b>", Object)],
+                vec![picture(&[0])],
+                "no picture shows <b>",
+            ),
+            (
+                vec![concept("<a>", Background), concept("<b>", Background)],
+                vec![picture(&[0, 1])],
+                "2 of them",
+            ),
         ] {
             let error = Scene::new(concepts, pictures).unwrap_err().to_string();
             assert!(error.contains(part), "{error}");
@@ -262,7 +339,13 @@ mod tests {
         let cropped = Picture::from_rgb8(4, 2, &wide, 2).unwrap();
         let red: Vec<u8> = cropped.rgb8().iter().step_by(3).copied().collect();
         assert_eq!(red, [80, 160, 80, 160]);
-        let mirrored = cropped.tensor(true, &Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let mirrored = cropped
+            .tensor(true, &Device::Cpu)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f32>()
+            .unwrap();
         assert!(mirrored[0] > mirrored[1]);
     }
 }

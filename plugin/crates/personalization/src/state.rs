@@ -67,16 +67,26 @@ impl EmState {
         }
         for (picture, masks) in self.masks.iter().enumerate() {
             let shape = vec![masks.planes().len(), masks.size(), masks.size()];
-            tensors.insert(format!("masks.{picture}"), (Dtype::U8, shape, masks.planes().concat()));
+            tensors.insert(
+                format!("masks.{picture}"),
+                (Dtype::U8, shape, masks.planes().concat()),
+            );
         }
-        let header = serde_json::to_string(&self.header()).map_err(|error| cannot_write(path, error))?;
+        let header =
+            serde_json::to_string(&self.header()).map_err(|error| cannot_write(path, error))?;
         let views = tensors
             .iter()
-            .map(|(name, (dtype, shape, bytes))| Ok((name.as_str(), TensorView::new(*dtype, shape.clone(), bytes)?)))
+            .map(|(name, (dtype, shape, bytes))| {
+                Ok((
+                    name.as_str(),
+                    TensorView::new(*dtype, shape.clone(), bytes)?,
+                ))
+            })
             .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
             .map_err(|error| cannot_write(path, error))?;
         let metadata = HashMap::from([("em_state".to_owned(), header)]);
-        let bytes = safetensors::serialize(views, Some(metadata)).map_err(|error| cannot_write(path, error))?;
+        let bytes = safetensors::serialize(views, Some(metadata))
+            .map_err(|error| cannot_write(path, error))?;
         write_atomically(path, &bytes)
     }
 
@@ -96,7 +106,11 @@ impl EmState {
             seed: learned.seed,
             base_fingerprint: learned.base_fingerprint.clone(),
             round: self.round,
-            mask_sizes: self.masks.iter().map(|masks| (masks.planes().len(), masks.size())).collect(),
+            mask_sizes: self
+                .masks
+                .iter()
+                .map(|masks| (masks.planes().len(), masks.size()))
+                .collect(),
         }
     }
 
@@ -106,30 +120,64 @@ impl EmState {
     /// The file is missing, truncated, or of another version.
     pub fn load(path: &Path, device: &Device) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(|error| Error::file(path, error))?;
-        let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(|error| Error::file(path, error))?;
-        let header = metadata.metadata().as_ref().and_then(|entries| entries.get("em_state"));
+        let (_, metadata) =
+            SafeTensors::read_metadata(&bytes).map_err(|error| Error::file(path, error))?;
+        let header = metadata
+            .metadata()
+            .as_ref()
+            .and_then(|entries| entries.get("em_state"));
         let header = header.ok_or_else(|| Error::file(path, "is no saved state of a run"))?;
-        let header: Header = serde_json::from_str(header).map_err(|error| Error::file(path, error))?;
+        let header: Header =
+            serde_json::from_str(header).map_err(|error| Error::file(path, error))?;
         if header.version != VERSION {
-            return Err(Error::file(path, format!("is a state of version {}, this is {VERSION}", header.version)));
+            return Err(Error::file(
+                path,
+                format!(
+                    "is a state of version {}, this is {VERSION}",
+                    header.version
+                ),
+            ));
         }
         let tensors = SafeTensors::deserialize(&bytes).map_err(|error| Error::file(path, error))?;
-        let raw = |name: &str| tensors.tensor(name).map_err(|error| Error::file(path, error));
+        let raw = |name: &str| {
+            tensors
+                .tensor(name)
+                .map_err(|error| Error::file(path, error))
+        };
         let tensor = |name: &str| -> Result<Tensor> {
             let view = raw(name)?;
             let read = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
             let values: Vec<f32> = view.data().chunks_exact(4).map(read).collect();
             Ok(Tensor::from_vec(values, view.shape(), device)?)
         };
-        let masks = header.mask_sizes.iter().enumerate().map(|(picture, &(n_concepts, size))| {
-            let planes = raw(&format!("masks.{picture}"))?.data().to_vec();
-            if n_concepts == 0 || planes.len() != n_concepts * size * size {
-                return Err(Error::file(path, "holds masks of another size than it says"));
-            }
-            ImageMasks::new(size, planes.chunks_exact(size * size).map(<[u8]>::to_vec).collect())
-        });
+        let masks = header
+            .mask_sizes
+            .iter()
+            .enumerate()
+            .map(|(picture, &(n_concepts, size))| {
+                let planes = raw(&format!("masks.{picture}"))?.data().to_vec();
+                if n_concepts == 0 || planes.len() != n_concepts * size * size {
+                    return Err(Error::file(
+                        path,
+                        "holds masks of another size than it says",
+                    ));
+                }
+                ImageMasks::new(
+                    size,
+                    planes
+                        .chunks_exact(size * size)
+                        .map(<[u8]>::to_vec)
+                        .collect(),
+                )
+            });
         let masks = masks.collect::<Result<SceneMasks>>()?;
-        let role = |background| if background { Role::Background } else { Role::Object };
+        let role = |background| {
+            if background {
+                Role::Background
+            } else {
+                Role::Object
+            }
+        };
         let concept = |entry: ConceptEntry| Concept {
             token: entry.token,
             class_word: entry.class_word,
@@ -142,14 +190,25 @@ impl EmState {
             rows: tensor("rows")?,
             initial_rows: tensor("initial_rows")?,
             step: header.step,
-            optimizer: AdamWState { m, v, t: header.optimizer_step },
+            optimizer: AdamWState {
+                m,
+                v,
+                t: header.optimizer_step,
+            },
             seed: header.seed,
             base_fingerprint: header.base_fingerprint,
         };
-        Ok(Self { learned, masks, round: header.round })
+        Ok(Self {
+            learned,
+            masks,
+            round: header.round,
+        })
     }
 }
 
 fn cannot_write(path: &Path, error: impl std::fmt::Display) -> Error {
-    Error::CannotWrite { file: path.display().to_string(), reason: error.to_string() }
+    Error::CannotWrite {
+        file: path.display().to_string(),
+        reason: error.to_string(),
+    }
 }

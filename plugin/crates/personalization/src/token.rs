@@ -36,7 +36,13 @@ impl LearnedConcepts {
     pub fn placeholders(&self) -> Vec<String> {
         let names = |concept: &Concept| {
             let token = concept.token.clone();
-            (0..self.vectors_per_concept).map(move |k| if k == 0 { token.clone() } else { format!("{token}_{k}") })
+            (0..self.vectors_per_concept).map(move |k| {
+                if k == 0 {
+                    token.clone()
+                } else {
+                    format!("{token}_{k}")
+                }
+            })
         };
         self.concepts.iter().flat_map(names).collect()
     }
@@ -67,13 +73,25 @@ impl LearnedConcepts {
     ///
     /// # Errors
     /// A concept that the prompt does not name.
-    pub fn positions(&self, tokenizer: &Tokenizer, prompt: &TokenizedPrompt, concepts: &[usize]) -> Result<Vec<usize>> {
+    pub fn positions(
+        &self,
+        tokenizer: &Tokenizer,
+        prompt: &TokenizedPrompt,
+        concepts: &[usize],
+    ) -> Result<Vec<usize>> {
         let vectors = self.vectors_per_concept;
-        let rows = concepts.iter().flat_map(|&c| c * vectors..(c + 1) * vectors);
+        let rows = concepts
+            .iter()
+            .flat_map(|&c| c * vectors..(c + 1) * vectors);
         let position = |row: usize| {
             let id = (tokenizer.base_vocab_size() + row) as u32;
             let found = prompt.positions_of(id).first().copied();
-            found.ok_or_else(|| Error::scene(format!("the prompt does not name {}", self.placeholders()[row])))
+            found.ok_or_else(|| {
+                Error::scene(format!(
+                    "the prompt does not name {}",
+                    self.placeholders()[row]
+                ))
+            })
         };
         rows.map(position).collect()
     }
@@ -88,7 +106,10 @@ impl LearnedConcepts {
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
         let one = |(now, start): (&Vec<f32>, &Vec<f32>)| {
             let norm = dot(now, now).sqrt();
-            (dot(now, start) / (norm * dot(start, start).sqrt()).max(1e-12), norm)
+            (
+                dot(now, start) / (norm * dot(start, start).sqrt()).max(1e-12),
+                norm,
+            )
         };
         Ok(now.iter().zip(&start).map(one).collect())
     }
@@ -114,13 +135,17 @@ pub fn init_tokens(
         let ids = model.tokenizer.word_ids(&concept.class_word)?;
         for vector in 0..config.vectors_per_concept {
             let mut row = match config.init {
-                TokenInit::Class | TokenInit::Inversion { .. } => table.word_row(&ids, vector, config.vectors_per_concept),
+                TokenInit::Class | TokenInit::Inversion { .. } => {
+                    table.word_row(&ids, vector, config.vectors_per_concept)
+                }
                 TokenInit::Random => table.random_row(&mut rng),
             };
             if config.init_noise > 0.0 {
                 let scale = config.init_noise as f32 * table.mean_deviation();
                 let noise = rng.normals(row.len());
-                row.iter_mut().zip(noise).for_each(|(v, noise)| *v += scale * noise);
+                row.iter_mut()
+                    .zip(noise)
+                    .for_each(|(v, noise)| *v += scale * noise);
             }
             rows.push(row);
         }
@@ -139,7 +164,9 @@ pub fn init_tokens(
     };
     learned.tokenizer(model)?;
     match config.init {
-        TokenInit::Inversion { steps } => inversion(model, scene, &learned, m_step, steps, observer),
+        TokenInit::Inversion { steps } => {
+            inversion(model, scene, &learned, m_step, steps, observer)
+        }
         TokenInit::Class | TokenInit::Random => Ok(learned),
     }
 }
@@ -154,7 +181,11 @@ impl TokenTable {
     fn of(model: &DiffusionModel) -> Result<Self> {
         let table = model.text_encoder.token_table();
         let width = table.dim(1)?;
-        let values = table.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        let values = table
+            .to_device(&Device::Cpu)?
+            .to_dtype(DType::F32)?
+            .flatten_all()?
+            .to_vec1()?;
         Ok(Self { values, width })
     }
 
@@ -173,7 +204,10 @@ impl TokenTable {
 
     fn random_row(&self, rng: &mut Rng) -> Vec<f32> {
         let noise = rng.normals(self.width);
-        (0..self.width).zip(noise).map(|(d, noise)| self.mean(d) + self.deviation(d) * noise).collect()
+        (0..self.width)
+            .zip(noise)
+            .map(|(d, noise)| self.mean(d) + self.deviation(d) * noise)
+            .collect()
     }
 
     fn n_rows(&self) -> usize {
@@ -181,7 +215,11 @@ impl TokenTable {
     }
 
     fn column(&self, d: usize) -> impl Iterator<Item = f64> {
-        self.values.iter().skip(d).step_by(self.width).map(|&v| f64::from(v))
+        self.values
+            .iter()
+            .skip(d)
+            .step_by(self.width)
+            .map(|&v| f64::from(v))
     }
 
     fn mean(&self, d: usize) -> f32 {

@@ -1,24 +1,36 @@
 //! The method on a small model with random weights (tests/fixtures/parity/sd2-small): what has to hold whatever the
 //! model has learned.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "helpers of tests; a failure is a failed test"
+)]
+
 use std::ops::ControlFlow;
 
 use candle_core::{Device, Tensor, Var};
 use personalization::config::{EmConfig, JointConfig, JointScope};
 use personalization::loss::{cross_attention_loss, masked_diffusion_loss};
 use personalization::{
-    Concept, EmOutcome, EmStart, EmState, Error, Event, MaskMode, Picture, PreparedScene, Role, Scene, ScenePicture,
-    Silent, TokenInit, em, init_tokens, joint_stage, m_step,
+    Concept, EmOutcome, EmStart, EmState, Error, Event, MaskMode, Picture, PreparedScene, Role,
+    Scene, ScenePicture, Silent, TokenInit, em, init_tokens, joint_stage, m_step,
 };
 use stable_diffusion::{CheckpointSource, DiffusionModel};
 
 fn model() -> DiffusionModel {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../tests/fixtures/parity/sd2-small");
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../../tests/fixtures/parity/sd2-small"
+    );
     DiffusionModel::load(&CheckpointSource::Path(path.into()), &Device::Cpu).unwrap()
 }
 
 fn concept(token: &str, word: &str, role: Role) -> Concept {
-    Concept { token: token.into(), class_word: word.into(), role }
+    Concept {
+        token: token.into(),
+        class_word: word.into(),
+        role,
+    }
 }
 
 /// Two pictures; the second shows only the first concept and the background.
@@ -28,7 +40,11 @@ fn scene(model: &DiffusionModel) -> Scene {
         let rgb: Vec<u8> = (0..size * size)
             .flat_map(|i| {
                 let (x, y) = ((i + shift) % size, i / size);
-                if x < size / 3 && y > size / 2 { [220, 40, 30] } else { [30, (y * 3) as u8, 90] }
+                if x < size / 3 && y > size / 2 {
+                    [220, 40, 30]
+                } else {
+                    [30, (y * 3) as u8, 90]
+                }
             })
             .collect();
         Picture::from_rgb8(size, size, &rgb, size).unwrap()
@@ -39,8 +55,14 @@ fn scene(model: &DiffusionModel) -> Scene {
         concept("<c>", "sea", Role::Background),
     ];
     let pictures = vec![
-        ScenePicture { picture: picture(0), concepts: vec![0, 1, 2] },
-        ScenePicture { picture: picture(5), concepts: vec![0, 2] },
+        ScenePicture {
+            picture: picture(0),
+            concepts: vec![0, 1, 2],
+        },
+        ScenePicture {
+            picture: picture(5),
+            concepts: vec![0, 2],
+        },
     ];
     Scene::new(concepts, pictures).unwrap()
 }
@@ -49,7 +71,13 @@ fn short() -> EmConfig {
     let recommended = EmConfig::recommended();
     let mut extraction = recommended.extraction;
     (extraction.n_timesteps_initial, extraction.n_timesteps) = (3, 2);
-    EmConfig { steps: 4, e_step_every: 2, extraction, joint: None, ..recommended }
+    EmConfig {
+        steps: 4,
+        e_step_every: 2,
+        extraction,
+        joint: None,
+        ..recommended
+    }
 }
 
 fn run(model: &DiffusionModel, scene: &Scene, config: &EmConfig) -> EmOutcome {
@@ -58,7 +86,14 @@ fn run(model: &DiffusionModel, scene: &Scene, config: &EmConfig) -> EmOutcome {
 }
 
 fn bits(tensor: &Tensor) -> Vec<u32> {
-    tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+    tensor
+        .flatten_all()
+        .unwrap()
+        .to_vec1::<f32>()
+        .unwrap()
+        .into_iter()
+        .map(f32::to_bits)
+        .collect()
 }
 
 #[test]
@@ -82,12 +117,22 @@ fn baseline_and_em_see_the_same_training_noise() {
         let prepared = PreparedScene::new(&model, &scene, &config.crf).unwrap();
         let mut seen = Vec::new();
         let config = EmConfig { masks, ..config };
-        em(&model, &prepared, EmStart::Fresh, &config, 7, &mut |event: &Event<'_>| {
-            if let Event::Step { masked_diffusion, .. } = event {
-                seen.push(masked_diffusion.to_bits());
-            }
-            ControlFlow::Continue(())
-        })
+        em(
+            &model,
+            &prepared,
+            EmStart::Fresh,
+            &config,
+            7,
+            &mut |event: &Event<'_>| {
+                if let Event::Step {
+                    masked_diffusion, ..
+                } = event
+                {
+                    seen.push(masked_diffusion.to_bits());
+                }
+                ControlFlow::Continue(())
+            },
+        )
         .unwrap();
         seen
     };
@@ -102,18 +147,40 @@ fn a_run_that_goes_on_from_its_saved_state_gives_the_same_bits() {
     let scene = scene(&model);
     let whole = run(&model, &scene, &config);
     let prepared = PreparedScene::new(&model, &scene, &config.crf).unwrap();
-    let file = tempfile::tempdir().unwrap().keep().join("state.safetensors");
-    let stopped = em(&model, &prepared, EmStart::Fresh, &config, 7, &mut |event: &Event<'_>| {
-        if let Event::Checkpoint(state) = event {
-            state.save(&file).unwrap();
-        }
-        // In the middle of the second round.
-        if matches!(event, Event::Step { step: 3, .. }) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    });
+    let file = tempfile::tempdir()
+        .unwrap()
+        .keep()
+        .join("state.safetensors");
+    let stopped = em(
+        &model,
+        &prepared,
+        EmStart::Fresh,
+        &config,
+        7,
+        &mut |event: &Event<'_>| {
+            if let Event::Checkpoint(state) = event {
+                state.save(&file).unwrap();
+            }
+            // In the middle of the second round.
+            if matches!(event, Event::Step { step: 3, .. }) {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        },
+    );
     assert!(matches!(stopped, Err(Error::Canceled)));
     let state = EmState::load(&file, &Device::Cpu).unwrap();
     assert_eq!((state.round, state.learned.step), (1, 2));
-    let resumed = em(&model, &prepared, EmStart::Resume(state), &config, 7, &mut Silent).unwrap();
+    let resumed = em(
+        &model,
+        &prepared,
+        EmStart::Resume(state),
+        &config,
+        7,
+        &mut Silent,
+    )
+    .unwrap();
     assert_eq!(bits(&whole.learned.rows), bits(&resumed.learned.rows));
     assert_eq!(whole.masks, resumed.masks);
 }
@@ -124,10 +191,21 @@ fn a_stop_is_honored_within_one_step() {
     let scene = scene(&model);
     let prepared = PreparedScene::new(&model, &scene, &config.crf).unwrap();
     let mut steps = 0;
-    let stopped = em(&model, &prepared, EmStart::Fresh, &config, 7, &mut |event: &Event<'_>| {
-        steps += usize::from(matches!(event, Event::Step { .. }));
-        if steps == 1 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    });
+    let stopped = em(
+        &model,
+        &prepared,
+        EmStart::Fresh,
+        &config,
+        7,
+        &mut |event: &Event<'_>| {
+            steps += usize::from(matches!(event, Event::Step { .. }));
+            if steps == 1 {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        },
+    );
     assert!(matches!(stopped, Err(Error::Canceled)));
     assert_eq!(steps, 1);
 }
@@ -137,16 +215,30 @@ fn a_token_of_one_piece_starts_as_its_word() {
     let model = model();
     let size = model.image_size();
     let picture = Picture::from_rgb8(size, size, &vec![90; size * size * 3], size).unwrap();
-    let one = ScenePicture { picture, concepts: vec![0] };
+    let one = ScenePicture {
+        picture,
+        concepts: vec![0],
+    };
     let scene = Scene::new(vec![concept("<a>", "a", Role::Object)], vec![one]).unwrap();
     let config = EmConfig::paper();
     let prepared = PreparedScene::new(&model, &scene, &config.crf).unwrap();
-    let learned = init_tokens(&model, &prepared, &config.tokens, &config.m_step, 0, &mut Silent).unwrap();
+    let learned = init_tokens(
+        &model,
+        &prepared,
+        &config.tokens,
+        &config.m_step,
+        0,
+        &mut Silent,
+    )
+    .unwrap();
     let encode = |text: &str, rows| {
         let ids = learned.tokenizer(&model).unwrap().encode(text).unwrap().ids;
         bits(&model.text_encoder.encode(&ids, rows).unwrap())
     };
-    assert_eq!(encode("a photo of <a>", Some(&learned.rows)), encode("a photo of a", None));
+    assert_eq!(
+        encode("a photo of <a>", Some(&learned.rows)),
+        encode("a photo of a", None)
+    );
 }
 
 #[test]
@@ -155,7 +247,15 @@ fn inversion_moves_the_tokens_and_starts_a_new_optimizer() {
     config.tokens.init = TokenInit::Inversion { steps: 2 };
     let scene = scene(&model);
     let prepared = PreparedScene::new(&model, &scene, &config.crf).unwrap();
-    let learned = init_tokens(&model, &prepared, &config.tokens, &config.m_step, 1, &mut Silent).unwrap();
+    let learned = init_tokens(
+        &model,
+        &prepared,
+        &config.tokens,
+        &config.m_step,
+        1,
+        &mut Silent,
+    )
+    .unwrap();
     assert_ne!(bits(&learned.rows), bits(&learned.initial_rows));
     assert_eq!((learned.step, learned.optimizer.t), (0, 0));
 }
@@ -167,14 +267,34 @@ fn the_joint_stage_changes_its_own_weights_and_no_others() {
     let outcome = run(&model, &scene, &config);
     let prepared = PreparedScene::new(&model, &scene, &config.crf).unwrap();
     let base = model.unet.weights().clone();
-    for scope in [JointScope::Full, JointScope::KeyValue, JointScope::Lora { rank: 2 }] {
-        let joint = JointConfig { steps: 2, learning_rate: 1e-3, scope, ..JointConfig::break_a_scene() };
-        let (tuned, learned) =
-            joint_stage(&model, &prepared, &outcome.masks, &outcome.learned, &joint, &config.m_step, &mut Silent)
-                .unwrap();
+    for scope in [
+        JointScope::Full,
+        JointScope::KeyValue,
+        JointScope::Lora { rank: 2 },
+    ] {
+        let joint = JointConfig {
+            steps: 2,
+            learning_rate: 1e-3,
+            scope,
+            ..JointConfig::break_a_scene()
+        };
+        let (tuned, learned) = joint_stage(
+            &model,
+            &prepared,
+            &outcome.masks,
+            &outcome.learned,
+            &joint,
+            &config.m_step,
+            &mut Silent,
+        )
+        .unwrap();
         assert_ne!(bits(&learned.rows), bits(&outcome.learned.rows));
         for (name, weight) in &base.0 {
-            assert_eq!(bits(weight), bits(&model.unet.weights().0[name]), "the base model's {name} was written");
+            assert_eq!(
+                bits(weight),
+                bits(&model.unet.weights().0[name]),
+                "the base model's {name} was written"
+            );
             let same = bits(weight) == bits(&tuned.unet.weights().0[name]);
             let trained = match scope {
                 JointScope::Full => true,
@@ -182,11 +302,16 @@ fn the_joint_stage_changes_its_own_weights_and_no_others() {
                 JointScope::Lora { .. } => false,
             };
             assert_eq!(same, !trained, "{scope:?}: {name}");
-            assert!(!tuned.unet.weights().0[name].is_variable(), "{name} is still a variable");
+            assert!(
+                !tuned.unet.weights().0[name].is_variable(),
+                "{name} is still a variable"
+            );
         }
-        let moved = tuned.lora.iter().flat_map(|lora| lora.factors.values()).filter(|factors| {
-            bits(&factors.up).iter().any(|&v| v != 0)
-        });
+        let moved = tuned
+            .lora
+            .iter()
+            .flat_map(|lora| lora.factors.values())
+            .filter(|factors| bits(&factors.up).iter().any(|&v| v != 0));
         assert_eq!(moved.count() > 0, matches!(scope, JointScope::Lora { .. }));
     }
 }
@@ -197,14 +322,45 @@ fn given_masks_may_overlap_and_empty_ones_are_refused() {
     let scene = scene(&model);
     let prepared = PreparedScene::new(&model, &scene, &config.crf).unwrap();
     let size = model.image_size();
-    let full = |n: usize, v: u8| personalization::ImageMasks::new(size, vec![vec![v; size * size]; n]).unwrap();
-    let learned = init_tokens(&model, &prepared, &config.tokens, &config.m_step, 1, &mut Silent).unwrap();
+    let full = |n: usize, v: u8| {
+        personalization::ImageMasks::new(size, vec![vec![v; size * size]; n]).unwrap()
+    };
+    let learned = init_tokens(
+        &model,
+        &prepared,
+        &config.tokens,
+        &config.m_step,
+        1,
+        &mut Silent,
+    )
+    .unwrap();
     let overlapping = vec![full(3, 1), full(2, 1)];
-    m_step(&model, &prepared, &overlapping, &learned, &config.m_step, 1, &mut Silent).unwrap();
+    m_step(
+        &model,
+        &prepared,
+        &overlapping,
+        &learned,
+        &config.m_step,
+        1,
+        &mut Silent,
+    )
+    .unwrap();
     let empty = vec![full(3, 0), full(2, 1)];
-    let refused = m_step(&model, &prepared, &empty, &learned, &config.m_step, 1, &mut Silent).unwrap_err();
+    let refused = m_step(
+        &model,
+        &prepared,
+        &empty,
+        &learned,
+        &config.m_step,
+        1,
+        &mut Silent,
+    )
+    .unwrap_err();
     assert!(refused.to_string().contains("a mask is empty"), "{refused}");
-    let given = EmConfig { masks: MaskMode::Given, ..config };
+    let given = EmConfig {
+        masks: MaskMode::Given,
+        ..config
+    };
     let refused = em(&model, &prepared, EmStart::Fresh, &given, 1, &mut Silent).unwrap_err();
     assert!(refused.to_string().contains("needs masks"), "{refused}");
 }
@@ -212,7 +368,13 @@ fn given_masks_may_overlap_and_empty_ones_are_refused() {
 /// Central differences of a scalar function against its gradient, relative to the largest component.
 fn check_gradient(start: &Tensor, f: &dyn Fn(&Tensor) -> Tensor) {
     let var = Var::from_tensor(start).unwrap();
-    let gradient = f(var.as_tensor()).backward().unwrap().get(var.as_tensor()).unwrap().flatten_all().unwrap();
+    let gradient = f(var.as_tensor())
+        .backward()
+        .unwrap()
+        .get(var.as_tensor())
+        .unwrap()
+        .flatten_all()
+        .unwrap();
     let gradient = gradient.to_vec1::<f32>().unwrap();
     let values = start.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let at = |i: usize, h: f32| {
@@ -224,7 +386,11 @@ fn check_gradient(start: &Tensor, f: &dyn Fn(&Tensor) -> Tensor) {
     let scale = gradient.iter().map(|g| g.abs()).fold(1e-6, f32::max);
     for i in 0..values.len() {
         let numeric = ((at(i, 1e-3) - at(i, -1e-3)) / 2e-3) as f32;
-        assert!((numeric - gradient[i]).abs() < 0.01 * scale, "{i}: {numeric} against {}", gradient[i]);
+        assert!(
+            (numeric - gradient[i]).abs() < 0.01 * scale,
+            "{i}: {numeric} against {}",
+            gradient[i]
+        );
     }
 }
 
@@ -237,22 +403,37 @@ fn both_losses_have_the_gradient_of_their_formula() {
     let target = tensor(32, &|i| (i as f32 * 0.9).cos(), &[1, 2, 4, 4]);
     let union = tensor(16, &|i| f32::from(u8::from(i % 3 == 0)), &[1, 1, 4, 4]);
     let prediction = tensor(32, &wave, &[1, 2, 4, 4]);
-    let value = masked_diffusion_loss(&prediction, &target, &union).unwrap().to_scalar::<f32>().unwrap();
+    let value = masked_diffusion_loss(&prediction, &target, &union)
+        .unwrap()
+        .to_scalar::<f32>()
+        .unwrap();
     let inside = |i: usize| i % 16 % 3 == 0;
-    let by_hand: f32 = (0..32).filter(|&i| inside(i)).map(|i| (wave(i) - (i as f32 * 0.9).cos()).powi(2)).sum();
+    let by_hand: f32 = (0..32)
+        .filter(|&i| inside(i))
+        .map(|i| (wave(i) - (i as f32 * 0.9).cos()).powi(2))
+        .sum();
     assert!((value - by_hand / 32.0).abs() < 1e-6, "{value}");
-    check_gradient(&prediction, &|x| masked_diffusion_loss(x, &target, &union).unwrap());
+    check_gradient(&prediction, &|x| {
+        masked_diffusion_loss(x, &target, &union).unwrap()
+    });
 
     // Two samples, nine pixels, two concepts; maps as a softmax leaves them.
     let maps = tensor(36, &|i| 0.2 + 0.1 * wave(i), &[2, 9, 2]);
     let masks = tensor(18, &|i| f32::from(u8::from(i % 4 == 1)), &[9, 2]);
-    let value = cross_attention_loss(&maps, &masks).unwrap().to_scalar::<f32>().unwrap();
+    let value = cross_attention_loss(&maps, &masks)
+        .unwrap()
+        .to_scalar::<f32>()
+        .unwrap();
     let map = |b: usize, p: usize, c: usize| 0.2 + 0.1 * wave(b * 18 + p * 2 + c);
     let mut by_hand = 0.0;
     for (b, c) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
         let largest = (0..9).map(|p| map(b, p, c)).fold(0.0, f32::max);
         let mask = |p: usize| f32::from(u8::from((p * 2 + c) % 4 == 1));
-        by_hand += (0..9).map(|p| (map(b, p, c) / largest - mask(p)).powi(2)).sum::<f32>() / 9.0 / 2.0;
+        by_hand += (0..9)
+            .map(|p| (map(b, p, c) / largest - mask(p)).powi(2))
+            .sum::<f32>()
+            / 9.0
+            / 2.0;
     }
     assert!((value - by_hand).abs() < 1e-5, "{value} {by_hand}");
     check_gradient(&maps, &|x| cross_attention_loss(x, &masks).unwrap());

@@ -26,7 +26,10 @@ const SMALLEST_MAXIMUM: f64 = 1e-12;
 /// # Errors
 /// Layers of different sizes, or none.
 pub fn concept_maps(layers: &[LayerAttention], vectors_per_concept: usize) -> Result<Tensor> {
-    let maps = layers.iter().map(|layer| concept_map(layer, vectors_per_concept)).collect::<Result<Vec<_>>>()?;
+    let maps = layers
+        .iter()
+        .map(|layer| concept_map(layer, vectors_per_concept))
+        .collect::<Result<Vec<_>>>()?;
     Ok(Tensor::stack(&maps, 0)?.mean(0)?)
 }
 
@@ -36,7 +39,13 @@ pub fn concept_maps(layers: &[LayerAttention], vectors_per_concept: usize) -> Re
 /// A number of positions that is no multiple of `vectors_per_concept`.
 pub fn concept_map(layer: &LayerAttention, vectors_per_concept: usize) -> Result<Tensor> {
     let (batch, heads, pixels, positions) = layer.probabilities.dims4()?;
-    let shape = (batch, heads, pixels, positions / vectors_per_concept, vectors_per_concept);
+    let shape = (
+        batch,
+        heads,
+        pixels,
+        positions / vectors_per_concept,
+        vectors_per_concept,
+    );
     Ok(layer.probabilities.reshape(shape)?.mean(4)?.mean(1)?)
 }
 

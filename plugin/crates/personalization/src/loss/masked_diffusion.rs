@@ -19,6 +19,13 @@ use crate::Result;
 ///
 /// # Errors
 /// Shapes that do not fit.
-pub fn masked_diffusion_loss(prediction: &Tensor, target: &Tensor, union: &Tensor) -> Result<Tensor> {
-    Ok((prediction - target)?.broadcast_mul(union)?.sqr()?.mean_all()?)
+pub fn masked_diffusion_loss(
+    prediction: &Tensor,
+    target: &Tensor,
+    union: &Tensor,
+) -> Result<Tensor> {
+    Ok((prediction - target)?
+        .broadcast_mul(union)?
+        .sqr()?
+        .mean_all()?)
 }

@@ -14,10 +14,17 @@ pub use masked_diffusion::masked_diffusion_loss;
 pub fn loss_resolution(unet: &UNet) -> usize {
     let wanted = unet.config().sample_size as f64 / 4.0;
     let distance = |resolution: usize| (resolution as f64 / wanted).log2().abs();
-    let outer = unet.cross_attention_layers().iter().filter(|layer| layer.stage != Stage::Mid);
+    let outer = unet
+        .cross_attention_layers()
+        .iter()
+        .filter(|layer| layer.stage != Stage::Mid);
     let better = |best: usize, resolution: usize| {
         let (d, e) = (distance(resolution), distance(best));
-        if best == 0 || d < e || (d == e && resolution > best) { resolution } else { best }
+        if best == 0 || d < e || (d == e && resolution > best) {
+            resolution
+        } else {
+            best
+        }
     };
     outer.map(|layer| layer.resolution).fold(0, better)
 }
@@ -27,5 +34,8 @@ pub fn loss_resolution(unet: &UNet) -> usize {
 pub fn loss_layers(unet: &UNet) -> Vec<usize> {
     let resolution = loss_resolution(unet);
     let layers = unet.cross_attention_layers().iter().enumerate();
-    layers.filter(|(_, l)| l.stage != Stage::Mid && l.resolution == resolution).map(|(i, _)| i).collect()
+    layers
+        .filter(|(_, l)| l.stage != Stage::Mid && l.resolution == resolution)
+        .map(|(i, _)| i)
+        .collect()
 }

@@ -1,0 +1,321 @@
+//! The real plugin through the real binary.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::support::{Place, node, pixels, repository};
+
+const CONCEPTS: &str = "<rex> dog\n<vw> car\n<desk> table (background)";
+
+fn with(mut object: Value, more: Value) -> Value {
+    let more = more.as_object().unwrap().clone();
+    object.as_object_mut().unwrap().extend(more);
+    object
+}
+
+/// Loads the model (1) and the demo's picture (2).
+fn sources() -> Value {
+    json!({
+        "1": node("LoadDiffusionModel", json!({"checkpoint": "sprites"})),
+        "2": node("LoadImage", json!({"image": "demo:dog-and-car.png"})),
+    })
+}
+
+/// A loop of 3 steps whose tokens and masks are saved.
+fn em_loop(parameters: Value) -> Value {
+    let inputs = json!({
+        "model": ["1", 0], "images": ["2", 0], "concept_list": CONCEPTS, "steps": 3, "steps_per_round": 3,
+        "first_timesteps": 4, "timesteps": 3, "joint_steps": 0, "seed": 11,
+    });
+    let more = json!({
+        "3": node("EmLoop", with(inputs, parameters)),
+        "4": node("SaveConcepts", json!({"concepts": ["3", 0]})),
+        "5": node("MaskToImage", json!({"mask": ["3", 2]})),
+        "6": node("SaveImage", json!({"images": ["5", 0], "filename_prefix": "mask"})),
+    });
+    with(sources(), more)
+}
+
+fn sampler(parameters: Value) -> Value {
+    let inputs = json!({"model": ["1", 0], "prompts": "a photo of a dog", "steps": 1});
+    let more = json!({
+        "3": node("PersonalizedSampler", with(inputs, parameters)),
+        "4": node("SaveImage", json!({"images": ["3", 0]})),
+    });
+    with(sources(), more)
+}
+
+/// The learned rows and the masks of a run.
+fn results(place: &Place, out: &str) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+    let rows = ["rex", "vw", "desk"].map(|name| {
+        let bytes = place.read(&format!("{out}/concepts/{name}.safetensors"));
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        tensors.tensor("emb_params").unwrap().data().to_vec()
+    });
+    let masks = (1..=3).map(|i| pixels(&place.read(&format!("{out}/mask_{i:05}.png"))));
+    (rows.to_vec(), masks.collect())
+}
+
+/// Fails in one sentence with these parts, and leaves nothing.
+#[track_caller]
+fn refused(place: &Place, workflow: &Value, parts: &[&str]) {
+    let before = place.names(".");
+    let done = place.run(workflow, &[]).failed_with(parts);
+    let mut after = place.names(".");
+    after.retain(|name| name != "workflow.json" || before.contains(name));
+    assert_eq!(after, before, "{}", done.stderr);
+}
+
+#[test]
+fn the_demo_ends_with_a_report_masks_concepts_and_pictures() {
+    let place = Place::with_conceptloom();
+    let few = [
+        "EmLoop.steps=4",
+        "EmLoop.steps_per_round=2",
+        "EmLoop.first_timesteps=2",
+        "EmLoop.timesteps=2",
+    ];
+    let fewer = ["EmLoop.joint_steps=2", "PersonalizedSampler.steps=2"];
+    let mut arguments = vec!["run"];
+    arguments.extend(few.iter().chain(&fewer).flat_map(|set| ["--set", set]));
+    let done = place.host(&arguments).succeeded();
+    let report = done.stdout.trim();
+    let out = report.strip_suffix("/report.html").unwrap();
+    assert!(
+        out.starts_with("runs/20") && out.ends_with("-demo"),
+        "{out}"
+    );
+    let concepts = place.names(&format!("{out}/concepts"));
+    assert_eq!(
+        concepts,
+        [
+            "desk.safetensors",
+            "lora.safetensors",
+            "rex.safetensors",
+            "vw.safetensors"
+        ]
+    );
+    assert_eq!(place.names(&format!("{out}/masks")).len(), 3);
+    assert_eq!(place.names(&format!("{out}/samples")).len(), 4);
+    let page = String::from_utf8(place.read(report)).unwrap();
+    for part in [
+        "mask IoU",
+        "masked diffusion loss",
+        "mask of &lt;rex&gt;",
+        "round 2",
+        "a photo of &lt;rex&gt; on grass",
+        "EM loop · attention",
+    ] {
+        assert!(page.contains(part), "no {part}");
+    }
+    let concept = place.read(&format!("{out}/concepts/rex.safetensors"));
+    let (_, header) = safetensors::SafeTensors::read_metadata(&concept).unwrap();
+    let metadata = header.metadata().as_ref().unwrap();
+    assert!(serde_json::from_str::<Value>(&metadata["workflow"]).unwrap()["nodes"].is_array());
+}
+
+#[test]
+fn one_round_wired_by_hand_gives_the_bits_of_the_loop() {
+    let place = Place::with_conceptloom();
+    place.run(&em_loop(json!({})), &[]).succeeded();
+
+    let learner = |more: Value| {
+        let inputs =
+            json!({"model": ["1", 0], "images": ["2", 0], "concept_list": CONCEPTS, "seed": 11});
+        node("ConceptTokenLearner", with(inputs, more))
+    };
+    let extractor = |concepts: &str, timesteps: usize| {
+        let inputs = json!({"model": ["1", 0], "images": ["2", 0], "concepts": [concepts, 0], "timesteps": timesteps});
+        node("AttentionMaskExtractor", inputs)
+    };
+    let crf = |extractor: &str, more: Value| {
+        let inputs =
+            json!({"images": ["2", 0], "masks": [extractor, 0], "attention": [extractor, 1]});
+        node("DenseCrfRefine", with(inputs, more))
+    };
+    let by_hand = json!({
+        "10": learner(json!({"steps": 0})),
+        "11": extractor("10", 4),
+        "12": crf("11", json!({})),
+        "13": learner(json!({"steps": 3, "masks": ["12", 0], "concepts": ["10", 0]})),
+        "14": extractor("13", 3),
+        "15": crf("14", json!({"previous": ["12", 0]})),
+        "16": node("SaveConcepts", json!({"concepts": ["13", 0]})),
+        "17": node("MaskToImage", json!({"mask": ["15", 0]})),
+        "18": node("SaveImage", json!({"images": ["17", 0], "filename_prefix": "mask"})),
+    });
+    place.write("by-hand.json", with(sources(), by_hand).to_string());
+    place
+        .host(&["run", "by-hand.json", "--out", "by-hand"])
+        .succeeded();
+    assert!(
+        results(&place, "out") == results(&place, "by-hand"),
+        "the bits differ"
+    );
+}
+
+/// A copy of the bundled checkpoint.
+fn copy_of_the_checkpoint(folder: &Path) -> PathBuf {
+    let from = repository().join("plugin/crates/sprites/model");
+    let to = folder.join("model");
+    for part in ["scheduler", "text_encoder", "tokenizer", "unet", "vae"] {
+        std::fs::create_dir_all(to.join(part)).unwrap();
+        for file in std::fs::read_dir(from.join(part)).unwrap().flatten() {
+            std::fs::copy(file.path(), to.join(part).join(file.file_name())).unwrap();
+        }
+    }
+    to
+}
+
+fn model_of(checkpoint: &str) -> Value {
+    let loader = node("LoadDiffusionModel", json!({"checkpoint": checkpoint}));
+    with(sampler(json!({})), json!({"1": loader}))
+}
+
+#[test]
+fn a_checkpoint_that_cannot_be_used_is_named() {
+    let place = Place::with_conceptloom();
+    refused(
+        &place,
+        &model_of("/nowhere/sd15"),
+        &["node 1 (LoadDiffusionModel)", "/nowhere/sd15"],
+    );
+    place.write("model.ckpt", b"\x80\x02}q\x00.");
+    refused(
+        &place,
+        &model_of("model.ckpt"),
+        &["model.ckpt", "safetensors"],
+    );
+
+    let model = copy_of_the_checkpoint(place.path());
+    let unet = model.join("unet/diffusion_pytorch_model.safetensors");
+    let bytes = std::fs::read(&unet).unwrap();
+    std::fs::write(&unet, &bytes[..bytes.len() / 2]).unwrap();
+    refused(
+        &place,
+        &model_of("model"),
+        &["diffusion_pytorch_model.safetensors"],
+    );
+    std::fs::remove_file(&unet).unwrap();
+    refused(&place, &model_of("model"), &["unet"]);
+    std::fs::write(&unet, &bytes).unwrap();
+
+    let config = model.join("unet/config.json");
+    let text = std::fs::read_to_string(&config)
+        .unwrap()
+        .replacen("64,", "96,", 1);
+    std::fs::write(&config, text).unwrap();
+    refused(
+        &place,
+        &model_of("model"),
+        &["conv_in.weight", "[64, 4, 3, 3]", "[96, 4, 3, 3]"],
+    );
+}
+
+#[test]
+fn a_mask_with_nothing_inside_is_refused() {
+    let place = Place::with_conceptloom();
+    image::GrayImage::new(128, 128)
+        .save(place.path().join("black.png"))
+        .unwrap();
+    let mask = || {
+        node(
+            "LoadImageMask",
+            json!({"image": "black.png", "channel": "red"}),
+        )
+    };
+    let batch = node(
+        "MaskBatch",
+        json!({"mask_1": ["7", 0], "mask_2": ["8", 0], "mask_3": ["10", 0]}),
+    );
+    let masks = json!({"7": mask(), "8": mask(), "10": mask(), "9": batch});
+    let workflow = with(em_loop(json!({"mode": "given", "masks": ["9", 0]})), masks);
+    refused(&place, &workflow, &["node 3 (EmLoop)", "masks", "empty"]);
+}
+
+#[test]
+fn words_and_prompts_that_cannot_be_used_are_named() {
+    let place = Place::with_conceptloom();
+    for (list, parts) in [
+        (
+            "<rex>",
+            &["node 3 (EmLoop), input concept_list", "<rex>", "class word"][..],
+        ),
+        ("", &["concept_list", "one concept per line"]),
+        ("<rex> 狗", &["concept_list", "狗"]),
+    ] {
+        refused(&place, &em_loop(json!({"concept_list": list})), parts);
+    }
+    let long = "a dog ".repeat(60);
+    refused(
+        &place,
+        &sampler(json!({"prompts": long})),
+        &["node 3 (PersonalizedSampler), input prompts", "77"],
+    );
+    refused(
+        &place,
+        &sampler(json!({"prompts": "a photo of <rex>"})),
+        &["node 3 (PersonalizedSampler), input prompts", "<rex>"],
+    );
+}
+
+#[test]
+fn problems_are_told_all_at_once() {
+    let place = Place::with_conceptloom();
+    let workflow =
+        em_loop(json!({"model": ["2", 0], "steps": -1, "learning_rate": 7.0, "mode": "guess"}));
+    let done = place.run(&workflow, &[]);
+    assert_eq!(done.code, Some(1));
+    for part in [
+        "cannot run, it has 4 problems",
+        "node 3 (EmLoop), input model: it takes DIFFUSION_MODEL, but the output IMAGE of node 2 (LoadImage) gives IMAGE",
+        "input steps: steps is -1, the smallest value is 0 [value_smaller_than_min]",
+        "input learning_rate: learning_rate is 7.0, the largest value is 1 [value_bigger_than_max]",
+        "input mode: mode is \"guess\", it can be one of: em, baseline, given [value_not_in_list]",
+    ] {
+        assert!(done.stderr.contains(part), "{part}\n\n{}", done.stderr);
+    }
+    assert_eq!(place.names("."), ["workflow.json"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_during_em_stops_within_a_step_and_the_same_command_gives_the_bits_of_an_uninterrupted_run()
+ {
+    use crate::support::{done, interrupt, wait_for};
+    let place = Place::with_conceptloom();
+    place.write(
+        "w.json",
+        em_loop(json!({"steps": 40, "steps_per_round": 2})).to_string(),
+    );
+    let mut child = place
+        .command(&["run", "w.json", "--out", "out"])
+        .spawn()
+        .unwrap();
+    wait_for(&mut child, "tokens 3/40");
+    let asked = std::time::Instant::now();
+    interrupt(&child);
+    let ended = done(child.wait_with_output().unwrap());
+    assert!(asked.elapsed().as_secs() < 20, "{:?}", asked.elapsed());
+    assert_eq!(ended.code, Some(130), "{}", ended.stderr);
+    assert!(
+        ended
+            .sentence()
+            .starts_with("canceled at node 3 (EmLoop); nothing was written; the same command")
+    );
+    assert_eq!(place.names("."), [".work", "w.json"]);
+
+    let again = place.host(&["run", "w.json", "--out", "out"]).succeeded();
+    assert!(
+        again.stderr.contains("going on after step"),
+        "{}",
+        again.stderr
+    );
+    assert_eq!(place.names("."), ["out", "w.json"]);
+    place.host(&["run", "w.json", "--out", "whole"]).succeeded();
+    assert!(
+        results(&place, "out") == results(&place, "whole"),
+        "the bits differ"
+    );
+}
