@@ -185,7 +185,7 @@ impl Instance {
         &mut self,
         inputs: BTreeMap<String, WireValue>,
         parameters: &Map<String, Value>,
-        context: impl HostContext + Send + Sync + 'static,
+        context: impl HostContext + 'static,
     ) -> Result<Outputs, NodeError> {
         use abi_stable::std_types::{RString, RVec, Tuple2};
         let host = plugin_api::Host::from_context(context);

@@ -69,6 +69,9 @@ enum Command {
         /// Changes a parameter first
         #[arg(long = "set", value_name = "NODE.INPUT=VALUE")]
         set: Vec<String>,
+        /// Prints the graph that would run, in ComfyUI's API format
+        #[arg(long)]
+        api: bool,
         #[command(flatten)]
         libraries: Libraries,
     },
@@ -161,6 +164,7 @@ fn dispatch(arguments: Arguments) -> Result<(), Ended> {
         Some(Command::Validate {
             file,
             set,
+            api,
             libraries,
         }) => {
             let arguments = RunArguments {
@@ -170,12 +174,12 @@ fn dispatch(arguments: Arguments) -> Result<(), Ended> {
                 libraries,
                 ..RunArguments::default()
             };
-            let prepared = prepare(&arguments)?;
-            say(&format!(
-                "{} can run: {} nodes",
-                prepared.workflow.name,
-                prepared.plan.len()
-            ));
+            let Prepared { workflow, plan, .. } = prepare(&arguments)?;
+            if api {
+                say(&pretty(&workflow.graph.to_api()));
+            } else {
+                say(&format!("{} can run: {} nodes", workflow.name, plan.len()));
+            }
             Ok(())
         }
     }
@@ -269,16 +273,16 @@ fn run(arguments: &RunArguments) -> Result<(), Ended> {
         started,
         seconds: recorder.seconds(),
     };
-    let written = report::write(
+    let record = recorder.record();
+    report::write(
         &folder,
         &prepared.workflow,
         &prepared.catalog,
-        &recorder.record(),
+        &record,
         &summary,
-    );
-    let place = written
-        .and_then(|()| folder.commit())
-        .map_err(anyhow::Error::from)?;
+    )
+    .map_err(|error| anyhow!(folder.after_commit(&error.to_string())))?;
+    let place = folder.commit().map_err(anyhow::Error::from)?;
     say(&format!("{}", place.join(report::FILE_NAME).display()));
     Ok(())
 }

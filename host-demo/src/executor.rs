@@ -49,7 +49,10 @@ pub(crate) enum RunError {
     Canceled { node: NodeLabel, resumable: bool },
     /// A node failed.
     #[error("node {} ({}){}: {}", node.id, node.class, input(error), error.message)]
-    Node { node: NodeLabel, error: NodeError },
+    Node {
+        node: NodeLabel,
+        error: Box<NodeError>,
+    },
     /// The worker thread could not be started or died.
     #[error("the worker thread {0}; this is a fault of the host, please report it")]
     Worker(String),
@@ -84,6 +87,9 @@ pub(crate) fn run(job: &Job<'_>, cache: &mut Cache) -> Result<(), RunError> {
         })
     })
 }
+
+/// Values by socket, and complete parameters.
+type Given = (BTreeMap<String, Value>, Map<String, Json>);
 
 /// State of a run, on the worker thread.
 struct Worker<'a> {
@@ -149,10 +155,13 @@ impl<'a> Worker<'a> {
                     "it stopped as if canceled, but nobody asked; this is a fault of the plugin";
                 RunError::Node {
                     node,
-                    error: NodeError::new(ErrorCode::Internal, message),
+                    error: Box::new(NodeError::new(ErrorCode::Internal, message)),
                 }
             }
-            _ => RunError::Node { node, error },
+            _ => RunError::Node {
+                node,
+                error: Box::new(error),
+            },
         }
     }
 
@@ -243,11 +252,7 @@ impl<'a> Worker<'a> {
     }
 
     /// The values on the sockets, and complete parameters.
-    fn gather(
-        &self,
-        node: &GraphNode,
-        descriptor: &NodeDescriptor,
-    ) -> Result<(BTreeMap<String, Value>, Map<String, Json>), NodeError> {
+    fn gather(&self, node: &GraphNode, descriptor: &NodeDescriptor) -> Result<Given, NodeError> {
         let mut parameters = node.parameters();
         let mut inputs = BTreeMap::new();
         for (name, input) in &node.inputs {

@@ -3,7 +3,7 @@
 use std::env::consts::{DLL_PREFIX, DLL_SUFFIX};
 use std::path::{Path, PathBuf};
 
-use abi_stable::library::{LibraryError, lib_header_from_path};
+use abi_stable::library::{LibHeader, LibraryError, lib_header_from_path};
 use plugin_api::{NodeDescriptor, PluginDescriptor, PluginModule_Ref};
 
 use crate::probe::{self, NoProbe};
@@ -80,7 +80,7 @@ pub(crate) fn load(path: &Path) -> Result<Plugin, LoadError> {
         return Err(failed(reason));
     }
     let module = lib_header_from_path(&absolute)
-        .and_then(|header| header.init_root_module::<PluginModule_Ref>())
+        .and_then(LibHeader::init_root_module::<PluginModule_Ref>)
         .map_err(|error| failed(incompatible(&error)))?;
     let described = module.describe()();
     let descriptor: PluginDescriptor = serde_json::from_str(&described).map_err(|error| {

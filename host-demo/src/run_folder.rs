@@ -10,16 +10,19 @@
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 const LOCK: &str = ".lock";
 const WORK: &str = ".work";
 const PARTIAL: &str = ".partial";
+/// What nobody went on with for this long is not kept.
+const KEEP_WORK: Duration = Duration::from_secs(14 * 24 * 3600);
 
 /// Why a file or folder cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FolderError {
-    #[error("cannot write {}: {source}; {}", path.display(), hint(source))]
-    CannotWrite { path: PathBuf, source: io::Error },
+    #[error("cannot write {}: {error}; {}", path.display(), hint(error))]
+    CannotWrite { path: PathBuf, error: io::Error },
     #[error("the folder {} is not empty, and a run never writes over another; name a new one with --out", .0.display())]
     NotEmpty(PathBuf),
     #[error("{} is a file, but the run needs a folder of this name; name another with --out", .0.display())]
@@ -37,9 +40,9 @@ fn hint(error: &io::Error) -> &'static str {
 
 fn at(path: &Path) -> impl Fn(io::Error) -> FolderError + use<> {
     let path = path.to_owned();
-    move |source| FolderError::CannotWrite {
+    move |error| FolderError::CannotWrite {
         path: path.clone(),
-        source,
+        error,
     }
 }
 
@@ -48,29 +51,28 @@ fn at(path: &Path) -> impl Fn(io::Error) -> FolderError + use<> {
 /// # Errors
 /// [`FolderError::CannotWrite`].
 pub(crate) fn write_new(path: &Path, bytes: &[u8]) -> Result<(), FolderError> {
-    let folder = path.parent().unwrap_or(Path::new("."));
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let temporary = path.with_file_name(format!(".{name}.tmp"));
     let write = || -> io::Result<()> {
-        fs::create_dir_all(folder)?;
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        let mut file = File::options()
+            .write(true)
+            .create_new(true)
+            .open(&temporary)?;
         file.write_all(bytes)?;
-        file.flush()?;
-        make_readable(file.as_file())?;
-        file.persist_noclobber(path).map_err(|error| error.error)?;
-        Ok(())
+        drop(file);
+        // The folder is this process's own, so nobody takes the name in between.
+        if path.exists() {
+            return Err(ErrorKind::AlreadyExists.into());
+        }
+        fs::rename(&temporary, path)
     };
-    write().map_err(at(path))
-}
-
-/// Temporary files are their owner's only; results are not secret.
-#[cfg(unix)]
-fn make_readable(file: &File) -> io::Result<()> {
-    use std::os::unix::fs::PermissionsExt as _;
-    file.set_permissions(fs::Permissions::from_mode(0o644))
-}
-
-#[cfg(not(unix))]
-fn make_readable(_: &File) -> io::Result<()> {
-    Ok(())
+    write().map_err(|error| {
+        let _ = fs::remove_file(&temporary);
+        at(path)(error)
+    })
 }
 
 /// Where a run is to go.
@@ -269,8 +271,12 @@ fn is_empty(path: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Removes incomplete runs whose process is gone.
+/// Removes incomplete runs whose process is gone, and what nodes kept too long ago.
 fn sweep(root: &Path) {
+    WorkDirs {
+        root: root.join(WORK),
+    }
+    .forget_older_than(KEEP_WORK);
     for entry in fs::read_dir(root).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         if !(name.starts_with('.') && name.ends_with(PARTIAL)) {
@@ -308,6 +314,22 @@ impl WorkDirs {
                 lock_path,
                 _lock: lock,
             })),
+        }
+    }
+}
+
+impl WorkDirs {
+    fn forget_older_than(&self, age: Duration) {
+        for entry in fs::read_dir(&self.root).into_iter().flatten().flatten() {
+            let modified = entry.metadata().and_then(|meta| meta.modified());
+            let is_old = modified.is_ok_and(|time| time.elapsed().is_ok_and(|since| since > age));
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if is_old
+                && entry.path().is_dir()
+                && let Ok(Some(work)) = self.open(&name)
+            {
+                work.finish();
+            }
         }
     }
 }
@@ -435,6 +457,16 @@ mod tests {
         let work = dirs.open("abc").unwrap().unwrap();
         assert_eq!(names(work.path()), ["state"]);
         work.finish();
+        assert_eq!(names(folder.path()), [] as [&str; 0]);
+
+        let work = dirs.open("old").unwrap().unwrap();
+        fs::write(work.path().join("state"), "step 3").unwrap();
+        dirs.forget_older_than(Duration::ZERO);
+        assert_eq!(names(work.path()), ["state"], "in use");
+        work.keep();
+        dirs.forget_older_than(KEEP_WORK);
+        assert_eq!(names(&dirs.root), ["old"]);
+        dirs.forget_older_than(Duration::ZERO);
         assert_eq!(names(folder.path()), [] as [&str; 0]);
         assert!(!dirs.open("abc").unwrap().unwrap().keep());
     }

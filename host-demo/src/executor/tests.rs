@@ -122,7 +122,7 @@ fn errors_name_node_and_input() {
             class: "ImageBatch".to_owned(),
             title: String::new(),
         },
-        error: NodeError::invalid_input("image_2", "it is too small"),
+        error: Box::new(NodeError::invalid_input("image_2", "it is too small")),
     };
     assert_eq!(
         error.to_string(),

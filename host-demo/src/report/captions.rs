@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use crate::graph::{Graph, Input, NodeId};
+use crate::graph::{Graph, GraphNode, Input, NodeId};
 
 /// Which list to look for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,7 +78,7 @@ fn nearest(graph: &Graph, node: &NodeId, list: List) -> Option<Vec<String>> {
         let sources = wave
             .iter()
             .filter_map(|id| graph.nodes.get(id))
-            .flat_map(|node| node.links());
+            .flat_map(GraphNode::links);
         wave = sources
             .map(|(_, source, _)| source.clone())
             .filter(|id| !seen.contains(id))

@@ -129,7 +129,7 @@ impl Chart<'_> {
     }
 
     /// Mean of the first and of the last tenth of all curves.
-    pub(super) fn from_to(&self) -> Option<(f64, f64)> {
+    pub(super) fn first_and_last(&self) -> Option<(f64, f64)> {
         let mean = |values: &mut dyn Iterator<Item = f64>| {
             let (sum, n) = values
                 .filter(|v| v.is_finite())
@@ -234,7 +234,7 @@ mod tests {
         let titles: Vec<_> = charts.iter().map(|chart| chart.title.as_str()).collect();
         assert_eq!(titles, ["IoU", "loss"]);
         assert_eq!(charts[0].legend().len(), 2);
-        assert_eq!(charts[1].from_to(), Some((0.5, 0.7)));
+        assert_eq!(charts[1].first_and_last(), Some((0.5, 0.7)));
         let svg = charts[0].svg();
         assert!(
             svg.starts_with("<svg class")

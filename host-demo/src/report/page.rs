@@ -104,7 +104,7 @@ impl<'a> Page<'a> {
         // Losses hang on the noise that was drawn: their curves say more than two numbers.
         let charts = curves::charts(&self.record.curves);
         for chart in charts.iter().filter(|chart| chart.is_share()).take(4) {
-            if let Some((first, last)) = chart.from_to() {
+            if let Some((first, last)) = chart.first_and_last() {
                 let figure = format!("{last:.3} <small>from {first:.3}</small>");
                 figures.push((chart.title.clone(), figure));
             }

@@ -30,17 +30,17 @@ const MAX_NODES: usize = 4096;
 /// Why a workflow file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum WorkflowError {
-    #[error("cannot read the workflow {}: {source}", path.display())]
+    #[error("cannot read the workflow {}: {error}", path.display())]
     Unreadable {
         path: PathBuf,
-        source: std::io::Error,
+        error: std::io::Error,
     },
     #[error("the workflow {} has {bytes} bytes, at most {MAX_BYTES} are read", path.display())]
     TooLarge { path: PathBuf, bytes: u64 },
-    #[error("the workflow {name} is no JSON: {source}")]
+    #[error("the workflow {name} is no JSON: {error}")]
     NotJson {
         name: String,
-        source: serde_json::Error,
+        error: serde_json::Error,
     },
     #[error(
         "the file {name} is no workflow: expected what ComfyUI saves (\"nodes\" and \"links\") or its API format \
@@ -72,9 +72,9 @@ impl Workflow {
     /// # Errors
     /// See [`WorkflowError`].
     pub(crate) fn read(path: &Path, catalog: &Catalog) -> Result<Self, WorkflowError> {
-        let unreadable = |source| WorkflowError::Unreadable {
+        let unreadable = |error| WorkflowError::Unreadable {
             path: path.to_owned(),
-            source,
+            error,
         };
         let meta = std::fs::metadata(path).map_err(unreadable)?;
         if meta.is_dir() {
@@ -115,9 +115,9 @@ impl Workflow {
             reason,
         };
         let document: Value =
-            serde_json::from_slice(bytes).map_err(|source| WorkflowError::NotJson {
+            serde_json::from_slice(bytes).map_err(|error| WorkflowError::NotJson {
                 name: name.to_owned(),
-                source,
+                error,
             })?;
         let (editor, graph) = match Form::of(&document) {
             Some(Form::Editor) => {

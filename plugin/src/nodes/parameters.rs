@@ -11,7 +11,7 @@ use serde::Deserialize;
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Extraction {
-    /// Tokens compete for pixels; the layers of the loss, min-max (recommended).
+    /// Tokens compete for pixels; layers of 16×16, min-max (recommended).
     Compete,
     /// Every token for itself; all layers, divided by the maximum (the paper, read literally).
     Paper,
@@ -33,7 +33,7 @@ impl Extraction {
             Self::Otsu => Binarization::Otsu,
         };
         let (layers, normalization) = match self {
-            Self::Compete => (LayerChoice::LossResolution, Normalization::MinMax),
+            Self::Compete => (LayerChoice::NearestTo16, Normalization::MinMax),
             Self::Paper => (LayerChoice::All, Normalization::Max),
             Self::Otsu => (LayerChoice::All, Normalization::MinMax),
         };

@@ -112,14 +112,14 @@ fn pictures_of_two_sizes_in_a_batch() {
     let place = Place::with_faulty();
     let workflow = json!({
         "1": node("LoadImage", json!({"image": "demo:dog-and-car.png"})),
-        "2": node("Slow", json!({"steps": 1})),
+        "2": node("Lie", json!({"about": "bad_preview"})),
         "3": node("ImageBatch", json!({"image_1": ["1", 0], "image_2": ["2", 0]})),
         "4": node("PreviewImage", json!({"images": ["3", 0]})),
     });
     refused(
         &place,
         place.run(&workflow, &[]),
-        &["node 3 (ImageBatch), input image_2", "16×16", "128×128"],
+        &["node 3 (ImageBatch), input image_2", "4×4", "128×128"],
     );
 }
 

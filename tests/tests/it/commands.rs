@@ -71,14 +71,16 @@ fn the_bundled_workflow_says_the_same_by_position_as_by_name() {
     let mut demo: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
     let outcome = |name: &str, document: &Value| {
         place.write(name, document.to_string());
-        place.host(&["validate", name]).succeeded();
-        place.host(&["run", name, "--set", "nothing"]).stderr
+        let api = place.host(&["validate", name, "--api"]).succeeded().stdout;
+        serde_json::from_str::<Value>(&api).unwrap()
     };
     let named = outcome("demo.json", &demo);
     for node in demo["nodes"].as_array_mut().unwrap() {
         node.as_object_mut().unwrap().remove("widgets_values_named");
     }
     assert_eq!(outcome("demo.json", &demo), named);
+    // And the API format says the same again.
+    assert_eq!(outcome("api.json", &named), named);
 }
 
 #[test]

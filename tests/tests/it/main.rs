@@ -11,6 +11,10 @@
 //! | `method` | the real plugin: the demo, checkpoints and words that cannot be used, a round wired by hand |
 //!
 //! `support` builds the programs and runs them.
+#![expect(
+    clippy::unwrap_used,
+    reason = "what cannot be unwrapped fails the test"
+)]
 
 mod support;
 

@@ -12,11 +12,11 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use stable_diffusion::DiffusionModel;
 use stable_diffusion::rng::Rng;
-use stable_diffusion::unet::{LayerAttention, Watch};
+use stable_diffusion::unet::{CrossAttentionLayer, LayerAttention, Watch};
 
 use crate::config::{Combination, LayerChoice};
 use crate::loss::cross_attention::concept_map;
-use crate::loss::loss_resolution;
+use crate::loss::nearest_width;
 use crate::observer::tell;
 use crate::{Event, ExtractionConfig, LearnedConcepts, Observer, PreparedScene, Result};
 
@@ -66,13 +66,14 @@ pub fn extract_attention(
                 },
             )
         };
+        let timesteps = draw_timesteps(model, config, n_timesteps, &mut rng);
         all.push(extract_one(
             model,
             scene,
             learned,
             config,
             picture,
-            n_timesteps,
+            &timesteps,
             &mut rng,
             &mut on_pass,
         )?);
@@ -80,7 +81,7 @@ pub fn extract_attention(
     Ok(all)
 }
 
-/// Maps of one picture with a given stream.
+/// Maps of one picture at given timesteps; latents and noise come from `rng`.
 #[expect(
     clippy::too_many_arguments,
     reason = "one value per noun of the definition; a struct would name them again"
@@ -91,7 +92,7 @@ pub(crate) fn extract_one(
     learned: &LearnedConcepts,
     config: &ExtractionConfig,
     picture: usize,
-    n_timesteps: usize,
+    timesteps: &[usize],
     rng: &mut Rng,
     on_pass: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<AttentionMaps> {
@@ -104,7 +105,7 @@ pub(crate) fn extract_one(
         .encode(&prompt.ids, Some(&learned.rows))?
         .detach();
     let layers = chosen_layers(model, config.layers);
-    let timesteps = draw_timesteps(model, config, n_timesteps, rng);
+    let n_timesteps = timesteps.len();
     let h = model.latent_size();
     let batch = (BATCH_AT_32 * 32 * 32 / (h * h)).clamp(1, BATCH_AT_32);
     let mut sums: BTreeMap<usize, LayerSum> = BTreeMap::new();
@@ -146,10 +147,16 @@ pub(crate) fn extract_one(
 }
 
 fn chosen_layers(model: &DiffusionModel, choice: LayerChoice) -> Vec<usize> {
-    let resolution = loss_resolution(&model.unet);
-    let layers = model.unet.cross_attention_layers().iter().enumerate();
+    let layers = model.unet.cross_attention_layers();
+    let width = nearest_width(layers.iter().map(|layer| layer.resolution), 16.0);
+    let chosen = |layer: &CrossAttentionLayer| match choice {
+        LayerChoice::All => true,
+        LayerChoice::NearestTo16 => layer.resolution == width,
+    };
     layers
-        .filter(|(_, l)| choice == LayerChoice::All || l.resolution == resolution)
+        .iter()
+        .enumerate()
+        .filter(|(_, layer)| chosen(layer))
         .map(|(i, _)| i)
         .collect()
 }

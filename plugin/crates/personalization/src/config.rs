@@ -40,8 +40,8 @@ pub struct TokenConfig {
 pub enum LayerChoice {
     /// All cross-attention layers (P).
     All,
-    /// All of the resolution that the loss uses: 16×16 in SD.
-    LossResolution,
+    /// All whose width is the nearest to 16: latent / 4 in SD at 512 pixels, latent / 2 in the bundled model (measured).
+    NearestTo16,
 }
 
 /// How maps of several layers become one.
@@ -282,7 +282,7 @@ impl EmConfig {
         Self {
             extraction: ExtractionConfig {
                 n_timesteps: 20,
-                layers: LayerChoice::LossResolution,
+                layers: LayerChoice::NearestTo16,
                 normalization: Normalization::MinMax,
                 binarization: Binarization::Compete { tau: 0.4 },
                 ..paper.extraction

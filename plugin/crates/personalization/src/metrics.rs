@@ -51,14 +51,19 @@ pub fn extraction(
     picture: usize,
 ) -> Result<Extraction> {
     let mut rng = Rng::new(EVALUATION_SEED, "extraction", picture as u64);
-    let n = config.n_timesteps_initial;
+    // Stratified, because maps get more diffuse with more noise: figures must not hang on a lucky draw.
+    let (n, total) = (
+        config.n_timesteps_initial,
+        model.noise_schedule.n_timesteps(),
+    );
+    let timesteps: Vec<usize> = (0..n).map(|i| (2 * i + 1) * total / (2 * n)).collect();
     let maps = extract_one(
         model,
         scene,
         learned,
         config,
         picture,
-        n,
+        &timesteps,
         &mut rng,
         &mut |_| Ok(()),
     )?;

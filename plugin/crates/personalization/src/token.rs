@@ -62,7 +62,7 @@ impl LearnedConcepts {
         Ok(model.tokenizer.with_placeholders(&self.placeholders())?)
     }
 
-    /// "a photo of <a> and <b>" (BaS) for these concepts in this order.
+    /// `a photo of <a> and <b>` (BaS) for these concepts in this order.
     #[must_use]
     pub fn training_prompt(&self, concepts: &[usize]) -> String {
         let texts: Vec<String> = concepts.iter().map(|&c| self.text_of(c)).collect();

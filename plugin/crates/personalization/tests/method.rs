@@ -384,12 +384,11 @@ fn check_gradient(start: &Tensor, f: &dyn Fn(&Tensor) -> Tensor) {
         f64::from(f(&moved).to_scalar::<f32>().unwrap())
     };
     let scale = gradient.iter().map(|g| g.abs()).fold(1e-6, f32::max);
-    for i in 0..values.len() {
+    for (i, gradient) in gradient.iter().enumerate() {
         let numeric = ((at(i, 1e-3) - at(i, -1e-3)) / 2e-3) as f32;
         assert!(
-            (numeric - gradient[i]).abs() < 0.01 * scale,
-            "{i}: {numeric} against {}",
-            gradient[i]
+            (numeric - gradient).abs() < 0.01 * scale,
+            "{i}: {numeric} against {gradient}"
         );
     }
 }
@@ -407,7 +406,7 @@ fn both_losses_have_the_gradient_of_their_formula() {
         .unwrap()
         .to_scalar::<f32>()
         .unwrap();
-    let inside = |i: usize| i % 16 % 3 == 0;
+    let inside = |i: usize| (i % 16).is_multiple_of(3);
     let by_hand: f32 = (0..32)
         .filter(|&i| inside(i))
         .map(|i| (wave(i) - (i as f32 * 0.9).cos()).powi(2))

@@ -72,8 +72,8 @@ RELEASED = Settings(
     stages={
         "pictures": Stage("first", 3_750, 6e-4, warmup=300),
         "words": Stage("first", 2_014, 6e-4, offset_noise=0.1, spread=0.05),
-        "larger": Stage("larger", 2_500, 4e-4, fall=0.6, warmup=300, offset_noise=0.07, spread=0.1),
-        "polish": Stage("larger", 100, 1.5e-4, fall=1.0, warmup=20, offset_noise=0.07, spread=0.1, overlap=0.3, ema=0.98),
+        "larger": Stage("larger", 1_504, 4e-4, fall=0.57, warmup=300, offset_noise=0.07, spread=0.1),
+        "polish": Stage("larger", 164, 1.5e-4, fall=1.0, warmup=20, offset_noise=0.07, spread=0.1, overlap=0.3, ema=0.98),
     })
 TINY = Settings(
     compose={k: Compose(60, c.seed, c.counts, c.sizes, shard=30) for k, c in RELEASED.compose.items()},

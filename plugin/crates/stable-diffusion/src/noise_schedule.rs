@@ -10,7 +10,7 @@
 //! | `latents` | z | [B, 4, h, w], scaled |
 //! | `noise` | eps | as `latents`, standard normal |
 //! | `timesteps` | t | one per batch entry, in 0..T |
-//! | `alphas_cumprod` | abar | [T], falling, in [0, 1) |
+//! | `alphas_cumprod` | abar | `[T]`, falling, in `[0, 1)` |
 
 use candle_core::Tensor;
 

@@ -12,21 +12,28 @@ pub use masked_diffusion::masked_diffusion_loss;
 /// that the down and up blocks have, the finer of two equally near.
 #[must_use]
 pub fn loss_resolution(unet: &UNet) -> usize {
-    let wanted = unet.config().sample_size as f64 / 4.0;
-    let distance = |resolution: usize| (resolution as f64 / wanted).log2().abs();
     let outer = unet
         .cross_attention_layers()
         .iter()
         .filter(|layer| layer.stage != Stage::Mid);
-    let better = |best: usize, resolution: usize| {
-        let (d, e) = (distance(resolution), distance(best));
-        if best == 0 || d < e || (d == e && resolution > best) {
-            resolution
+    nearest_width(
+        outer.map(|layer| layer.resolution),
+        unet.config().sample_size as f64 / 4.0,
+    )
+}
+
+/// The width nearest to `wanted` by ratio, the larger of two equally near; 0 if there is none.
+pub(crate) fn nearest_width(widths: impl Iterator<Item = usize>, wanted: f64) -> usize {
+    let distance = |width: usize| (width as f64 / wanted).log2().abs();
+    let better = |best: usize, width: usize| {
+        let (d, e) = (distance(width), distance(best));
+        if best == 0 || d < e || (d == e && width > best) {
+            width
         } else {
             best
         }
     };
-    outer.map(|layer| layer.resolution).fold(0, better)
+    widths.fold(0, better)
 }
 
 /// Indices of the cross-attention layers of the down and up blocks with width R (BaS).

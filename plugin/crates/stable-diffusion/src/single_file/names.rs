@@ -183,7 +183,7 @@ fn vae_resnet(rest: &str) -> Option<String> {
 }
 
 /// transformers' name of a tensor of OpenCLIP's text encoder, without the prefix
-/// `cond_stage_model.model.`. The packed projection keeps [`PACKED`] in its name.
+/// `cond_stage_model.model.`. The packed projection keeps `PACKED` in its name.
 pub fn text_encoder_name(name: &str) -> Option<String> {
     let whole = [
         (
