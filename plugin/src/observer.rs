@@ -1,7 +1,7 @@
 //! Events of the method to what a host shows: progress, previews, curves, and a state to resume from.
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use personalization::metrics::mask_ious;
 use personalization::{AttentionMaps, Event, ImageMasks, Observer, Scene, overlay};
@@ -166,6 +166,11 @@ impl<'a> HostObserver<'a> {
     }
 }
 
+/// Where the joint stage is kept, beside the state of the alternation.
+pub(crate) fn joint_file(state_file: &Path) -> PathBuf {
+    state_file.with_file_name("joint-state.safetensors")
+}
+
 impl Observer for HostObserver<'_> {
     fn on_event(&mut self, event: &Event<'_>) -> ControlFlow<()> {
         match *event {
@@ -190,6 +195,16 @@ impl Observer for HostObserver<'_> {
                 total,
                 latents,
             } => self.on_latents(step, total, latents),
+            Event::JointCheckpoint(state) => {
+                if let Some(path) = self.state_file.as_deref().map(joint_file)
+                    && let Err(error) = state.save(&path)
+                {
+                    self.host.log(
+                        LogLevel::Warning,
+                        &format!("the joint stage cannot be resumed: {error}"),
+                    );
+                }
+            }
             Event::Checkpoint(state) => {
                 if let Some(path) = &self.state_file
                     && let Err(error) = state.save(path)

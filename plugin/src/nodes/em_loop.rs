@@ -1,10 +1,10 @@
 //! EmLoop: the whole method in one node.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use personalization::{
-    EmConfig, EmOutcome, EmStart, EmState, MaskMode, PreparedScene, em, joint_stage,
+    EmConfig, EmOutcome, EmStart, EmState, JointState, MaskMode, PreparedScene, em, joint_stage,
 };
 use plugin_api::host::LogLevel;
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
@@ -15,7 +15,7 @@ use stable_diffusion::DiffusionModel;
 use crate::failure::from_method;
 use crate::nodes::common::{masks_value, overlay_value, planes_value, scene_masks, seed_schema};
 use crate::nodes::parameters::{self, Extraction, Scope, Start};
-use crate::observer::HostObserver;
+use crate::observer::{HostObserver, joint_file};
 use crate::scene_input;
 use crate::values::{ModelValue, concepts_value, model_value};
 
@@ -209,6 +209,9 @@ impl Node for EmLoop {
         let mut observer = HostObserver::new(host, model)
             .with_scene(&scene, truth.as_deref())
             .with_state_file(state_file.clone());
+        let resume_joint = state_file
+            .as_deref()
+            .and_then(|file| resumable_joint(file, model, host));
         let start = match resumable(state_file, model, host) {
             Some(state) => EmStart::Resume(state),
             None => given
@@ -227,12 +230,9 @@ impl Node for EmLoop {
         let EmOutcome {
             learned,
             masks,
-            rounds,
+            maps,
+            ..
         } = outcome;
-        let maps = rounds
-            .last()
-            .map(|round| round.maps.clone())
-            .unwrap_or_default();
         let (tuned, learned) = match &config.joint {
             None => (model.clone(), learned),
             Some(joint) => {
@@ -243,6 +243,7 @@ impl Node for EmLoop {
                     &learned,
                     joint,
                     &config.m_step,
+                    resume_joint,
                     &mut observer,
                 )
                 .map_err(failed)?;
@@ -264,6 +265,22 @@ impl Node for EmLoop {
 fn state_file(host: &Host) -> Option<PathBuf> {
     let folder = host.run_info().work_dir;
     (!folder.is_empty()).then(|| PathBuf::from(folder.as_str()).join("em-state.safetensors"))
+}
+
+/// The joint stage of an earlier run with the same inputs that was stopped.
+fn resumable_joint(state_file: &Path, model: &DiffusionModel, host: &Host) -> Option<JointState> {
+    let file = joint_file(state_file);
+    let state = file
+        .exists()
+        .then(|| JointState::load(&file, &model.device))?;
+    state
+        .map_err(|error| {
+            host.log(
+                LogLevel::Warning,
+                &format!("the joint stage starts anew: {error}"),
+            );
+        })
+        .ok()
 }
 
 /// The state of an earlier run with the same inputs that was stopped.

@@ -36,8 +36,6 @@ pub struct RoundRecord {
     pub step: usize,
     /// The masks.
     pub masks: SceneMasks,
-    /// The maps that they came from; empty if they were given.
-    pub maps: Vec<AttentionMaps>,
 }
 
 /// The result of [`em`].
@@ -47,6 +45,8 @@ pub struct EmOutcome {
     pub learned: LearnedConcepts,
     /// The last masks.
     pub masks: SceneMasks,
+    /// The maps that they came from, one per picture; empty if the masks were given.
+    pub maps: Vec<AttentionMaps>,
     /// All rounds of this call, the first one included.
     pub rounds: Vec<RoundRecord>,
 }
@@ -98,14 +98,15 @@ pub fn em(
                 previous,
                 observer,
             )?;
-            state.masks = masks;
-            record(&state, maps, &mut rounds, observer)?;
+            (state.masks, state.maps) = (masks, maps);
+            record(&state, &mut rounds, observer)?;
         }
         tell(observer, &Event::Checkpoint(&state))?;
     }
     Ok(EmOutcome {
         learned: state.learned,
         masks: state.masks,
+        maps: state.maps,
         rounds,
     })
 }
@@ -153,20 +154,20 @@ fn first_state(
     let state = EmState {
         learned,
         masks,
+        maps,
         round: 0,
     };
-    record(&state, maps, rounds, observer)?;
+    record(&state, rounds, observer)?;
     Ok(state)
 }
 
 fn record(
     state: &EmState,
-    maps: Vec<AttentionMaps>,
     rounds: &mut Vec<RoundRecord>,
     observer: &mut dyn Observer,
 ) -> Result<()> {
     for (picture, masks) in state.masks.iter().enumerate() {
-        let maps = maps.get(picture);
+        let maps = state.maps.get(picture);
         tell(
             observer,
             &Event::Masks {
@@ -178,12 +179,7 @@ fn record(
         )?;
     }
     let (round, step, masks) = (state.round, state.learned.step, state.masks.clone());
-    rounds.push(RoundRecord {
-        round,
-        step,
-        masks,
-        maps,
-    });
+    rounds.push(RoundRecord { round, step, masks });
     Ok(())
 }
 

@@ -14,7 +14,8 @@ use crate::m_step::{Draw, LossContext, check_masks, gradients_of, step_event};
 use crate::observer::tell;
 use crate::optimizer::{AdamWState, clip_gradient_norm};
 use crate::{
-    ImageMasks, JointConfig, LearnedConcepts, MStepConfig, Observer, PreparedScene, Result,
+    Error, Event, ImageMasks, JointConfig, JointState, LearnedConcepts, MStepConfig, Observer,
+    PreparedScene, Result,
 };
 
 /// Alpha of new LoRA factors is their rank: the product counts once.
@@ -22,10 +23,17 @@ fn alpha_of(rank: usize) -> f64 {
     rank as f64
 }
 
-/// Trains weights and tokens for `config.steps` steps with a new optimizer.
+/// Steps between two saved states; a stop saves one too.
+const CHECKPOINT_EVERY: usize = 100;
+
+/// Name of the tokens among the trained values.
+const ROWS: &str = "rows";
+
+/// Trains weights and tokens for `config.steps` steps with a new optimizer, or goes on from a saved state.
 ///
 /// # Errors
-/// Masks that do not fit, a loss that is no longer finite, or a stop.
+/// Masks that do not fit, a state of other weights, a loss that is no longer finite, or a stop.
+#[expect(clippy::too_many_arguments, reason = "one value per noun of the stage")]
 pub fn joint_stage(
     model: &DiffusionModel,
     scene: &PreparedScene<'_>,
@@ -33,29 +41,41 @@ pub fn joint_stage(
     learned: &LearnedConcepts,
     config: &JointConfig,
     m_step: &MStepConfig,
+    resume: Option<JointState>,
     observer: &mut dyn Observer,
 ) -> Result<(DiffusionModel, LearnedConcepts)> {
     check_masks(scene, masks)?;
     let tokenizer = learned.tokenizer(model)?;
     let trained = Trained::start(model, config, learned.seed)?;
     let rows = Var::from_tensor(&learned.rows)?;
-    let variables: Vec<&Var> = trained
+    let mut variables: Vec<(&str, &Var)> = trained
         .variables
         .iter()
-        .map(|(_, var)| var)
-        .chain([&rows])
+        .map(|(name, var)| (name.as_str(), var))
         .collect();
-    let mut rates = vec![config.learning_rate; variables.len()];
-    rates[variables.len() - 1] = config.token_learning_rate;
+    variables.push((ROWS, &rows));
+    variables.sort_by_key(|(name, _)| *name);
+    let rate = |name: &str| {
+        if name == ROWS {
+            config.token_learning_rate
+        } else {
+            config.learning_rate
+        }
+    };
+    let rates: Vec<f64> = variables.iter().map(|(name, _)| rate(name)).collect();
+    let vars: Vec<&Var> = variables.iter().map(|(_, var)| *var).collect();
     let values = || {
-        variables
-            .iter()
+        vars.iter()
             .map(|var| var.as_detached_tensor())
             .collect::<Vec<Tensor>>()
     };
-    let mut optimizer = AdamWState::zeros(&values())?;
+    let (mut done, mut optimizer) = match resume {
+        Some(state) => restore(&variables, state)?,
+        None => (0, AdamWState::zeros(&values())?),
+    };
     let unet = trained.unet.as_ref();
-    for done in 1..=config.steps {
+    while done < config.steps {
+        done += 1;
         let draw = Draw::new(model, scene, m_step, (learned.seed, "joint", done))?;
         let masks = Some(masks);
         let context = LossContext {
@@ -68,14 +88,28 @@ pub fn joint_stage(
             config: m_step,
         };
         let losses = context.losses(rows.as_tensor(), &draw)?;
-        let gradients = gradients_of(&losses.total, &variables)?;
+        let gradients = gradients_of(&losses.total, &vars)?;
         let (gradients, _) = clip_gradient_norm(&gradients, m_step.max_gradient_norm)?;
         let moved;
         (moved, optimizer) = optimizer.step(&values(), &gradients, &rates, m_step)?;
-        for (var, value) in variables.iter().zip(&moved) {
+        for (var, value) in vars.iter().zip(&moved) {
             var.set(value)?;
         }
-        tell(observer, &step_event("joint", done, config.steps, &losses))?;
+        let told = tell(observer, &step_event("joint", done, config.steps, &losses));
+        if told.is_err() || done.is_multiple_of(CHECKPOINT_EVERY) {
+            let values = variables
+                .iter()
+                .zip(values())
+                .map(|((name, _), value)| ((*name).to_owned(), value));
+            let state = JointState {
+                step: done,
+                values: values.collect(),
+                optimizer: optimizer.clone(),
+            };
+            // Whether to stop was answered above.
+            let _ = observer.on_event(&Event::JointCheckpoint(&state));
+        }
+        told?;
     }
     let rows = rows.as_detached_tensor().copy()?;
     Ok((
@@ -85,6 +119,22 @@ pub fn joint_stage(
             ..learned.clone()
         },
     ))
+}
+
+/// Puts saved values into the variables; returns the steps done and the optimizer.
+fn restore(variables: &[(&str, &Var)], state: JointState) -> Result<(usize, AdamWState)> {
+    let fits = |((name, var), (saved, value)): (&(&str, &Var), &(String, Tensor))| {
+        name == saved && var.as_tensor().dims() == value.dims()
+    };
+    if variables.len() != state.values.len() || !variables.iter().zip(&state.values).all(fits) {
+        return Err(Error::scene(
+            "the saved state of the joint stage is of other weights; remove it to start anew",
+        ));
+    }
+    for ((_, var), (_, value)) in variables.iter().zip(&state.values) {
+        var.set(value)?;
+    }
+    Ok((state.step, state.optimizer))
 }
 
 /// A U-Net some of whose weights are variables.

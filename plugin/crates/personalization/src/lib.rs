@@ -50,6 +50,7 @@ pub mod m_step;
 
 pub mod em;
 pub mod joint;
+pub mod joint_state;
 pub mod state;
 
 pub mod concept_file;
@@ -68,6 +69,7 @@ pub use e_step::e_step;
 pub use em::{EmOutcome, EmStart, RoundRecord, em};
 pub use error::{Error, Result};
 pub use joint::joint_stage;
+pub use joint_state::JointState;
 pub use m_step::m_step;
 pub use mask::{ImageMasks, SceneMasks};
 pub use observer::{Event, Observer, Silent};

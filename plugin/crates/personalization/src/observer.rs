@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use candle_core::Tensor;
 
-use crate::{AttentionMaps, EmState, Error, ImageMasks, Result};
+use crate::{AttentionMaps, EmState, Error, ImageMasks, JointState, Result};
 
 /// Something happened.
 #[derive(Debug)]
@@ -53,6 +53,8 @@ pub enum Event<'a> {
     },
     /// A state from which the alternation can go on.
     Checkpoint(&'a EmState),
+    /// A state from which the joint stage can go on; the answer to it does not count.
+    JointCheckpoint(&'a JointState),
 }
 
 /// Listens, and stops the work by returning `Break`: within one optimizer step or one pass through the U-Net.

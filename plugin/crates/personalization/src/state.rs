@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::concept_file::write_atomically;
 use crate::optimizer::AdamWState;
-use crate::{Concept, Error, ImageMasks, LearnedConcepts, Result, Role, SceneMasks};
+use crate::{AttentionMaps, Concept, Error, ImageMasks, LearnedConcepts, Result, Role, SceneMasks};
 
 /// The alternation between two rounds. Going on from it gives the same bits as never having stopped.
 #[derive(Debug, Clone)]
@@ -19,6 +19,8 @@ pub struct EmState {
     pub learned: LearnedConcepts,
     /// The masks.
     pub masks: SceneMasks,
+    /// The maps that they came from, one per picture; empty if the masks were given.
+    pub maps: Vec<AttentionMaps>,
     /// Rounds done.
     pub round: usize,
 }
@@ -35,6 +37,7 @@ struct Header {
     base_fingerprint: String,
     round: usize,
     mask_sizes: Vec<(usize, usize)>,
+    has_maps: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -111,6 +114,7 @@ impl EmState {
                 .iter()
                 .map(|masks| (masks.planes().len(), masks.size()))
                 .collect(),
+            has_maps: !self.maps.is_empty(),
         }
     }
 
@@ -171,6 +175,25 @@ impl EmState {
                 )
             });
         let masks = masks.collect::<Result<SceneMasks>>()?;
+        let pictures = if header.has_maps { &masks[..] } else { &[] };
+        let maps = pictures.iter().enumerate().map(|(picture, masks)| {
+            let size = masks.size();
+            let values = tensor(&format!("maps.{picture}"))?
+                .flatten_all()?
+                .to_vec1::<f32>()?;
+            if values.len() != masks.planes().len() * size * size {
+                return Err(Error::file(
+                    path,
+                    "holds attention maps of another size than its masks",
+                ));
+            }
+            let maps = values
+                .chunks_exact(size * size)
+                .map(<[f32]>::to_vec)
+                .collect();
+            Ok(AttentionMaps { size, maps })
+        });
+        let maps = maps.collect::<Result<Vec<_>>>()?;
         let role = |background| {
             if background {
                 Role::Background
@@ -201,6 +224,7 @@ impl EmState {
         Ok(Self {
             learned,
             masks,
+            maps,
             round: header.round,
         })
     }

@@ -12,8 +12,9 @@ use candle_core::{Device, Tensor, Var};
 use personalization::config::{EmConfig, JointConfig, JointScope};
 use personalization::loss::{cross_attention_loss, masked_diffusion_loss};
 use personalization::{
-    Concept, EmOutcome, EmStart, EmState, Error, Event, MaskMode, Picture, PreparedScene, Role,
-    Scene, ScenePicture, Silent, TokenInit, em, init_tokens, joint_stage, m_step,
+    Concept, EmOutcome, EmStart, EmState, Error, Event, JointState, MaskMode, Picture,
+    PreparedScene, Role, Scene, ScenePicture, Silent, TokenInit, em, init_tokens, joint_stage,
+    m_step,
 };
 use stable_diffusion::{CheckpointSource, DiffusionModel};
 
@@ -285,6 +286,7 @@ fn the_joint_stage_changes_its_own_weights_and_no_others() {
             &outcome.learned,
             &joint,
             &config.m_step,
+            None,
             &mut Silent,
         )
         .unwrap();
@@ -314,6 +316,53 @@ fn the_joint_stage_changes_its_own_weights_and_no_others() {
             .filter(|factors| bits(&factors.up).iter().any(|&v| v != 0));
         assert_eq!(moved.count() > 0, matches!(scope, JointScope::Lora { .. }));
     }
+}
+
+#[test]
+fn a_joint_stage_that_was_stopped_goes_on_with_the_same_bits() {
+    let (model, config) = (model(), short());
+    let scene = scene(&model);
+    let EmOutcome { learned, masks, .. } = run(&model, &scene, &config);
+    let prepared = PreparedScene::new(&model, &scene, &config.crf).unwrap();
+    let scope = JointScope::Lora { rank: 2 };
+    let joint = JointConfig {
+        steps: 4,
+        learning_rate: 1e-3,
+        scope,
+        ..JointConfig::break_a_scene()
+    };
+    let stage = |resume, observer: &mut dyn personalization::Observer| {
+        joint_stage(
+            &model,
+            &prepared,
+            &masks,
+            &learned,
+            &joint,
+            &config.m_step,
+            resume,
+            observer,
+        )
+    };
+    let (_, whole) = stage(None, &mut Silent).unwrap();
+    let file = tempfile::tempdir()
+        .unwrap()
+        .keep()
+        .join("joint.safetensors");
+    let stopped = stage(None, &mut |event: &Event<'_>| {
+        if let Event::JointCheckpoint(state) = event {
+            state.save(&file).unwrap();
+        }
+        if matches!(event, Event::Step { step: 2, .. }) {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    });
+    assert!(matches!(stopped, Err(Error::Canceled)));
+    let state = JointState::load(&file, &Device::Cpu).unwrap();
+    assert_eq!(state.step, 2);
+    let (_, resumed) = stage(Some(state), &mut Silent).unwrap();
+    assert_eq!(bits(&whole.rows), bits(&resumed.rows));
 }
 
 #[test]
