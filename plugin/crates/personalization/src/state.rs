@@ -75,6 +75,12 @@ impl EmState {
                 (Dtype::U8, shape, masks.planes().concat()),
             );
         }
+        for (picture, maps) in self.maps.iter().enumerate() {
+            let values = maps.maps.iter().flatten();
+            let bytes = values.flat_map(|v| v.to_le_bytes()).collect();
+            let shape = vec![maps.maps.len(), maps.size, maps.size];
+            tensors.insert(format!("maps.{picture}"), (Dtype::F32, shape, bytes));
+        }
         let header =
             serde_json::to_string(&self.header()).map_err(|error| cannot_write(path, error))?;
         let views = tensors

@@ -172,7 +172,10 @@ fn a_run_that_goes_on_from_its_saved_state_gives_the_same_bits() {
     );
     assert!(matches!(stopped, Err(Error::Canceled)));
     let state = EmState::load(&file, &Device::Cpu).unwrap();
-    assert_eq!((state.round, state.learned.step), (1, 2));
+    assert_eq!(
+        (state.round, state.learned.step, state.maps.len()),
+        (1, 2, 2)
+    );
     let resumed = em(
         &model,
         &prepared,
@@ -183,7 +186,7 @@ fn a_run_that_goes_on_from_its_saved_state_gives_the_same_bits() {
     )
     .unwrap();
     assert_eq!(bits(&whole.learned.rows), bits(&resumed.learned.rows));
-    assert_eq!(whole.masks, resumed.masks);
+    assert_eq!((whole.masks, whole.maps), (resumed.masks, resumed.maps));
 }
 
 #[test]
