@@ -76,7 +76,11 @@ fn the_demo_ends_with_a_report_masks_concepts_and_pictures() {
         "EmLoop.first_timesteps=2",
         "EmLoop.timesteps=2",
     ];
-    let fewer = ["EmLoop.joint_steps=2", "PersonalizedSampler.steps=2"];
+    let fewer = [
+        "EmLoop.joint_steps=2",
+        "EmLoop.joint_scope=lora",
+        "PersonalizedSampler.steps=2",
+    ];
     let mut arguments = vec!["run"];
     arguments.extend(few.iter().chain(&fewer).flat_map(|set| ["--set", set]));
     let done = place.host(&arguments).succeeded();
