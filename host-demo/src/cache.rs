@@ -47,9 +47,18 @@ impl Signature {
 }
 
 struct Entry {
+    class: String,
     outputs: Vec<Value>,
     bytes: u64,
     last_use: u64,
+}
+
+/// A result that had to leave.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Evicted {
+    /// The class of the node that made it.
+    pub(crate) class: String,
+    pub(crate) bytes: u64,
 }
 
 /// Results in memory; the one that was used longest ago leaves first.
@@ -77,28 +86,38 @@ impl Cache {
         Some(entry.outputs.clone())
     }
 
-    /// Keeps a result, and lets others go if there is no room.
-    pub(crate) fn insert(&mut self, signature: Signature, outputs: Vec<Value>) {
+    /// Keeps a result of a node of `class`; returns those that had to leave for it.
+    pub(crate) fn insert(
+        &mut self,
+        signature: Signature,
+        class: &str,
+        outputs: Vec<Value>,
+    ) -> Vec<Evicted> {
         let bytes = outputs.iter().map(size).sum();
+        let class = class.to_owned();
         if bytes > self.budget {
-            return;
+            return vec![Evicted { class, bytes }];
         }
         self.clock += 1;
-        self.entries.insert(
-            signature,
-            Entry {
-                outputs,
-                bytes,
-                last_use: self.clock,
-            },
-        );
+        let entry = Entry {
+            class,
+            outputs,
+            bytes,
+            last_use: self.clock,
+        };
+        self.entries.insert(signature, entry);
+        let mut evicted = Vec::new();
         while self.bytes() > self.budget || self.entries.len() > MAX_ENTRIES {
             let oldest = self.entries.iter().min_by_key(|(_, entry)| entry.last_use);
-            let Some(oldest) = oldest.map(|(signature, _)| signature.clone()) else {
+            let oldest = oldest.map(|(signature, _)| signature.clone());
+            let Some(Entry { class, bytes, .. }) =
+                oldest.and_then(|signature| self.entries.remove(&signature))
+            else {
                 break;
             };
-            self.entries.remove(&oldest);
+            evicted.push(Evicted { class, bytes });
         }
+        evicted
     }
 
     /// Lets everything go; whether there was anything.
@@ -141,10 +160,12 @@ mod tests {
     #[test]
     fn what_was_used_longest_ago_leaves_first() {
         let mut cache = Cache::new(2048);
-        cache.insert(signature("a"), kilobyte());
-        cache.insert(signature("b"), kilobyte());
+        cache.insert(signature("a"), "A", kilobyte());
+        cache.insert(signature("b"), "B", kilobyte());
         assert!(cache.get(&signature("a")).is_some());
-        cache.insert(signature("c"), kilobyte());
+        let evicted = cache.insert(signature("c"), "C", kilobyte());
+        let (class, bytes) = ("B".to_owned(), 1024);
+        assert_eq!(evicted, [Evicted { class, bytes }]);
         let found = ["a", "b", "c"].map(|name| cache.get(&signature(name)).is_some());
         assert_eq!(found, [true, false, true]);
         assert!(cache.clear() && !cache.clear());

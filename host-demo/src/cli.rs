@@ -1,6 +1,7 @@
 //! The command line: arguments to checked requests, results to files, errors to one sentence and an exit code.
 
 use std::io::Write as _;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use crate::run_folder::{Destination, RunFolder};
 use crate::terminal::Terminal;
 use crate::validate::{Plan, Problem, validate};
 use crate::workflow_file::Workflow;
-use crate::{demo, interrupt, loader, report};
+use crate::{demo, interrupt, loader, report, serve};
 
 const EXIT_FAILED: u8 = 1;
 /// As shells report a process that Ctrl-C ended.
@@ -54,6 +55,8 @@ struct Libraries {
 enum Command {
     /// Runs a workflow: what ComfyUI saves, or its API format
     Run(RunArguments),
+    /// Serves ComfyUI's protocol: its editor and its clients drive our nodes
+    Serve(ServeArguments),
     /// Lists all nodes and their parameters
     Nodes {
         /// As ComfyUI's /object_info document
@@ -100,6 +103,36 @@ struct RunArguments {
     libraries: Libraries,
 }
 
+#[derive(Debug, Clone, Args)]
+struct ServeArguments {
+    /// The port; 0 takes a free one
+    #[arg(long, default_value_t = 8188)]
+    port: u16,
+    /// The address; any but this machine's own needs --token
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    listen: IpAddr,
+    /// What clients have to know to be let in
+    #[arg(long, env = "CONCEPTLOOM_TOKEN", hide_env_values = true)]
+    token: Option<String>,
+    /// ComfyUI's editor: a folder or a wheel of comfyui-frontend-package [default: the one that Python has installed]
+    #[arg(long, value_name = "FOLDER_OR_WHEEL")]
+    front_end_root: Option<PathBuf>,
+    /// Where pictures, results, workflows and the list of jobs are kept
+    #[arg(long, value_name = "FOLDER", default_value = "conceptloom-data")]
+    data: PathBuf,
+    /// Most memory that results of nodes are kept in, to not make them again
+    #[arg(long, value_name = "MIB", default_value_t = DEFAULT_BUDGET >> 20)]
+    cache_memory: u64,
+    /// Runs the jobs that an earlier server left, instead of holding them
+    #[arg(long)]
+    resume: bool,
+    /// Writes no workflow into pictures and learned concepts
+    #[arg(long)]
+    disable_metadata: bool,
+    #[command(flatten)]
+    libraries: Libraries,
+}
+
 /// How a command that did not succeed ended; what there was to say has been said.
 struct Ended(u8);
 
@@ -117,7 +150,7 @@ pub(crate) fn complain(line: &str) {
 }
 
 /// A line on standard output; a reader that has gone away is no error.
-fn say(line: &str) {
+pub(crate) fn say(line: &str) {
     let _ = writeln!(std::io::stdout(), "{line}");
 }
 
@@ -152,6 +185,17 @@ fn dispatch(arguments: Arguments) -> Result<(), Ended> {
             ..RunArguments::default()
         }),
         Some(Command::Run(arguments)) => run(&arguments),
+        Some(Command::Serve(arguments)) => Ok(serve::serve(&serve::Options {
+            listen: arguments.listen,
+            port: arguments.port,
+            token: arguments.token,
+            front_end: arguments.front_end_root,
+            data: arguments.data,
+            cache_budget: arguments.cache_memory.saturating_mul(1 << 20),
+            disable_metadata: arguments.disable_metadata,
+            resume: arguments.resume,
+            plugins: arguments.libraries.plugin,
+        })?),
         Some(Command::Nodes { json, libraries }) => {
             let catalog = catalog(&libraries, Places::default())?;
             if json {
@@ -204,7 +248,7 @@ struct Prepared {
 
 fn prepare(arguments: &RunArguments) -> Result<Prepared, Ended> {
     let file = arguments.file.as_deref();
-    let places = Places {
+    let places = Places::Own {
         workflow_dir: file
             .and_then(Path::parent)
             .unwrap_or(Path::new(""))

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use plugin_api::{OutputSocket, Progress, Value};
 
+use crate::cache::Signature;
 use crate::pictures::RgbPicture;
 
 /// A node as observers name it.
@@ -22,6 +23,7 @@ pub(crate) enum Event<'a> {
     Started { index: usize, total: usize },
     /// Its result was there already.
     Cached {
+        signature: &'a Signature,
         sockets: &'a [OutputSocket],
         outputs: &'a [Value],
     },
@@ -42,6 +44,7 @@ pub(crate) enum Event<'a> {
     /// It is done.
     Finished {
         seconds: f64,
+        signature: &'a Signature,
         sockets: &'a [OutputSocket],
         outputs: &'a [Value],
     },

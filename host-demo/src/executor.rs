@@ -218,6 +218,7 @@ impl<'a> Worker<'a> {
             job.observer.on_event(
                 label,
                 &Event::Cached {
+                    signature: &signature,
                     sockets: &descriptor.outputs,
                     outputs: &outputs,
                 },
@@ -241,12 +242,26 @@ impl<'a> Worker<'a> {
             label,
             &Event::Finished {
                 seconds,
+                signature: &signature,
                 sockets: &descriptor.outputs,
                 outputs: &outputs,
             },
         );
         if !descriptor.output_node && !has_saved.load(Ordering::SeqCst) {
-            cache.insert(signature, outputs.clone());
+            for gone in cache.insert(signature, &node.class, outputs.clone()) {
+                let text = format!(
+                    "the cache let go of a result of {} ({} MiB) to keep its budget",
+                    gone.class,
+                    gone.bytes >> 20
+                );
+                job.observer.on_event(
+                    label,
+                    &Event::Log {
+                        level: 1,
+                        text: &text,
+                    },
+                );
+            }
         }
         Ok(outputs)
     }

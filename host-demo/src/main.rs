@@ -2,8 +2,9 @@
 //!
 //! In reading order: what a workflow is (`graph`, `workflow_file`), what nodes there are (`catalog` from `loader` and
 //! `builtin_nodes`), whether it can run (`validate`, `schedule`), running it (`executor`, with `cache` and `events`),
-//! and what is left afterwards (`run_folder`, `recorder`, `report`). `cli` ties them together.
+//! and what is left afterwards (`run_folder`, `recorder`, `report`). `cli` ties them together for one run, `serve` for an editor.
 
+mod confined;
 mod graph;
 mod workflow_file;
 
@@ -29,6 +30,7 @@ mod run_folder;
 mod cli;
 mod demo;
 mod interrupt;
+mod serve;
 mod terminal;
 
 fn main() -> std::process::ExitCode {

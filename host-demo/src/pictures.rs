@@ -39,15 +39,8 @@ impl LoadedPicture {
                 "cannot be read ({error}); PNG, JPEG and WebP files are"
             ))
         };
+        Self::check_size(name, bytes)?;
         let reader = || ImageReader::new(Cursor::new(bytes)).with_guessed_format();
-        let size = reader().map(ImageReader::into_dimensions);
-        if let Ok(Ok((width, height))) = size
-            && (width > MAX_SIDE || height > MAX_SIDE)
-        {
-            return Err(refuse(format!(
-                "is {width}×{height} pixels, the largest size that is read is {MAX_SIDE}×{MAX_SIDE}; scale it down"
-            )));
-        }
         let mut reader = reader().map_err(|error| refuse(format!("cannot be read ({error})")))?;
         let mut limits = Limits::default();
         limits.max_image_width = Some(MAX_SIDE);
@@ -60,6 +53,55 @@ impl LoadedPicture {
         let mut picture = DynamicImage::from_decoder(decoder).map_err(unreadable)?;
         picture.apply_orientation(orientation);
         Ok(Self(picture))
+    }
+
+    /// Checks what the file claims to be, without reading its pixels.
+    ///
+    /// # Errors
+    /// It is too large. What cannot be told from its head is left to [`decode`](Self::decode).
+    pub(crate) fn check_size(name: &str, bytes: &[u8]) -> Result<(), NodeError> {
+        let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format();
+        let size = reader.map(ImageReader::into_dimensions);
+        if let Ok(Ok((width, height))) = size
+            && (width > MAX_SIDE || height > MAX_SIDE)
+        {
+            let message = format!(
+                "the picture {name} is {width}×{height} pixels, the largest size that is read is \
+                 {MAX_SIDE}×{MAX_SIDE}; scale it down"
+            );
+            return Err(NodeError::invalid_input("image", message));
+        }
+        Ok(())
+    }
+
+    /// Without its transparency.
+    pub(crate) fn opaque(&self) -> DynamicImage {
+        self.0.to_rgb8().into()
+    }
+
+    /// Black with its transparency.
+    pub(crate) fn only_transparency(&self) -> DynamicImage {
+        let mut picture = self.0.to_rgba8();
+        for pixel in picture.pixels_mut() {
+            pixel.0 = [0, 0, 0, pixel.0[3]];
+        }
+        picture.into()
+    }
+
+    /// With the transparency of another picture, which is scaled to this one's size.
+    pub(crate) fn with_transparency_of(&self, other: &Self) -> DynamicImage {
+        let mut picture = self.0.to_rgba8();
+        let (width, height) = picture.dimensions();
+        let alpha = if other.0.width() == width && other.0.height() == height {
+            other.0.to_rgba8()
+        } else {
+            let filter = image::imageops::FilterType::Triangle;
+            other.0.resize_exact(width, height, filter).to_rgba8()
+        };
+        for (pixel, alpha) in picture.pixels_mut().zip(alpha.pixels()) {
+            pixel.0[3] = alpha.0[3];
+        }
+        picture.into()
     }
 
     fn size(&self) -> (usize, usize) {

@@ -125,7 +125,9 @@ impl Observer for Recorder {
         };
         let line = match event {
             Event::Started { .. } => Some(happened("started", json!({}))),
-            Event::Cached { sockets, outputs } => {
+            Event::Cached {
+                sockets, outputs, ..
+            } => {
                 record.nodes.push(NodeRecord {
                     label: node.clone(),
                     seconds: None,
@@ -182,6 +184,7 @@ impl Observer for Recorder {
                 seconds,
                 sockets,
                 outputs,
+                ..
             } => {
                 let node = NodeRecord {
                     label: node.clone(),

@@ -298,6 +298,11 @@ pub(crate) struct WorkDirs {
 }
 
 impl WorkDirs {
+    /// Kept beneath `root`.
+    pub(crate) fn new(root: PathBuf) -> Self {
+        Self { root }
+    }
+
     /// The folder of the node with this signature; `None` if another process uses it now.
     ///
     /// # Errors

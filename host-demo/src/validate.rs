@@ -2,7 +2,7 @@
 //!
 //! The codes are ComfyUI's, so that its editor can show them on the nodes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde_json::{Map, Value};
@@ -73,55 +73,118 @@ impl fmt::Display for Problem {
 /// What runs: the nodes that the output nodes need, sources first.
 pub(crate) type Plan = Vec<NodeId>;
 
+/// What of a graph can run, and what keeps the rest from it.
+#[derive(Debug, Default)]
+pub(crate) struct Verdict {
+    /// The output nodes that can run.
+    pub(crate) outputs: Vec<NodeId>,
+    /// What they need, sources first.
+    pub(crate) plan: Plan,
+    /// Everything that is wrong.
+    pub(crate) problems: Vec<Problem>,
+    /// The output nodes that need a node with a problem.
+    pub(crate) dependents: BTreeMap<NodeId, Vec<NodeId>>,
+}
+
 /// Checks a graph against the classes that there are.
 ///
 /// # Errors
 /// All problems of the nodes that would run.
 pub(crate) fn validate(graph: &Graph, catalog: &Catalog) -> Result<Plan, Vec<Problem>> {
-    let mut problems = Vec::new();
+    let verdict = judge(graph, catalog, None);
+    if verdict.problems.is_empty() {
+        Ok(verdict.plan)
+    } else {
+        Err(verdict.problems)
+    }
+}
+
+/// Checks every output node by itself; only those in `wanted`, if it is given.
+pub(crate) fn judge(graph: &Graph, catalog: &Catalog, wanted: Option<&[NodeId]>) -> Verdict {
+    let mut verdict = Verdict::default();
     for (id, node) in &graph.nodes {
         if catalog.descriptor(&node.class).is_none() {
             let message = format!(
                 "no node of the class {} is known; `host-demo nodes` lists all, and --plugin adds a library",
                 node.class
             );
-            problems.push(Problem::of_node("invalid_prompt", id, &node.class, message));
+            let problem = Problem::of_node("invalid_prompt", id, &node.class, message);
+            verdict.problems.push(problem);
         }
     }
-    let is_output = |node: &GraphNode| {
+    let is_output = |id: &NodeId, node: &GraphNode| {
         catalog
             .descriptor(&node.class)
             .is_some_and(|class| class.output_node)
+            && wanted.is_none_or(|wanted| wanted.contains(id))
     };
     let targets: Vec<_> = graph
         .nodes
         .iter()
-        .filter(|(_, node)| is_output(node))
+        .filter(|(id, node)| is_output(id, node))
         .map(|(id, _)| id.clone())
         .collect();
     if targets.is_empty() {
         let message =
             "the workflow has no output node, so nothing would run; add for example SaveImage";
-        problems.push(Problem::general("prompt_no_outputs", message));
+        verdict
+            .problems
+            .push(Problem::general("prompt_no_outputs", message));
     }
-    let order = schedule::order(graph, &targets);
+    let mut needs = Vec::new();
+    for target in targets {
+        let order = schedule::order(graph, std::slice::from_ref(&target));
+        if let Err(cycle) = &order {
+            let problem = cycle_problem(graph, cycle);
+            if !verdict.problems.contains(&problem) {
+                verdict.problems.push(problem);
+            }
+        }
+        needs.push((target, order.ok()));
+    }
     // With a cycle there is no order; the nodes are checked all the same.
-    let needed = order
-        .clone()
-        .unwrap_or_else(|_| graph.nodes.keys().cloned().collect());
-    if let Err(cycle) = &order {
-        problems.push(cycle_problem(graph, cycle));
-    }
-    for id in needed.iter().collect::<BTreeSet<_>>() {
+    let needed: BTreeSet<&NodeId> = if needs.iter().any(|(_, order)| order.is_none()) {
+        graph.nodes.keys().collect()
+    } else {
+        needs
+            .iter()
+            .flat_map(|(_, order)| order.iter().flatten())
+            .collect()
+    };
+    for id in needed {
         let node = &graph.nodes[id];
         if let Some(descriptor) = catalog.descriptor(&node.class) {
-            problems.extend(node_problems(graph, catalog, id, node, descriptor));
+            let found = node_problems(graph, catalog, id, node, descriptor);
+            verdict.problems.extend(found);
         }
     }
-    match order {
-        Ok(order) if problems.is_empty() => Ok(order),
-        _ => Err(problems),
+    settle(graph, &needs, &mut verdict);
+    verdict
+}
+
+/// Which output nodes can run, and which hang on a problem.
+fn settle(graph: &Graph, needs: &[(NodeId, Option<Plan>)], verdict: &mut Verdict) {
+    let broken: BTreeSet<NodeId> = verdict
+        .problems
+        .iter()
+        .filter_map(|problem| problem.node.as_ref().map(|(id, _)| id.clone()))
+        .collect();
+    for (target, order) in needs {
+        let hit: Vec<_> = order
+            .iter()
+            .flatten()
+            .filter(|id| broken.contains(id))
+            .collect();
+        if order.is_some() && hit.is_empty() {
+            verdict.outputs.push(target.clone());
+        }
+        for id in hit {
+            let dependents = verdict.dependents.entry(id.clone()).or_default();
+            dependents.push(target.clone());
+        }
     }
+    // The outputs were ordered one by one: together there is no cycle either.
+    verdict.plan = schedule::order(graph, &verdict.outputs).unwrap_or_default();
 }
 
 fn cycle_problem(graph: &Graph, Cycle(nodes): &Cycle) -> Problem {
@@ -361,6 +424,28 @@ mod tests {
             found.iter().map(|f| f.2.as_str()).collect::<Vec<_>>(),
             ["dependency_cycle"]
         );
+    }
+
+    #[test]
+    fn outputs_that_can_run_do_and_the_others_are_named() {
+        let graph = json!({
+            "1": node("LoadImage", json!({"image": "demo:dog-and-car.png"})),
+            "2": node("PreviewImage", json!({"images": ["1", 0]})),
+            "3": node("LoadImage", json!({"image": "no-such-file.png"})),
+            "4": node("PreviewImage", json!({"images": ["3", 0]})),
+        });
+        let graph = Graph::from_api(graph.as_object().unwrap()).unwrap();
+        let catalog = Catalog::builtin_only();
+        let ids = |ids: &[&str]| ids.iter().map(|id| NodeId::new(*id)).collect::<Vec<_>>();
+        let verdict = judge(&graph, &catalog, None);
+        assert_eq!(
+            (verdict.outputs, verdict.plan),
+            (ids(&["2"]), ids(&["1", "2"]))
+        );
+        assert_eq!(verdict.problems.len(), 1);
+        assert_eq!(verdict.dependents[&NodeId::new("3")], ids(&["4"]));
+        let wanted = judge(&graph, &catalog, Some(&ids(&["2"])));
+        assert_eq!((wanted.outputs, wanted.problems), (ids(&["2"]), Vec::new()));
     }
 
     #[test]

@@ -174,10 +174,34 @@ fn locate(name: &str, places: &Places) -> Result<Found, NodeError> {
             "no picture is named; give the name of a PNG, JPEG or WebP file".to_owned(),
         ));
     }
+    let found = match places {
+        Places::Own {
+            workflow_dir,
+            input_dir,
+        } => own_file(name, workflow_dir, input_dir),
+        Places::Served {
+            input,
+            output,
+            temp,
+        } => {
+            let (name, root) = match name.rsplit_once(" [") {
+                Some((name, "output]")) => (name, output),
+                Some((name, "temp]")) => (name, temp),
+                Some((name, "input]")) => (name, input),
+                _ => (name, input),
+            };
+            root.existing(name)
+                .map_err(|error| format!("{error}; upload the picture or choose another"))
+        }
+    };
+    found.map(Found::File).map_err(refuse)
+}
+
+fn own_file(name: &str, workflow_dir: &Path, input_dir: &Path) -> Result<PathBuf, String> {
     // Joining an absolute path gives that path.
-    let tried = [places.workflow_dir.join(name), places.input_dir.join(name)];
+    let tried = [workflow_dir.join(name), input_dir.join(name)];
     let found = tried.iter().find(|path| path.is_file());
-    found.cloned().map(Found::File).ok_or_else(|| {
+    found.cloned().ok_or_else(|| {
         let folder = |path: &Path| path.parent().unwrap_or(path).display().to_string();
         let places = if Path::new(name).is_absolute() {
             String::new()
@@ -188,7 +212,7 @@ fn locate(name: &str, places: &Places) -> Result<Found, NodeError> {
                 folder(&tried[1])
             )
         };
-        refuse(format!("there is no picture {name}{places}"))
+        format!("there is no picture {name}{places}")
     })
 }
 

@@ -11,18 +11,30 @@ use plugin_api::{ErrorCode, Host, Inputs, NodeDescriptor, NodeError, Outputs};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use crate::confined::Root;
+
 /// Where the nodes look for files.
 #[derive(Debug, Clone)]
-pub(crate) struct Places {
-    /// The folder of the workflow file; looked into first.
-    pub(crate) workflow_dir: PathBuf,
-    /// The folder for pictures of one's own.
-    pub(crate) input_dir: PathBuf,
+pub(crate) enum Places {
+    /// Of a person at the command line: whole paths are files too.
+    Own {
+        /// The folder of the workflow file; looked into first.
+        workflow_dir: PathBuf,
+        /// The folder for pictures of one's own.
+        input_dir: PathBuf,
+    },
+    /// Of a server: nothing outside of these folders. `name [output]` and `name [temp]` mean the other two, as
+    /// ComfyUI's editor writes them.
+    Served {
+        input: Root,
+        output: Root,
+        temp: Root,
+    },
 }
 
 impl Default for Places {
     fn default() -> Self {
-        Self {
+        Self::Own {
             workflow_dir: PathBuf::from("."),
             input_dir: PathBuf::from("input"),
         }

@@ -25,7 +25,7 @@ use crate::validate::Problem;
 /// Largest file that is read.
 const MAX_BYTES: u64 = 16 << 20;
 /// Most nodes of a graph, subgraphs counted as often as they are used.
-const MAX_NODES: usize = 4096;
+pub(crate) const MAX_NODES: usize = 4096;
 
 /// Why a workflow file cannot be used.
 #[derive(Debug, thiserror::Error)]

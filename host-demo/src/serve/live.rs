@@ -1,0 +1,394 @@
+//! What the editor shows of a running job: progress, previews and text on the nodes, and the results.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use image::codecs::jpeg::JpegEncoder;
+use parking_lot::Mutex;
+use serde_json::{Map, Value, json};
+
+use super::folders::Folders;
+use super::hub::{Hub, Message};
+use super::queue::now_ms;
+use crate::catalog::Catalog;
+use crate::cli::complain;
+use crate::events::{Event, NodeLabel, Observer};
+use crate::pictures::RgbPicture;
+use crate::{png_text, run_folder};
+
+/// Least time between two progress messages of a stage: 20 a second are smooth.
+const PROGRESS_EVERY: Duration = Duration::from_millis(50);
+const JPEG_QUALITY: u8 = 88;
+/// Most pictures that a node shows.
+const MAX_SHOWN: usize = 64;
+
+/// Most results whose pictures are remembered; the cache holds fewer.
+const MAX_REMEMBERED: usize = 1024;
+
+/// What nodes showed, by the signature of their result: shown again when the result comes from the cache.
+pub(crate) type ShownBefore = Arc<Mutex<BTreeMap<String, Value>>>;
+
+#[derive(Clone, Copy)]
+struct NodeProgress {
+    value: u64,
+    max: u64,
+    state: &'static str,
+}
+
+struct Shown {
+    key: String,
+    picture: RgbPicture,
+}
+
+#[derive(Default)]
+struct State {
+    progress: BTreeMap<String, NodeProgress>,
+    current: Option<NodeLabel>,
+    executed: Vec<String>,
+    /// Of the current node.
+    pictures: Vec<Shown>,
+    saved: Vec<Value>,
+    text: String,
+    last_progress: Option<Instant>,
+    /// Of the whole job.
+    outputs: Map<String, Value>,
+    messages: Vec<Value>,
+}
+
+/// Tells the clients of one job.
+pub(crate) struct Live {
+    hub: Arc<Hub>,
+    folders: Arc<Folders>,
+    catalog: Arc<Catalog>,
+    shown_before: ShownBefore,
+    prompt_id: String,
+    client_id: String,
+    state: Mutex<State>,
+}
+
+impl Live {
+    pub(crate) fn new(
+        hub: Arc<Hub>,
+        folders: Arc<Folders>,
+        catalog: Arc<Catalog>,
+        shown_before: ShownBefore,
+        (prompt_id, client_id): (&str, &str),
+    ) -> Self {
+        Self {
+            hub,
+            folders,
+            catalog,
+            shown_before,
+            prompt_id: prompt_id.to_owned(),
+            client_id: client_id.to_owned(),
+            state: Mutex::default(),
+        }
+    }
+
+    /// Sends an event.
+    pub(crate) fn send(&self, kind: &str, data: Value) {
+        self.hub.send(&self.client_id, &Message::Event(kind, data));
+    }
+
+    /// Keeps an event for the history; returns it as it is sent.
+    pub(crate) fn note(&self, kind: &str, mut data: Value) -> Value {
+        data["prompt_id"] = json!(self.prompt_id);
+        data["timestamp"] = json!(now_ms());
+        self.state.lock().messages.push(json!([kind, data]));
+        data
+    }
+
+    /// Keeps an event for the history and sends it.
+    pub(crate) fn tell(&self, kind: &str, data: Value) {
+        let data = self.note(kind, data);
+        self.send(kind, data);
+    }
+
+    /// What the nodes showed and what was told.
+    pub(crate) fn take_results(&self) -> (Map<String, Value>, Vec<Value>) {
+        let mut state = self.state.lock();
+        (
+            std::mem::take(&mut state.outputs),
+            std::mem::take(&mut state.messages),
+        )
+    }
+
+    /// The nodes that are done so far.
+    pub(crate) fn executed(&self) -> Vec<String> {
+        self.state.lock().executed.clone()
+    }
+
+    /// No node runs any more.
+    pub(crate) fn finish(&self) {
+        self.state.lock().current = None;
+        self.send(
+            "executing",
+            json!({"node": null, "display_node": null, "prompt_id": self.prompt_id}),
+        );
+    }
+
+    /// Tells a client that came back where the job is.
+    pub(crate) fn catch_up(&self, client: &str) {
+        if !self.client_id.is_empty() && self.client_id != client {
+            return;
+        }
+        let (executing, progress) = {
+            let state = self.state.lock();
+            let Some(current) = &state.current else {
+                return;
+            };
+            (self.executing(&current.id), self.progress_state(&state))
+        };
+        self.hub
+            .send(client, &Message::Event("executing", executing));
+        self.hub
+            .send(client, &Message::Event("progress_state", progress));
+    }
+
+    fn executing(&self, node: &str) -> Value {
+        json!({"node": node, "display_node": node, "prompt_id": self.prompt_id})
+    }
+
+    fn progress_state(&self, state: &State) -> Value {
+        let node = |(id, progress): (&String, &NodeProgress)| {
+            let entry = json!({
+                "value": progress.value, "max": progress.max, "state": progress.state, "node_id": id,
+                "prompt_id": self.prompt_id, "display_node_id": id, "parent_node_id": null, "real_node_id": id,
+            });
+            (id.clone(), entry)
+        };
+        let nodes: Map<_, _> = state.progress.iter().map(node).collect();
+        json!({"prompt_id": self.prompt_id, "nodes": nodes})
+    }
+
+    fn set_progress(&self, node: &str, value: u64, max: u64, is_done: bool) {
+        let progress = NodeProgress {
+            value,
+            max,
+            state: if is_done { "finished" } else { "running" },
+        };
+        let mut state = self.state.lock();
+        state.progress.insert(node.to_owned(), progress);
+        let all = self.progress_state(&state);
+        drop(state);
+        self.send("progress_state", all);
+    }
+
+    fn text(&self, node: &str, text: &str) {
+        let (prompt_id, node) = (self.prompt_id.as_str(), node);
+        let message = Message::Text {
+            node,
+            prompt_id,
+            text,
+        };
+        self.hub.send(&self.client_id, &message);
+    }
+
+    fn started(&self, node: &NodeLabel) {
+        {
+            let mut state = self.state.lock();
+            state.current = Some(node.clone());
+            state.pictures.clear();
+            state.saved.clear();
+            state.text.clear();
+            state.last_progress = None;
+        }
+        self.set_progress(&node.id, 0, 1, false);
+        self.send("executing", self.executing(&node.id));
+    }
+
+    fn progressed(&self, node: &NodeLabel, progress: &plugin_api::Progress) {
+        {
+            let mut state = self.state.lock();
+            if !progress.text.is_empty() {
+                state.text = progress.text.to_string();
+            }
+            let is_early = state
+                .last_progress
+                .is_some_and(|at| at.elapsed() < PROGRESS_EVERY);
+            if is_early && progress.done < progress.total {
+                return;
+            }
+            state.last_progress = Some(Instant::now());
+        }
+        self.set_progress(&node.id, progress.done, progress.total, false);
+        self.send(
+            "progress",
+            json!({"value": progress.done, "max": progress.total, "prompt_id": self.prompt_id, "node": node.id}),
+        );
+        if !progress.text.is_empty() {
+            self.text(&node.id, &format!("{}: {}", progress.stage, progress.text));
+        }
+    }
+
+    fn previewed(&self, node: &NodeLabel, series: &str, label: &str, picture: &RgbPicture) {
+        if let Some(jpeg) = jpeg(picture) {
+            let message = Message::Preview {
+                node: &node.id,
+                prompt_id: &self.prompt_id,
+                jpeg: &jpeg,
+            };
+            self.hub.send(&self.client_id, &message);
+        }
+        // Of a series that grows the last picture stays; a node that exists to show shows all.
+        let shows_all = self
+            .catalog
+            .descriptor(&node.class)
+            .is_some_and(|class| class.output_node);
+        let key = if shows_all {
+            format!("{series}/{label}")
+        } else {
+            series.to_owned()
+        };
+        let picture = picture.clone();
+        let mut state = self.state.lock();
+        let place = state.pictures.iter().position(|shown| shown.key == key);
+        match place {
+            Some(place) => state.pictures[place].picture = picture,
+            None if state.pictures.len() < MAX_SHOWN => state.pictures.push(Shown { key, picture }),
+            None => {}
+        }
+    }
+
+    fn saved(&self, node: &NodeLabel, path: &Path) {
+        let Some(name) = self.folders.output.name_of(path) else {
+            return;
+        };
+        let (subfolder, filename) = name.rsplit_once('/').unwrap_or(("", &name));
+        let file = json!({"filename": filename, "subfolder": subfolder, "type": "output"});
+        self.state.lock().saved.push(file);
+        if !is_picture(filename) {
+            self.text(&node.id, &format!("saved {name}"));
+        }
+    }
+
+    /// What the node shows when it is done.
+    fn results(&self) -> Option<Value> {
+        let (pictures, saved, text) = {
+            let mut state = self.state.lock();
+            (
+                std::mem::take(&mut state.pictures),
+                std::mem::take(&mut state.saved),
+                std::mem::take(&mut state.text),
+            )
+        };
+        let (mut images, files): (Vec<_>, Vec<_>) = saved
+            .into_iter()
+            .partition(|file| file["filename"].as_str().is_some_and(is_picture));
+        images.extend(
+            pictures
+                .iter()
+                .filter_map(|shown| self.temporary(&shown.picture)),
+        );
+        let mut output = Map::new();
+        if !images.is_empty() {
+            output.insert("images".to_owned(), images.into());
+        }
+        if !files.is_empty() {
+            output.insert("files".to_owned(), files.into());
+        }
+        if !text.is_empty() {
+            output.insert("text".to_owned(), json!([text]));
+        }
+        (!output.is_empty()).then_some(Value::Object(output))
+    }
+
+    /// Writes a picture into the folder for what is only looked at; its name is its content's.
+    fn temporary(&self, picture: &RgbPicture) -> Option<Value> {
+        let png = png_text::encode(picture, &[]).ok()?;
+        let hash = blake3::hash(&png).to_hex();
+        let filename = format!("{}.png", &hash[..16]);
+        let path = self.folders.temp.path().join(&filename);
+        if !path.exists()
+            && let Err(error) = run_folder::write_new(&path, &png)
+        {
+            complain(&format!("warning: a picture cannot be shown: {error}"));
+            return None;
+        }
+        Some(json!({"filename": filename, "subfolder": "", "type": "temp"}))
+    }
+
+    fn show(&self, node: &NodeLabel, output: Value) {
+        let data = json!({
+            "node": node.id, "display_node": node.id, "output": output, "prompt_id": self.prompt_id,
+        });
+        self.state.lock().outputs.insert(node.id.clone(), output);
+        self.send("executed", data);
+    }
+
+    fn finished(&self, node: &NodeLabel, signature: &str) {
+        if let Some(output) = self.results() {
+            let mut shown_before = self.shown_before.lock();
+            if shown_before.len() >= MAX_REMEMBERED {
+                shown_before.clear();
+            }
+            shown_before.insert(signature.to_owned(), output.clone());
+            drop(shown_before);
+            self.show(node, output);
+        }
+        let max = self
+            .state
+            .lock()
+            .progress
+            .get(&node.id)
+            .map_or(1, |progress| progress.max);
+        self.state.lock().executed.push(node.id.clone());
+        self.set_progress(&node.id, max, max, true);
+    }
+
+    fn cached(&self, node: &NodeLabel, signature: &str) {
+        self.tell("execution_cached", json!({"nodes": [node.id]}));
+        self.state.lock().executed.push(node.id.clone());
+        self.set_progress(&node.id, 1, 1, true);
+        let shown = self.shown_before.lock().get(signature).cloned();
+        if let Some(output) = shown {
+            self.show(node, output);
+        }
+    }
+}
+
+impl Observer for Live {
+    fn on_event(&self, node: &NodeLabel, event: &Event<'_>) {
+        match event {
+            Event::Started { .. } => self.started(node),
+            Event::Cached { signature, .. } => self.cached(node, signature.as_str()),
+            Event::Progress(progress) => self.progressed(node, progress),
+            Event::Preview {
+                series,
+                label,
+                picture,
+            } => self.previewed(node, series, label, picture),
+            Event::Metric { .. } => {}
+            Event::Log { level, text } if *level >= 1 => self.text(&node.id, text),
+            Event::Log { .. } => {}
+            Event::Saved { path } => self.saved(node, path),
+            Event::Finished { signature, .. } => self.finished(node, signature.as_str()),
+        }
+    }
+}
+
+fn is_picture(name: &str) -> bool {
+    let extension = Path::new(name)
+        .extension()
+        .and_then(|extension| extension.to_str());
+    extension.is_some_and(|extension| {
+        ["png", "jpg", "jpeg", "webp"].contains(&extension.to_lowercase().as_str())
+    })
+}
+
+/// A picture as the editor's previews are sent; `None` if it is larger than JPEG allows.
+fn jpeg(picture: &RgbPicture) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let (width, height) = (picture.width as u32, picture.height as u32);
+    JpegEncoder::new_with_quality(&mut bytes, JPEG_QUALITY)
+        .encode(
+            &picture.pixels,
+            width,
+            height,
+            image::ExtendedColorType::Rgb8,
+        )
+        .ok()?;
+    Some(bytes)
+}

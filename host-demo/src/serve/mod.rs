@@ -1,0 +1,182 @@
+//! A server that speaks ComfyUI's protocol, so that its editor and its clients drive our nodes.
+//!
+//! In reading order: where things are (`folders`, `front_end`), who is let in (`guard`), what is to be done (`queue`,
+//! kept by `journal`), doing it (`worker`, told by `live` to the clients of `hub`), and what can be asked (`routes`).
+
+mod folders;
+mod front_end;
+mod guard;
+mod hub;
+mod journal;
+mod listener;
+mod live;
+mod queue;
+mod routes;
+mod settings;
+mod worker;
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use serde_json::json;
+use tokio::net::TcpListener;
+
+use crate::builtin_nodes::Places;
+use crate::catalog::Catalog;
+use crate::cli::{complain, say};
+use crate::{demo, loader};
+
+pub(crate) use folders::Folders;
+use front_end::FrontEnd;
+use guard::Guard;
+use hub::{Hub, Message};
+use journal::Journal;
+use queue::Queue;
+use settings::Settings;
+
+/// The pack that the bundled workflow belongs to.
+pub(crate) const PACK: &str = "conceptloom";
+
+/// How to serve.
+#[derive(Debug)]
+pub(crate) struct Options {
+    pub(crate) listen: IpAddr,
+    pub(crate) port: u16,
+    pub(crate) token: Option<String>,
+    pub(crate) front_end: Option<PathBuf>,
+    pub(crate) data: PathBuf,
+    pub(crate) cache_budget: u64,
+    pub(crate) disable_metadata: bool,
+    pub(crate) resume: bool,
+    pub(crate) plugins: Vec<PathBuf>,
+}
+
+/// Everything that requests share.
+pub(crate) struct Server {
+    catalog: Arc<Catalog>,
+    folders: Arc<Folders>,
+    front_end: FrontEnd,
+    guard: Guard,
+    hub: Arc<Hub>,
+    queue: Queue,
+    settings: Settings,
+    disable_metadata: bool,
+}
+
+impl Server {
+    /// Tells everybody how long the queue is.
+    fn tell_status(&self) {
+        self.hub.send("", &Message::Event("status", self.status()));
+    }
+
+    fn status(&self) -> serde_json::Value {
+        json!({"status": {"exec_info": {"queue_remaining": self.queue.remaining()}}})
+    }
+}
+
+/// Serves until Ctrl-C.
+///
+/// # Errors
+/// What keeps the server from starting, in one sentence.
+pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
+    let guard = Guard::new(options.listen, options.token.clone())?;
+    let front_end = FrontEnd::find(options.front_end.as_deref())?;
+    let folders = Arc::new(Folders::open(&options.data)?);
+    let places = Places::Served {
+        input: folders.input.clone(),
+        output: folders.output.clone(),
+        temp: folders.temp.clone(),
+    };
+    let plugins = loader::find(&options.plugins)?
+        .iter()
+        .map(|path| loader::load(path))
+        .collect::<Result<Vec<_>, _>>()?;
+    let catalog = Arc::new(Catalog::new(plugins, places)?);
+    let settings = Settings::open(&folders.user, front_end.version())?;
+    let (journal, restored) = Journal::open(&folders.journal())?;
+    let n_restored = restored.len();
+    let server = Arc::new(Server {
+        queue: Queue::new(journal, restored),
+        hub: Arc::default(),
+        disable_metadata: options.disable_metadata,
+        catalog,
+        folders,
+        front_end,
+        guard,
+        settings,
+    });
+    if options.resume {
+        server.queue.resume();
+    } else if n_restored > 0 {
+        complain(&format!(
+            "{n_restored} jobs of an earlier run wait; start with --resume, use /conceptloom in the browser, or POST \
+             {{\"resume\": true}} to /api/queue to let them run"
+        ));
+    }
+    // Half-open connections must not use up what answers the others.
+    let _ = rlimit::increase_nofile_limit(u64::from(u16::MAX));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("the server's threads cannot be started")?;
+    let worker = {
+        let (server, budget) = (server.clone(), options.cache_budget);
+        std::thread::Builder::new()
+            .name("jobs".to_owned())
+            .spawn(move || worker::work(&server, budget))
+            .context("the worker cannot be started")?
+    };
+    let served = runtime.block_on(answer(&server, options));
+    server.queue.close();
+    complain("stopping; the running job ends at its next step, and waiting jobs are kept");
+    runtime.shutdown_background();
+    if worker.join().is_err() {
+        complain("warning: the worker ended in disorder");
+    }
+    served
+}
+
+async fn answer(server: &Arc<Server>, options: &Options) -> anyhow::Result<()> {
+    let address = SocketAddr::new(options.listen, options.port);
+    let listener = TcpListener::bind(address).await.with_context(|| {
+        format!("cannot listen on {address}; stop what uses it or name another port with --port")
+    })?;
+    let address = listener.local_addr().context("the address is not known")?;
+    if !server.front_end.is_there() {
+        complain(
+            "ComfyUI's editor was not found: a plain page is served instead; `pip install \
+             comfyui-frontend-package` installs the editor, --front-end-root names a folder or wheel of it",
+        );
+    }
+    let token = server.guard.token_query();
+    say(&format!(
+        "http://{address}/?template={}&source={PACK}{token}",
+        demo::NAME
+    ));
+    let router = routes::router(server.clone());
+    tokio::select! {
+        () = listener::accept(listener, router) => Ok(()),
+        result = tokio::signal::ctrl_c() => result.context("Ctrl-C cannot be handled"),
+        () = terminated() => Ok(()),
+    }
+}
+
+/// Waits for what a service manager sends.
+#[cfg(unix)]
+async fn terminated() {
+    use tokio::signal::unix::{SignalKind, signal};
+    match signal(SignalKind::terminate()) {
+        Ok(mut signal) => {
+            signal.recv().await;
+        }
+        Err(_) => std::future::pending().await,
+    }
+}
+
+#[cfg(not(unix))]
+async fn terminated() {
+    std::future::pending().await
+}

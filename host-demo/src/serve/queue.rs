@@ -1,0 +1,374 @@
+//! Jobs: waiting, running, ended. One runs at a time.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use parking_lot::{Condvar, Mutex};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::journal::{Journal, JournalError};
+use super::live::Live;
+use crate::cli::complain;
+
+/// Ended jobs that are remembered.
+const MAX_HISTORY: usize = 256;
+
+/// Milliseconds since 1970.
+pub(crate) fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as u64)
+}
+
+/// What a client asked to be run.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(crate) struct Job {
+    /// A UUID.
+    pub(crate) id: String,
+    /// Lower numbers run first.
+    pub(crate) number: f64,
+    /// Who is told; everybody if empty.
+    pub(crate) client_id: String,
+    /// The graph in its API form.
+    pub(crate) prompt: Value,
+    /// What came with it, among it the editor's document.
+    pub(crate) extra_data: Value,
+    /// The output nodes that run.
+    pub(crate) outputs: Vec<String>,
+    /// When it was accepted.
+    pub(crate) created_ms: u64,
+    /// Left over from a crash: waits until somebody says so.
+    #[serde(skip)]
+    pub(crate) is_held: bool,
+}
+
+impl Job {
+    /// `[number, id, prompt, extra_data, outputs]`.
+    pub(crate) fn tuple(&self) -> Value {
+        json!([
+            self.number,
+            self.id,
+            self.prompt,
+            self.extra_data,
+            self.outputs
+        ])
+    }
+}
+
+/// How a job ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    Completed,
+    Failed,
+    Canceled,
+}
+
+/// A job that ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) job: Job,
+    pub(crate) outcome: Outcome,
+    /// What its nodes show, by node id.
+    pub(crate) outputs: Map<String, Value>,
+    /// `[event, data]`.
+    pub(crate) messages: Vec<Value>,
+    pub(crate) started_ms: u64,
+    pub(crate) ended_ms: u64,
+}
+
+/// The job that runs now.
+#[derive(Clone)]
+pub(crate) struct Running {
+    pub(crate) job: Arc<Job>,
+    pub(crate) cancel: Arc<AtomicBool>,
+    pub(crate) live: Arc<Live>,
+    pub(crate) started_ms: u64,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: Vec<Job>,
+    running: Option<Running>,
+    ended: VecDeque<Arc<Ended>>,
+    next_number: u64,
+    free_cache: bool,
+    is_closed: bool,
+}
+
+/// What the worker is to do next.
+pub(crate) enum Task {
+    Run(Job),
+    /// Let all cached results go.
+    FreeCache,
+    Stop,
+}
+
+/// See the module.
+pub(crate) struct Queue {
+    state: Mutex<State>,
+    changed: Condvar,
+    journal: Mutex<Journal>,
+}
+
+impl Queue {
+    /// A queue whose `restored` jobs are held.
+    pub(crate) fn new(journal: Journal, restored: Vec<Job>) -> Self {
+        let next_number = restored
+            .iter()
+            .map(|job| job.number.abs() as u64 + 1)
+            .max()
+            .unwrap_or(0);
+        let hold = |job| Job {
+            is_held: true,
+            ..job
+        };
+        let mut waiting: Vec<_> = restored.into_iter().map(hold).collect();
+        waiting.sort_by(|a, b| a.number.total_cmp(&b.number));
+        let state = State {
+            waiting,
+            next_number,
+            ..State::default()
+        };
+        Self {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            journal: Mutex::new(journal),
+        }
+    }
+
+    /// Takes a job in once it is on the disk; returns its number. `number` puts it before or behind others, `front`
+    /// before all.
+    ///
+    /// # Errors
+    /// It cannot be written down.
+    pub(crate) fn accept(
+        &self,
+        mut job: Job,
+        number: Option<f64>,
+        front: bool,
+    ) -> Result<f64, JournalError> {
+        // Held until the job is in the list: else an end could be written before its beginning.
+        let mut journal = self.journal.lock();
+        let next = {
+            let mut state = self.state.lock();
+            let next = state.next_number as f64;
+            state.next_number += 1;
+            next
+        };
+        job.number = number.unwrap_or(if front { -next } else { next });
+        let number = job.number;
+        journal.accepted(&job)?;
+        let mut state = self.state.lock();
+        let place = state
+            .waiting
+            .partition_point(|other| other.number <= number);
+        state.waiting.insert(place, job);
+        self.changed.notify_all();
+        Ok(number)
+    }
+
+    /// Whether a job of this id waits, runs or ended.
+    pub(crate) fn knows(&self, id: &str) -> bool {
+        let state = self.state.lock();
+        state.waiting.iter().any(|job| job.id == id)
+            || state
+                .running
+                .as_ref()
+                .is_some_and(|running| running.job.id == id)
+            || state.ended.iter().any(|ended| ended.job.id == id)
+    }
+
+    /// Waits for something to do.
+    pub(crate) fn next(&self) -> Task {
+        let mut state = self.state.lock();
+        loop {
+            if state.is_closed {
+                return Task::Stop;
+            }
+            if std::mem::take(&mut state.free_cache) {
+                return Task::FreeCache;
+            }
+            if let Some(place) = state.waiting.iter().position(|job| !job.is_held) {
+                return Task::Run(state.waiting.remove(place));
+            }
+            self.changed.wait(&mut state);
+        }
+    }
+
+    /// The worker has begun.
+    pub(crate) fn set_running(&self, running: Running) {
+        self.state.lock().running = Some(running);
+    }
+
+    /// The worker is done with the running job.
+    pub(crate) fn end(&self, ended: Ended) {
+        let id = ended.job.id.clone();
+        let mut state = self.state.lock();
+        // A server that is being stopped leaves its job for the next start.
+        let is_left = state.is_closed && ended.outcome == Outcome::Canceled;
+        state.running = None;
+        state.ended.push_back(Arc::new(ended));
+        while state.ended.len() > MAX_HISTORY {
+            state.ended.pop_front();
+        }
+        let is_idle = state.waiting.is_empty();
+        drop(state);
+        if !is_left {
+            self.write_ended(&[id], is_idle);
+        }
+    }
+
+    fn write_ended(&self, ids: &[String], is_idle: bool) {
+        if let Err(error) = self.journal.lock().ended(ids, is_idle) {
+            complain(&format!(
+                "warning: {error}; after a crash the job would run again"
+            ));
+        }
+    }
+
+    /// Takes waiting jobs out; those that `is_meant` names. Returns how many.
+    pub(crate) fn remove_waiting(&self, is_meant: impl Fn(&Job) -> bool) -> usize {
+        let mut removed = Vec::new();
+        let mut state = self.state.lock();
+        state.waiting.retain(|job| {
+            let goes = is_meant(job);
+            if goes {
+                removed.push(job.clone());
+            }
+            !goes
+        });
+        let is_idle = state.waiting.is_empty() && state.running.is_none();
+        let now = now_ms();
+        let ids: Vec<_> = removed.iter().map(|job| job.id.clone()).collect();
+        for job in removed {
+            state.ended.push_back(Arc::new(Ended {
+                job,
+                outcome: Outcome::Canceled,
+                outputs: Map::new(),
+                messages: Vec::new(),
+                started_ms: now,
+                ended_ms: now,
+            }));
+        }
+        drop(state);
+        self.write_ended(&ids, is_idle);
+        ids.len()
+    }
+
+    /// Asks the running job to stop, if it is the one named (or any, if none is). Returns whether it was.
+    pub(crate) fn interrupt(&self, id: Option<&str>) -> bool {
+        let state = self.state.lock();
+        let running = state
+            .running
+            .as_ref()
+            .filter(|running| id.is_none_or(|id| id == running.job.id));
+        if let Some(running) = running {
+            running.cancel.store(true, Ordering::SeqCst);
+        }
+        running.is_some()
+    }
+
+    /// Lets held jobs run; returns how many.
+    pub(crate) fn resume(&self) -> usize {
+        let mut state = self.state.lock();
+        let held = state.waiting.iter_mut().filter(|job| job.is_held);
+        let count = held.map(|job| job.is_held = false).count();
+        self.changed.notify_all();
+        count
+    }
+
+    /// Lets cached results go, as soon as no job runs.
+    pub(crate) fn free_cache(&self) {
+        self.state.lock().free_cache = true;
+        self.changed.notify_all();
+    }
+
+    /// Stops the running job and the worker; what waits stays in the journal.
+    pub(crate) fn close(&self) {
+        self.state.lock().is_closed = true;
+        self.interrupt(None);
+        self.changed.notify_all();
+    }
+
+    /// The job that runs.
+    pub(crate) fn running(&self) -> Option<Running> {
+        self.state.lock().running.clone()
+    }
+
+    /// The jobs that wait, next first.
+    pub(crate) fn waiting(&self) -> Vec<Job> {
+        self.state.lock().waiting.clone()
+    }
+
+    /// How many wait or run.
+    pub(crate) fn remaining(&self) -> usize {
+        let state = self.state.lock();
+        state.waiting.len() + usize::from(state.running.is_some())
+    }
+
+    /// The jobs that ended, oldest first.
+    pub(crate) fn history(&self) -> Vec<Arc<Ended>> {
+        self.state.lock().ended.iter().cloned().collect()
+    }
+
+    /// Forgets ended jobs that `is_meant` names.
+    pub(crate) fn forget(&self, is_meant: impl Fn(&Ended) -> bool) {
+        self.state.lock().ended.retain(|ended| !is_meant(ended));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(id: &str) -> Job {
+        Job {
+            id: id.to_owned(),
+            ..Job::default()
+        }
+    }
+
+    fn next_id(queue: &Queue) -> String {
+        match queue.next() {
+            Task::Run(job) => job.id,
+            Task::FreeCache | Task::Stop => panic!("no job"),
+        }
+    }
+
+    #[test]
+    fn jobs_run_in_order_and_the_front_comes_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let (journal, restored) = Journal::open(&folder.path().join("queue.jsonl")).unwrap();
+        let queue = Queue::new(journal, restored);
+        for id in ["a", "b"] {
+            queue.accept(job(id), None, false).unwrap();
+        }
+        queue.accept(job("c"), None, true).unwrap();
+        queue.accept(job("d"), Some(0.5), false).unwrap();
+        assert_eq!(queue.remove_waiting(|job| job.id == "b"), 1);
+        let order = [next_id(&queue), next_id(&queue), next_id(&queue)];
+        assert_eq!(order, ["c", "a", "d"]);
+        assert!(queue.knows("b") && !queue.knows("e"));
+    }
+
+    #[test]
+    fn what_a_crash_left_is_held_and_new_jobs_go_past_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("queue.jsonl");
+        let (journal, restored) = Journal::open(&path).unwrap();
+        let queue = Queue::new(journal, restored);
+        queue.accept(job("a"), None, false).unwrap();
+        queue.accept(job("b"), None, false).unwrap();
+        // The first was running.
+        assert_eq!(next_id(&queue), "a");
+        drop(queue);
+        let (journal, restored) = Journal::open(&path).unwrap();
+        let queue = Queue::new(journal, restored);
+        assert_eq!(queue.accept(job("new"), None, false).unwrap(), 2.0);
+        assert_eq!(next_id(&queue), "new");
+        assert_eq!(queue.resume(), 2);
+        assert_eq!([next_id(&queue), next_id(&queue)], ["a", "b"]);
+    }
+}

@@ -1,0 +1,292 @@
+//! What there is: nodes, settings, templates, models, the machine.
+
+use std::collections::HashMap;
+use std::path::Path as FilePath;
+use std::sync::Arc;
+
+use axum::extract::{Path, Query, Request, State};
+use axum::response::Response;
+use serde_json::{Map, Value, json};
+
+use super::super::{PACK, Server};
+use super::{
+    MAX_JSON, MAX_UPLOAD, bad_request, blocking, body, cannot_write, done, either, json_body,
+    not_found, ok,
+};
+use crate::confined::Root;
+use crate::demo;
+
+/// Node inputs that name a picture, with the button to add one.
+const PICTURE_INPUTS: [&str; 2] = ["LoadImage", "LoadImageMask"];
+/// How deep folders are looked into.
+const MAX_DEPTH: usize = 4;
+/// Most files that are listed.
+const MAX_LISTED: usize = 10_000;
+
+/// `GET /prompt`.
+pub(crate) async fn status(State(server): State<Arc<Server>>) -> Response {
+    let status = server.status();
+    ok(&json!({"exec_info": status["status"]["exec_info"]}))
+}
+
+/// `GET /object_info`.
+pub(crate) async fn object_info(State(server): State<Arc<Server>>) -> Response {
+    let all = blocking(move || all_nodes(&server)).await;
+    either(all.map(|all| ok(&Value::Object(all))))
+}
+
+/// `GET /object_info/{class}`.
+pub(crate) async fn object_info_of(
+    State(server): State<Arc<Server>>,
+    Path(class): Path<String>,
+) -> Response {
+    let all = blocking(move || all_nodes(&server)).await;
+    either(all.map(|mut all| {
+        let found = all.remove(&class).map(|info| (class, info));
+        ok(&Value::Object(found.into_iter().collect()))
+    }))
+}
+
+/// The catalog's, with the pictures that were uploaded.
+fn all_nodes(server: &Server) -> Map<String, Value> {
+    let mut all = server.catalog.object_info();
+    let uploaded = files_in(&server.folders.input, &["png", "jpg", "jpeg", "webp"]);
+    for class in PICTURE_INPUTS {
+        if let Some(options) = all.get_mut(class).and_then(|info| {
+            info.pointer_mut("/input/required/image/1/options")?
+                .as_array_mut()
+        }) {
+            options.extend(uploaded.iter().map(|name| json!(name)));
+        }
+    }
+    all
+}
+
+/// Names of the files with these extensions, sorted.
+fn files_in(root: &Root, extensions: &[&str]) -> Vec<String> {
+    let mut found = Vec::new();
+    collect(root, root.path(), extensions, MAX_DEPTH, &mut found);
+    found.sort();
+    found
+}
+
+fn collect(
+    root: &Root,
+    folder: &FilePath,
+    extensions: &[&str],
+    depth: usize,
+    found: &mut Vec<String>,
+) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let (path, Ok(kind)) = (entry.path(), entry.file_type()) else {
+            continue;
+        };
+        if kind.is_dir() && depth > 0 {
+            collect(root, &path, extensions, depth - 1, found);
+        }
+        let extension = path
+            .extension()
+            .and_then(|extension| extension.to_str())
+            .unwrap_or_default();
+        let is_meant = extensions.contains(&extension.to_lowercase().as_str());
+        if kind.is_file() && is_meant && found.len() < MAX_LISTED {
+            found.extend(root.name_of(&path));
+        }
+    }
+}
+
+/// `GET /system_stats`.
+pub(crate) async fn system_stats() -> Response {
+    let (total, free) = blocking(memory).await.unwrap_or_default();
+    let device = json!({
+        "name": "cpu", "type": "cpu", "index": 0, "vram_total": total, "vram_free": free,
+        "torch_vram_total": total, "torch_vram_free": free,
+    });
+    ok(&json!({
+        "system": {
+            "os": std::env::consts::OS, "ram_total": total, "ram_free": free,
+            "comfyui_version": concat!("host-demo ", env!("CARGO_PKG_VERSION")), "python_version": "none",
+            "pytorch_version": "none", "embedded_python": false, "argv": [],
+        },
+        "devices": [device],
+    }))
+}
+
+/// Bytes of the machine, and those that are free; 0 where the system does not tell in a file.
+fn memory() -> (u64, u64) {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kilobytes = |key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key));
+        line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok())
+            .unwrap_or(0)
+    };
+    (
+        kilobytes("MemTotal:") << 10,
+        kilobytes("MemAvailable:") << 10,
+    )
+}
+
+/// What clients are told that this server can.
+pub(super) fn server_features() -> Value {
+    json!({
+        "supports_preview_metadata": true, "supports_progress_text_metadata": true, "max_upload_size": MAX_UPLOAD,
+    })
+}
+
+/// `GET /features`.
+pub(crate) async fn features() -> Response {
+    ok(&server_features())
+}
+
+/// `GET /users`: there is one.
+pub(crate) async fn users() -> Response {
+    ok(&json!({"storage": "server", "migrated": true}))
+}
+
+/// `GET /settings`.
+pub(crate) async fn settings(State(server): State<Arc<Server>>) -> Response {
+    ok(&Value::Object(server.settings.all()))
+}
+
+/// `POST /settings`.
+pub(crate) async fn change_settings(
+    State(server): State<Arc<Server>>,
+    request: Request,
+) -> Response {
+    match json_body(request).await {
+        Ok(changes) => change(server, changes).await,
+        Err(refusal) => refusal,
+    }
+}
+
+/// `GET /settings/{id}`.
+pub(crate) async fn setting(State(server): State<Arc<Server>>, Path(id): Path<String>) -> Response {
+    ok(&server.settings.get(&id).unwrap_or_default())
+}
+
+/// `POST /settings/{id}`: the body is the value.
+pub(crate) async fn change_setting(
+    State(server): State<Arc<Server>>,
+    Path(id): Path<String>,
+    request: Request,
+) -> Response {
+    let bytes = match body(request, MAX_JSON).await {
+        Ok(bytes) => bytes,
+        Err(refusal) => return refusal,
+    };
+    match serde_json::from_slice(&bytes) {
+        Ok(value) => change(server, Map::from_iter([(id, value)])).await,
+        Err(error) => bad_request(&format!(
+            "the value of the setting {id} is no JSON: {error}"
+        )),
+    }
+}
+
+async fn change(server: Arc<Server>, changes: Map<String, Value>) -> Response {
+    let changed = blocking(move || server.settings.set(changes)).await;
+    either(changed.map(|changed| match changed {
+        Ok(()) => done(),
+        Err(error) => cannot_write("the settings", &std::io::Error::other(error.to_string())),
+    }))
+}
+
+/// `GET /extensions`: scripts that the editor loads.
+pub(crate) async fn extensions() -> Response {
+    ok(&json!([]))
+}
+
+/// Questions whose answer is that there is nothing.
+pub(crate) async fn nothing() -> Response {
+    done()
+}
+
+/// `GET /embeddings`: names of learned tokens, without their ending.
+pub(crate) async fn embeddings(State(server): State<Arc<Server>>) -> Response {
+    let names = blocking(move || {
+        let folder = server.folders.models.place("embeddings").ok();
+        let root = folder.and_then(|folder| Root::create(&folder).ok());
+        root.map(|root| files_in(&root, &["safetensors"]))
+            .unwrap_or_default()
+    });
+    let stem = |name: &String| name.trim_end_matches(".safetensors").to_owned();
+    either(
+        names
+            .await
+            .map(|names| ok(&json!(names.iter().map(stem).collect::<Vec<_>>()))),
+    )
+}
+
+fn folders_of(server: &Server) -> Vec<String> {
+    let mut names = vec![
+        "checkpoints".to_owned(),
+        "embeddings".to_owned(),
+        "loras".to_owned(),
+    ];
+    for entry in std::fs::read_dir(server.folders.models.path())
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if entry.path().is_dir() && !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    names
+}
+
+/// `GET /models`.
+pub(crate) async fn models(State(server): State<Arc<Server>>) -> Response {
+    either(blocking(move || ok(&json!(folders_of(&server)))).await)
+}
+
+/// `GET /experiment/models`.
+pub(crate) async fn model_folders(State(server): State<Arc<Server>>) -> Response {
+    let folders = blocking(move || {
+        let entry = |name: &String| json!({"name": name, "folders": [server.folders.models.path().join(name)]});
+        ok(&json!(
+            folders_of(&server).iter().map(entry).collect::<Vec<_>>()
+        ))
+    });
+    either(folders.await)
+}
+
+/// `GET /models/{folder}`.
+pub(crate) async fn models_in(
+    State(server): State<Arc<Server>>,
+    Path(folder): Path<String>,
+) -> Response {
+    let listed = blocking(move || {
+        if !folders_of(&server).contains(&folder) {
+            return not_found(&format!("there is no folder of models {folder}"));
+        }
+        let root = server
+            .folders
+            .models
+            .existing(&folder)
+            .ok()
+            .and_then(|path| Root::create(&path).ok());
+        let names = root
+            .map(|root| files_in(&root, &["safetensors"]))
+            .unwrap_or_default();
+        ok(&json!(names))
+    });
+    either(listed.await)
+}
+
+/// `GET /workflow_templates`: names by pack.
+pub(crate) async fn templates() -> Response {
+    ok(&json!({PACK: [demo::NAME]}))
+}
+
+/// `GET /workflow_templates/{pack}/{name}.json`.
+pub(crate) async fn template(
+    Path((pack, name)): Path<(String, String)>,
+    Query(_): Query<HashMap<String, String>>,
+) -> Response {
+    let document = serde_json::from_str(demo::WORKFLOW);
+    match document {
+        Ok(document) if pack == PACK && name == format!("{}.json", demo::NAME) => ok(&document),
+        _ => not_found(&format!("there is no template {pack}/{name}")),
+    }
+}

@@ -1,0 +1,64 @@
+//! Pages: the editor's files, or our plain page where there is no editor.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::{Method, StatusCode, Uri};
+use axum::response::{IntoResponse as _, Response};
+
+use super::super::Server;
+use super::{blocking, either, not_found, refuse};
+
+/// From which workflows run without the editor.
+const START_PAGE: &str = include_str!("../start_page.html");
+/// Its address, also where the editor is.
+const START_PATH: &str = "/conceptloom";
+
+/// Any `/api/…` that is not there.
+pub(crate) async fn no_route(uri: Uri) -> Response {
+    not_found(&format!("there is no route {}", uri.path()))
+}
+
+/// Everything else.
+pub(crate) async fn page(State(server): State<Arc<Server>>, method: Method, uri: Uri) -> Response {
+    if method != Method::GET && method != Method::HEAD {
+        let message = format!("there is no {method} {}", uri.path());
+        return refuse(StatusCode::METHOD_NOT_ALLOWED, "no_route", &message);
+    }
+    let path = uri.path().to_owned();
+    let is_root = path == "/" || path == "/index.html";
+    if path == START_PATH || is_root && !server.front_end.is_there() {
+        return html(START_PAGE.as_bytes().to_vec());
+    }
+    let name = if is_root {
+        "index.html".to_owned()
+    } else {
+        path.trim_start_matches('/').to_owned()
+    };
+    let found = blocking(move || server.front_end.read(&name).map(|bytes| (name, bytes))).await;
+    either(found.map(|found| match found {
+        Some((_, bytes)) if is_root => html(bytes),
+        Some((name, bytes)) => {
+            let kind = mime_guess::from_path(&name)
+                .first_or_octet_stream()
+                .to_string();
+            // Names of assets change with their content.
+            let age = if name.starts_with("assets/") {
+                "max-age=31536000, immutable"
+            } else {
+                "no-cache"
+            };
+            let headers = [("content-type", kind), ("cache-control", age.to_owned())];
+            (headers, bytes).into_response()
+        }
+        None => not_found(&format!("there is no file {path}")),
+    }))
+}
+
+fn html(bytes: Vec<u8>) -> Response {
+    let headers = [
+        ("content-type", "text/html; charset=utf-8"),
+        ("cache-control", "no-cache"),
+    ];
+    (headers, bytes).into_response()
+}

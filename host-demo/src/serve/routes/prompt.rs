@@ -1,0 +1,232 @@
+//! Taking in what is to be run.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use axum::extract::{Request, State};
+use axum::http::StatusCode;
+use axum::response::Response;
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+
+use super::super::Server;
+use super::super::queue::{Job, now_ms};
+use super::{bad_request, blocking, either, json_body, ok, refuse, refuse_nodes};
+use crate::catalog::Catalog;
+use crate::demo;
+use crate::graph::{Graph, NodeId};
+use crate::validate::{Verdict, judge};
+use crate::workflow_file::{MAX_NODES, Workflow};
+
+/// `POST /prompt`.
+pub(crate) async fn accept(State(server): State<Arc<Server>>, request: Request) -> Response {
+    let body = match json_body(request).await {
+        Ok(body) => body,
+        Err(refusal) => return refusal,
+    };
+    let answer = blocking(move || either(take_in(&server, body))).await;
+    either(answer)
+}
+
+/// `POST /conceptloom/run {"workflow": name}`: a saved or the bundled workflow, from the plain page.
+pub(crate) async fn run_workflow(State(server): State<Arc<Server>>, request: Request) -> Response {
+    let body = match json_body(request).await {
+        Ok(body) => body,
+        Err(refusal) => return refusal,
+    };
+    let answer = blocking(move || {
+        let name = body
+            .get("workflow")
+            .and_then(Value::as_str)
+            .unwrap_or(demo::NAME);
+        let bytes = if name == demo::NAME {
+            demo::WORKFLOW.as_bytes().to_vec()
+        } else {
+            let path = server.folders.user.existing(&format!("workflows/{name}"));
+            let path = path.map_err(|error| bad_request(&error.to_string()))?;
+            std::fs::read(path).map_err(|error| {
+                bad_request(&format!("the workflow {name} cannot be read: {error}"))
+            })?
+        };
+        let workflow = Workflow::parse(name, &bytes, &server.catalog);
+        let workflow = workflow.map_err(|error| bad_request(&error.to_string()))?;
+        let mut request = Map::new();
+        request.insert(
+            "client_id".to_owned(),
+            body.get("client_id").cloned().unwrap_or_default(),
+        );
+        request.insert("prompt".to_owned(), workflow.graph.to_api());
+        if let Some(editor) = workflow.editor {
+            request.insert(
+                "extra_data".to_owned(),
+                json!({"extra_pnginfo": {"workflow": editor}}),
+            );
+        }
+        take_in(&server, request)
+    });
+    either(answer.await.map(either))
+}
+
+fn take_in(server: &Server, mut body: Map<String, Value>) -> Result<Response, Response> {
+    let prompt = body.remove("prompt").filter(|prompt| !prompt.is_null());
+    let Some(prompt) = prompt else {
+        return Err(refuse(
+            StatusCode::BAD_REQUEST,
+            "no_prompt",
+            "the request has no \"prompt\"",
+        ));
+    };
+    let graph = graph_of(&prompt)?;
+    let wanted = body
+        .get("partial_execution_targets")
+        .and_then(Value::as_array)
+        .map(|targets| {
+            let names = targets.iter().filter_map(Value::as_str);
+            names.map(NodeId::new).collect::<Vec<_>>()
+        });
+    let verdict = judge(&graph, &server.catalog, wanted.as_deref());
+    let errors = node_errors(&graph, &server.catalog, &verdict);
+    if let Some((kind, message)) = refusal(&verdict) {
+        return Err(refuse_nodes(
+            StatusCode::BAD_REQUEST,
+            kind,
+            &message,
+            errors,
+        ));
+    }
+    let job = Job {
+        id: prompt_id(server, body.get("prompt_id"))?,
+        client_id: body
+            .get("client_id")
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned(),
+        extra_data: extra_data(&mut body),
+        prompt,
+        outputs: verdict.outputs.iter().map(ToString::to_string).collect(),
+        created_ms: now_ms(),
+        ..Job::default()
+    };
+    let id = job.id.clone();
+    let number = body.get("number").and_then(Value::as_f64);
+    let front = body
+        .get("front")
+        .and_then(Value::as_bool)
+        .unwrap_or_default();
+    let number = server.queue.accept(job, number, front).map_err(|error| {
+        refuse(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "cannot_write",
+            &error.to_string(),
+        )
+    })?;
+    server.tell_status();
+    Ok(ok(
+        &json!({"prompt_id": id, "number": number, "node_errors": errors}),
+    ))
+}
+
+fn graph_of(prompt: &Value) -> Result<Graph, Response> {
+    let invalid = |message: &str| refuse(StatusCode::BAD_REQUEST, "invalid_prompt", message);
+    let Some(document) = prompt.as_object() else {
+        return Err(invalid("the prompt is no JSON object of nodes"));
+    };
+    if document.len() > MAX_NODES {
+        let message = format!(
+            "the prompt has {} nodes, at most {MAX_NODES} are run",
+            document.len()
+        );
+        return Err(invalid(&message));
+    }
+    Graph::from_api(document).map_err(|error| invalid(&error))
+}
+
+/// A client may choose the id, as a UUID in its canonical form that nobody has used.
+fn prompt_id(server: &Server, given: Option<&Value>) -> Result<String, Response> {
+    let Some(given) = given.filter(|given| !given.is_null()) else {
+        return Ok(Uuid::new_v4().to_string());
+    };
+    let text = given.as_str().unwrap_or_default();
+    let is_canonical = Uuid::try_parse(text).is_ok_and(|id| id.to_string() == text);
+    if is_canonical && !server.queue.knows(text) {
+        return Ok(text.to_owned());
+    }
+    let message = "prompt_id has to be a UUID in lower case that was not used before";
+    Err(refuse(
+        StatusCode::BAD_REQUEST,
+        "invalid_prompt_id",
+        message,
+    ))
+}
+
+fn extra_data(body: &mut Map<String, Value>) -> Value {
+    let mut data = match body.remove("extra_data") {
+        Some(Value::Object(data)) => data,
+        _ => Map::new(),
+    };
+    if let Some(client) = body.get("client_id") {
+        data.insert("client_id".to_owned(), client.clone());
+    }
+    Value::Object(data)
+}
+
+/// Why nothing of it runs.
+fn refusal(verdict: &Verdict) -> Option<(&'static str, String)> {
+    let of_graph = verdict.problems.iter().find(|problem| {
+        let code = problem.code.as_str();
+        code == "invalid_prompt" || code == "prompt_no_outputs"
+    });
+    match of_graph {
+        Some(problem) if problem.code == "invalid_prompt" => {
+            Some(("invalid_prompt", problem.message.clone()))
+        }
+        Some(problem) => Some(("prompt_no_outputs", problem.message.clone())),
+        None if verdict.outputs.is_empty() => {
+            let all: Vec<_> = verdict.problems.iter().map(ToString::to_string).collect();
+            Some(("prompt_outputs_failed_validation", all.join("\n")))
+        }
+        None => None,
+    }
+}
+
+/// `{id: {"class_type", "errors", "dependent_outputs"}}`.
+fn node_errors(graph: &Graph, catalog: &Catalog, verdict: &Verdict) -> Map<String, Value> {
+    let mut by_node: BTreeMap<&NodeId, Vec<Value>> = BTreeMap::new();
+    for problem in &verdict.problems {
+        let Some((id, class)) = &problem.node else {
+            continue;
+        };
+        let mut extra = Map::new();
+        if let Some(input) = &problem.input {
+            extra.insert("input_name".to_owned(), json!(input));
+            let widgets = catalog.descriptor(class).map(|class| &class.widgets);
+            let widget =
+                widgets.and_then(|widgets| widgets.iter().find(|widget| widget.name == *input));
+            if let Some(widget) = widget {
+                extra.insert("input_config".to_owned(), widget.object_info());
+            }
+            let given = graph
+                .nodes
+                .get(id)
+                .and_then(|node| node.parameters().remove(input));
+            extra.extend(given.map(|value| ("received_value".to_owned(), value)));
+        }
+        by_node.entry(id).or_default().push(json!({
+            "type": problem.code, "message": problem.message,
+            "details": problem.input.as_deref().unwrap_or_default(), "extra_info": extra,
+        }));
+    }
+    let entry = |(id, errors): (&NodeId, Vec<Value>)| {
+        let dependents: Vec<_> = verdict
+            .dependents
+            .get(id)
+            .into_iter()
+            .flatten()
+            .map(NodeId::as_str)
+            .collect();
+        let class = graph.nodes.get(id).map(|node| node.class.as_str());
+        let entry = json!({"class_type": class, "errors": errors, "dependent_outputs": dependents});
+        (id.to_string(), entry)
+    };
+    by_node.into_iter().map(entry).collect()
+}

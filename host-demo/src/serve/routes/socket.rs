@@ -1,0 +1,88 @@
+//! `/ws`: the connection on which a client hears of its jobs.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use axum::extract::ws::{Message as WsMessage, WebSocket, WebSocketUpgrade};
+use axum::extract::{Query, State};
+use axum::response::Response;
+use futures_util::{SinkExt as _, StreamExt as _};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::super::Server;
+use super::super::hub::{Features, Frame, Message};
+use super::info::server_features;
+
+/// Clients send little.
+const MAX_MESSAGE: usize = 64 << 10;
+/// Longest id that a client may choose.
+const MAX_ID: usize = 128;
+
+/// `GET /ws?clientId=`: with the id of an earlier connection, it goes on.
+pub(crate) async fn connect(
+    State(server): State<Arc<Server>>,
+    Query(query): Query<HashMap<String, String>>,
+    upgrade: WebSocketUpgrade,
+) -> Response {
+    let id = query
+        .get("clientId")
+        .filter(|id| !id.is_empty() && id.len() <= MAX_ID);
+    let id = id
+        .cloned()
+        .unwrap_or_else(|| Uuid::new_v4().simple().to_string());
+    upgrade
+        .max_message_size(MAX_MESSAGE)
+        .on_upgrade(move |socket| attend(server, socket, id))
+}
+
+async fn attend(server: Arc<Server>, socket: WebSocket, id: String) {
+    let (connection, mut frames) = server.hub.connect(&id);
+    let mut status = server.status();
+    status["sid"] = json!(id);
+    server.hub.send(&id, &Message::Event("status", status));
+    if let Some(running) = server.queue.running() {
+        running.live.catch_up(&id);
+    }
+    let (mut sink, mut stream) = socket.split();
+    loop {
+        tokio::select! {
+            frame = frames.recv() => {
+                // The hub lets go of a client that is replaced or does not keep up.
+                let Some(frame) = frame else { break };
+                let frame = match frame {
+                    Frame::Text(text) => WsMessage::Text(text.into()),
+                    Frame::Binary(bytes) => WsMessage::Binary(bytes),
+                };
+                if sink.send(frame).await.is_err() {
+                    break;
+                }
+            }
+            message = stream.next() => match message {
+                Some(Ok(WsMessage::Text(text))) => hear(&server, &id, &text),
+                Some(Ok(WsMessage::Close(_)) | Err(_)) | None => break,
+                Some(Ok(_)) => {}
+            },
+        }
+    }
+    server.hub.disconnect(&id, connection);
+}
+
+/// Clients say what they understand; nothing else is expected.
+fn hear(server: &Server, id: &str, text: &str) {
+    let Ok(message) = serde_json::from_str::<Value>(text) else {
+        return;
+    };
+    if message["type"] != "feature_flags" {
+        return;
+    }
+    let can = |name: &str| message["data"][name].as_bool().unwrap_or_default();
+    let features = Features {
+        preview_metadata: can("supports_preview_metadata"),
+        progress_text_metadata: can("supports_progress_text_metadata"),
+    };
+    server.hub.set_features(id, features);
+    server
+        .hub
+        .send(id, &Message::Event("feature_flags", server_features()));
+}

@@ -1,0 +1,206 @@
+//! The user's own files, above all saved workflows.
+
+use std::collections::HashMap;
+use std::path::Path as FilePath;
+use std::sync::Arc;
+use std::time::UNIX_EPOCH;
+
+use axum::extract::{Path, Query, Request, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Response};
+use serde_json::{Value, json};
+
+use super::super::Server;
+use super::{bad_request, blocking, body, cannot_write, either, not_found, ok, refuse, write_over};
+use crate::confined::{PathError, Root};
+
+/// Largest file.
+const MAX_FILE: usize = 32 << 20;
+/// Most files that are listed.
+const MAX_LISTED: usize = 10_000;
+
+fn refuse_path(error: &PathError) -> Response {
+    match error {
+        PathError::NotFound(_) => not_found(&error.to_string()),
+        PathError::NotRelative(_) => bad_request(&error.to_string()),
+        PathError::Outside(_) | PathError::Unreadable(..) => {
+            refuse(StatusCode::FORBIDDEN, "forbidden", &error.to_string())
+        }
+    }
+}
+
+fn is_set(query: &HashMap<String, String>, key: &str) -> bool {
+    query.get(key).is_some_and(|value| value == "true")
+}
+
+/// Size and times of a file, in milliseconds since 1970.
+fn about(path: &FilePath, name: &str) -> Value {
+    let meta = path.metadata().ok();
+    let ms = |time: Option<std::time::SystemTime>| {
+        let since = time.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        since.map_or(0, |since| since.as_millis() as u64)
+    };
+    let modified = ms(meta.as_ref().and_then(|meta| meta.modified().ok()));
+    let created = meta
+        .as_ref()
+        .and_then(|meta| meta.created().ok())
+        .map_or(modified, |time| ms(Some(time)));
+    let size = meta.map_or(0, |meta| meta.len());
+    json!({"path": name, "size": size, "modified": modified, "created": created})
+}
+
+/// `GET /userdata?dir&recurse&split&full_info`.
+pub(crate) async fn list(
+    State(server): State<Arc<Server>>,
+    Query(query): Query<HashMap<String, String>>,
+) -> Response {
+    let listed = blocking(move || {
+        let dir = query
+            .get("dir")
+            .map(String::as_str)
+            .unwrap_or_default()
+            .trim_end_matches('/');
+        if dir.is_empty() {
+            return bad_request("the query names no dir");
+        }
+        let folder = match server.folders.user.existing(dir) {
+            Ok(folder) => folder,
+            Err(error) => return refuse_path(&error),
+        };
+        let Ok(root) = Root::create(&folder) else {
+            return bad_request(&format!("{dir} is no folder"));
+        };
+        let mut names = Vec::new();
+        collect(&root, &folder, is_set(&query, "recurse"), &mut names);
+        names.sort();
+        let entry = |name: &String| {
+            if is_set(&query, "full_info") {
+                about(&root.path().join(name), name)
+            } else if is_set(&query, "split") {
+                let parts: Vec<_> = std::iter::once(name.as_str())
+                    .chain(name.split('/'))
+                    .collect();
+                json!(parts)
+            } else {
+                json!(name)
+            }
+        };
+        ok(&json!(names.iter().map(entry).collect::<Vec<_>>()))
+    });
+    either(listed.await)
+}
+
+fn collect(root: &Root, folder: &FilePath, recurse: bool, names: &mut Vec<String>) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let Ok(kind) = entry.file_type() else {
+            continue;
+        };
+        if kind.is_dir() && recurse {
+            collect(root, &entry.path(), recurse, names);
+        } else if kind.is_file() && names.len() < MAX_LISTED {
+            names.extend(root.name_of(&entry.path()));
+        }
+    }
+}
+
+/// `GET /userdata/{file}`.
+pub(crate) async fn read(State(server): State<Arc<Server>>, Path(file): Path<String>) -> Response {
+    let found = blocking(move || {
+        let path = server
+            .folders
+            .user
+            .existing(&file)
+            .map_err(|error| refuse_path(&error))?;
+        let bytes =
+            std::fs::read(path).map_err(|_| not_found(&format!("there is no file \"{file}\"")))?;
+        // Shown in no page of ours: saved, or read by the editor.
+        let kind = if file.ends_with(".json") {
+            "application/json"
+        } else {
+            "application/octet-stream"
+        };
+        let headers = [
+            ("content-type", kind),
+            ("content-disposition", "attachment"),
+            ("content-security-policy", "sandbox; default-src 'none'"),
+        ];
+        Ok((headers, bytes).into_response())
+    });
+    either(found.await.map(either))
+}
+
+/// `POST /userdata/{file}?overwrite&full_info`: the body is the file.
+pub(crate) async fn write(
+    State(server): State<Arc<Server>>,
+    Path(file): Path<String>,
+    Query(query): Query<HashMap<String, String>>,
+    request: Request,
+) -> Response {
+    let bytes = match body(request, MAX_FILE).await {
+        Ok(bytes) => bytes,
+        Err(refusal) => return refusal,
+    };
+    let written = blocking(move || {
+        let path = server
+            .folders
+            .user
+            .place(&file)
+            .map_err(|error| refuse_path(&error))?;
+        let may_overwrite = query.get("overwrite").is_none_or(|value| value != "false");
+        if path.is_dir() || path.exists() && !may_overwrite {
+            let message = format!("there is a file \"{file}\" already");
+            return Err(refuse(StatusCode::CONFLICT, "exists", &message));
+        }
+        write_over(&path, &bytes).map_err(|error| cannot_write(&file, &error))?;
+        Ok(described(&path, &file, &query))
+    });
+    either(written.await.map(either))
+}
+
+fn described(path: &FilePath, file: &str, query: &HashMap<String, String>) -> Response {
+    if is_set(query, "full_info") {
+        ok(&about(path, file))
+    } else {
+        ok(&json!(file))
+    }
+}
+
+/// `DELETE /userdata/{file}`.
+pub(crate) async fn remove(
+    State(server): State<Arc<Server>>,
+    Path(file): Path<String>,
+) -> Response {
+    let removed = blocking(move || {
+        let path = server
+            .folders
+            .user
+            .existing(&file)
+            .map_err(|error| refuse_path(&error))?;
+        std::fs::remove_file(path).map_err(|error| cannot_write(&file, &error))?;
+        Ok(StatusCode::NO_CONTENT.into_response())
+    });
+    either(removed.await.map(either))
+}
+
+/// `POST /userdata/{file}/move/{to}?overwrite&full_info`.
+pub(crate) async fn rename(
+    State(server): State<Arc<Server>>,
+    Path((file, to)): Path<(String, String)>,
+    Query(query): Query<HashMap<String, String>>,
+) -> Response {
+    let renamed = blocking(move || {
+        let root = &server.folders.user;
+        let from = root.existing(&file).map_err(|error| refuse_path(&error))?;
+        let path = root.place(&to).map_err(|error| refuse_path(&error))?;
+        if path.exists() && !is_set(&query, "overwrite") {
+            let message = format!("there is a file \"{to}\" already");
+            return Err(refuse(StatusCode::CONFLICT, "exists", &message));
+        }
+        let parent = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+        parent
+            .and_then(|()| std::fs::rename(from, &path))
+            .map_err(|error| cannot_write(&to, &error))?;
+        Ok(described(&path, &to, &query))
+    });
+    either(renamed.await.map(either))
+}

@@ -1,0 +1,154 @@
+//! The one thread that runs jobs: it owns the cache, and with it the device.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use serde_json::{Value, json};
+
+use super::Server;
+use super::live::{Live, ShownBefore};
+use super::queue::{Ended, Job, Outcome, Running, Task, now_ms};
+use crate::cache::Cache;
+use crate::cli::complain;
+use crate::executor::{self, RunError};
+use crate::graph::{Graph, NodeId};
+use crate::validate::{Problem, judge};
+
+/// Runs jobs until the queue is closed.
+pub(crate) fn work(server: &Server, cache_budget: u64) {
+    let mut cache = Cache::new(cache_budget);
+    let shown_before = ShownBefore::default();
+    loop {
+        match server.queue.next() {
+            Task::Stop => return,
+            Task::FreeCache => {
+                cache.clear();
+                shown_before.lock().clear();
+            }
+            Task::Run(job) => {
+                run(server, job, &mut cache, &shown_before);
+                server.tell_status();
+            }
+        }
+    }
+}
+
+fn run(server: &Server, job: Job, cache: &mut Cache, shown_before: &ShownBefore) {
+    let live = Arc::new(Live::new(
+        server.hub.clone(),
+        server.folders.clone(),
+        server.catalog.clone(),
+        shown_before.clone(),
+        (&job.id, &job.client_id),
+    ));
+    let running = Running {
+        job: Arc::new(job.clone()),
+        cancel: Arc::new(AtomicBool::new(false)),
+        live: live.clone(),
+        started_ms: now_ms(),
+    };
+    server.queue.set_running(running.clone());
+    server.tell_status();
+    live.tell("execution_start", json!({}));
+    // Nodes from the cache are told as they are reached; clients expect one such message in any case.
+    live.tell("execution_cached", json!({"nodes": []}));
+    let (outcome, kind, data) = match execute(server, &running, cache) {
+        Ok(()) => (Outcome::Completed, "execution_success", json!({})),
+        Err(Failure::Run(RunError::Canceled { node, .. })) => {
+            let data =
+                json!({"node_id": node.id, "node_type": node.class, "executed": live.executed()});
+            (Outcome::Canceled, "execution_interrupted", data)
+        }
+        Err(failure) => {
+            let data = describe(&failure, &live);
+            let message = data["exception_message"].as_str().unwrap_or_default();
+            complain(&format!("job {}: {message}", job.id));
+            (Outcome::Failed, "execution_error", data)
+        }
+    };
+    let data = live.note(kind, data);
+    let (outputs, messages) = live.take_results();
+    // Who hears of the end finds the job in the history.
+    server.queue.end(Ended {
+        job,
+        outcome,
+        outputs,
+        messages,
+        started_ms: running.started_ms,
+        ended_ms: now_ms(),
+    });
+    live.send(kind, data);
+    live.finish();
+}
+
+enum Failure {
+    Run(RunError),
+    /// What could run when it was accepted no longer can.
+    Invalid(Vec<Problem>),
+    Unreadable(String),
+}
+
+/// The data of `execution_error`.
+fn describe(failure: &Failure, live: &Live) -> Value {
+    let none = String::new;
+    let internal = "InternalError";
+    let (node, class, kind, message) = match failure {
+        Failure::Run(RunError::Node { node, error }) => {
+            let input = if error.input.is_empty() {
+                String::new()
+            } else {
+                format!("{}: ", error.input)
+            };
+            let message = format!("{input}{}", error.message);
+            (
+                node.id.clone(),
+                node.class.clone(),
+                error.error_code().name(),
+                message,
+            )
+        }
+        Failure::Run(error) => (none(), none(), internal, error.to_string()),
+        Failure::Invalid(problems) => {
+            let all: Vec<_> = problems.iter().map(ToString::to_string).collect();
+            (none(), none(), "InvalidInput", all.join("\n"))
+        }
+        Failure::Unreadable(message) => (none(), none(), "InvalidInput", message.clone()),
+    };
+    json!({
+        "node_id": node, "node_type": class, "exception_type": kind, "exception_message": message,
+        "executed": live.executed(), "traceback": [], "current_inputs": {}, "current_outputs": [],
+    })
+}
+
+fn execute(server: &Server, running: &Running, cache: &mut Cache) -> Result<(), Failure> {
+    let job = &running.job;
+    let no_graph = || Failure::Unreadable("the prompt is no graph".to_owned());
+    let prompt = job.prompt.as_object().ok_or_else(no_graph)?;
+    let graph = Graph::from_api(prompt).map_err(Failure::Unreadable)?;
+    let wanted: Vec<_> = job.outputs.iter().map(NodeId::new).collect();
+    let verdict = judge(&graph, &server.catalog, Some(&wanted));
+    if verdict.outputs.len() < wanted.len() {
+        return Err(Failure::Invalid(verdict.problems));
+    }
+    let (workflow, prompt) = if server.disable_metadata {
+        Default::default()
+    } else {
+        let workflow = job.extra_data.pointer("/extra_pnginfo/workflow");
+        (
+            workflow.map(Value::to_string).unwrap_or_default(),
+            job.prompt.to_string(),
+        )
+    };
+    let job = executor::Job {
+        graph: &graph,
+        plan: &verdict.plan,
+        catalog: &server.catalog,
+        output_dir: server.folders.output.path(),
+        work_dirs: &server.folders.work_dirs(),
+        workflow,
+        prompt,
+        cancel: running.cancel.clone(),
+        observer: running.live.clone(),
+    };
+    executor::run(&job, cache).map_err(Failure::Run)
+}
