@@ -22,3 +22,13 @@ pub(crate) static PICTURES: [(&str, &[u8]); 4] = pictures![
     "dog-and-car-mask-car.png",
     "dog-and-car-mask-table.png",
 ];
+
+/// Starts the names of pictures that are built in.
+pub(crate) const PREFIX: &str = "demo:";
+
+/// The picture of this name, which starts with [`PREFIX`].
+pub(crate) fn picture(name: &str) -> Option<&'static [u8]> {
+    let name = name.strip_prefix(PREFIX)?;
+    let found = PICTURES.iter().find(|(known, _)| *known == name);
+    found.map(|(_, bytes)| *bytes)
+}

@@ -14,9 +14,6 @@ use super::{BuiltinNode, Places, parse};
 use crate::demo;
 use crate::pictures::{LoadedPicture, read_file};
 
-/// Starts the names of pictures that are built in.
-const DEMO: &str = "demo:";
-
 #[derive(Deserialize, JsonSchema)]
 struct ImageParameters {
     /// A picture file (PNG, JPEG or WebP): beside the workflow, in the input folder, or with its whole path; demo:NAME is a picture that is built in
@@ -44,10 +41,10 @@ enum Channel {
 }
 
 fn default_image() -> String {
-    format!("{DEMO}{}", demo::PICTURES[0].0)
+    format!("{}{}", demo::PREFIX, demo::PICTURES[0].0)
 }
 fn default_mask() -> String {
-    format!("{DEMO}{}", demo::PICTURES[1].0)
+    format!("{}{}", demo::PREFIX, demo::PICTURES[1].0)
 }
 fn default_channel() -> Channel {
     Channel::Red
@@ -81,7 +78,7 @@ pub(super) fn upload_hint(info: &mut Value) {
     let (default, tooltip) = (image[1]["default"].clone(), image[1]["tooltip"].clone());
     let files: Vec<_> = demo::PICTURES
         .iter()
-        .map(|(name, _)| format!("{DEMO}{name}"))
+        .map(|(name, _)| format!("{}{name}", demo::PREFIX))
         .collect();
     *image = json!(["COMBO", {"default": default, "options": files, "image_upload": true, "tooltip": tooltip}]);
 }
@@ -154,20 +151,17 @@ fn locate(name: &str, places: &Places) -> Result<Found, NodeError> {
         error.input = "image".into();
         error
     };
-    if let Some(demo_name) = name.strip_prefix(DEMO) {
-        let found = demo::PICTURES.iter().find(|(known, _)| *known == demo_name);
-        return found
-            .map(|(_, bytes)| Found::BuiltIn(bytes))
-            .ok_or_else(|| {
-                let known: Vec<_> = demo::PICTURES
-                    .iter()
-                    .map(|(known, _)| format!("{DEMO}{known}"))
-                    .collect();
-                refuse(format!(
-                    "there is no built-in picture {name}; there are {}",
-                    known.join(", ")
-                ))
-            });
+    if name.starts_with(demo::PREFIX) {
+        return demo::picture(name).map(Found::BuiltIn).ok_or_else(|| {
+            let known: Vec<_> = demo::PICTURES
+                .iter()
+                .map(|(known, _)| format!("{}{known}", demo::PREFIX))
+                .collect();
+            refuse(format!(
+                "there is no built-in picture {name}; there are {}",
+                known.join(", ")
+            ))
+        });
     }
     if name.trim().is_empty() {
         return Err(refuse(

@@ -4,7 +4,9 @@
 use std::net::IpAddr;
 
 use axum::extract::{Request, State};
-use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, COOKIE, HOST, ORIGIN, SET_COOKIE};
+use axum::http::header::{
+    AUTHORIZATION, CONTENT_TYPE, COOKIE, HOST, ORIGIN, SET_COOKIE, USER_AGENT,
+};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
@@ -106,7 +108,13 @@ impl Guard {
                 .next()
                 .is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
         });
-        if method == Method::POST && has_body && !takes_other && !is_json {
+        // A page can make a browser send other bodies without being asked for leave. `comfy-cli` posts JSON under
+        // another name; it is no browser, and says so.
+        let may_be_page = ["origin", "referer", "sec-fetch-site", "cookie"]
+            .iter()
+            .any(|name| headers.contains_key(*name))
+            || text(USER_AGENT).is_none_or(|agent| agent.starts_with("Mozilla/"));
+        if method == Method::POST && has_body && !takes_other && !is_json && may_be_page {
             let message = "the body has to be JSON, with the header content-type: application/json";
             return Some((StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
         }
@@ -265,6 +273,10 @@ mod tests {
         let json = ("content-type", "application/json; charset=utf-8");
         assert_eq!(status(Method::POST, &[local, body, json]), None);
         assert_eq!(status(Method::POST, &[local]), None);
+        let form = ("content-type", "application/x-www-form-urlencoded");
+        let agent = |agent| status(Method::POST, &[local, body, form, ("user-agent", agent)]);
+        assert_eq!(agent("Python-urllib/3.11"), None);
+        assert_eq!(agent("Mozilla/5.0 (X11; Linux x86_64)"), Some(415));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use image::codecs::jpeg::JpegEncoder;
 use parking_lot::Mutex;
+use plugin_api::{OutputSocket, Value as WireValue, port};
 use serde_json::{Map, Value, json};
 
 use super::folders::Folders;
@@ -15,7 +16,7 @@ use super::queue::now_ms;
 use crate::catalog::Catalog;
 use crate::cli::complain;
 use crate::events::{Event, NodeLabel, Observer};
-use crate::pictures::RgbPicture;
+use crate::pictures::{self, RgbPicture};
 use crate::{png_text, run_folder};
 
 /// Least time between two progress messages of a stage: 20 a second are smooth.
@@ -23,6 +24,9 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 const JPEG_QUALITY: u8 = 88;
 /// Most pictures that a node shows.
 const MAX_SHOWN: usize = 64;
+
+/// Starts the names of series that show what was learned so far.
+const SAMPLES: &str = "sample";
 
 /// Most results whose pictures are remembered; the cache holds fewer.
 const MAX_REMEMBERED: usize = 1024;
@@ -52,6 +56,7 @@ struct State {
     saved: Vec<Value>,
     text: String,
     last_progress: Option<Instant>,
+    main_series: Option<String>,
     /// Of the whole job.
     outputs: Map<String, Value>,
     messages: Vec<Value>,
@@ -194,6 +199,7 @@ impl Live {
             state.saved.clear();
             state.text.clear();
             state.last_progress = None;
+            state.main_series = None;
         }
         self.set_progress(&node.id, 0, 1, false);
         self.send("executing", self.executing(&node.id));
@@ -224,7 +230,13 @@ impl Live {
     }
 
     fn previewed(&self, node: &NodeLabel, series: &str, label: &str, picture: &RgbPicture) {
-        if let Some(jpeg) = jpeg(picture) {
+        // A node has one place for a picture: the series that it began with, and its samples.
+        let is_main = {
+            let mut state = self.state.lock();
+            let main = state.main_series.get_or_insert_with(|| series.to_owned());
+            main == series || series.starts_with(SAMPLES)
+        };
+        if is_main && let Some(jpeg) = jpeg(picture) {
             let message = Message::Preview {
                 node: &node.id,
                 prompt_id: &self.prompt_id,
@@ -318,7 +330,36 @@ impl Live {
         self.send("executed", data);
     }
 
-    fn finished(&self, node: &NodeLabel, signature: &str) {
+    /// A node that showed its work shows the pictures that came of it, if it returns any.
+    fn show_results_instead(&self, (sockets, outputs): (&[OutputSocket], &[WireValue])) {
+        let mut state = self.state.lock();
+        if state.pictures.is_empty() {
+            return;
+        }
+        let mut results = Vec::new();
+        for (socket, value) in sockets.iter().zip(outputs) {
+            if let (port::IMAGE, WireValue::Tensor(tensor)) = (socket.port.as_str(), value)
+                && let Ok(pictures) = pictures::from_image(&socket.name, tensor)
+            {
+                results.extend(pictures);
+            }
+        }
+        if !results.is_empty() {
+            let shown = |picture| Shown {
+                key: String::new(),
+                picture,
+            };
+            state.pictures = results.into_iter().take(MAX_SHOWN).map(shown).collect();
+        }
+    }
+
+    fn finished(
+        &self,
+        node: &NodeLabel,
+        signature: &str,
+        outputs: (&[OutputSocket], &[WireValue]),
+    ) {
+        self.show_results_instead(outputs);
         if let Some(output) = self.results() {
             let mut shown_before = self.shown_before.lock();
             if shown_before.len() >= MAX_REMEMBERED {
@@ -364,7 +405,12 @@ impl Observer for Live {
             Event::Log { level, text } if *level >= 1 => self.text(&node.id, text),
             Event::Log { .. } => {}
             Event::Saved { path } => self.saved(node, path),
-            Event::Finished { signature, .. } => self.finished(node, signature.as_str()),
+            Event::Finished {
+                signature,
+                sockets,
+                outputs,
+                ..
+            } => self.finished(node, signature.as_str(), (sockets, outputs)),
         }
     }
 }

@@ -3,6 +3,7 @@
 //! In reading order: where things are (`folders`, `front_end`), who is let in (`guard`), what is to be done (`queue`,
 //! kept by `journal`), doing it (`worker`, told by `live` to the clients of `hub`), and what can be asked (`routes`).
 
+mod ended;
 mod folders;
 mod front_end;
 mod guard;
@@ -10,6 +11,7 @@ mod hub;
 mod journal;
 mod listener;
 mod live;
+mod memory;
 mod queue;
 mod routes;
 mod settings;
@@ -115,10 +117,13 @@ pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
              {{\"resume\": true}} to /api/queue to let them run"
         ));
     }
+    memory::share_one_heap();
     // Half-open connections must not use up what answers the others.
     let _ = rlimit::increase_nofile_limit(u64::from(u16::MAX));
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
+        // Each thread keeps memory of its own.
+        .max_blocking_threads(4)
         .enable_all()
         .build()
         .context("the server's threads cannot be started")?;

@@ -7,8 +7,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::{Condvar, Mutex};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
+use super::ended::{Ended, Outcome, Results};
 use super::journal::{Journal, JournalError};
 use super::live::Live;
 use crate::cli::complain;
@@ -45,6 +46,19 @@ pub(crate) struct Job {
 }
 
 impl Job {
+    /// As it stands in `/jobs`.
+    pub(crate) fn entry(&self, status: &str) -> Value {
+        let mut entry = json!({
+            "id": self.id, "status": status, "priority": self.number, "create_time": self.created_ms,
+            "outputs_count": null,
+        });
+        let workflow_id = self.extra_data.pointer("/extra_pnginfo/workflow/id");
+        if let Some(id) = workflow_id.filter(|id| id.is_string()) {
+            entry["workflow_id"] = id.clone();
+        }
+        entry
+    }
+
     /// `[number, id, prompt, extra_data, outputs]`.
     pub(crate) fn tuple(&self) -> Value {
         json!([
@@ -55,27 +69,6 @@ impl Job {
             self.outputs
         ])
     }
-}
-
-/// How a job ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Outcome {
-    Completed,
-    Failed,
-    Canceled,
-}
-
-/// A job that ended.
-#[derive(Debug)]
-pub(crate) struct Ended {
-    pub(crate) job: Job,
-    pub(crate) outcome: Outcome,
-    /// What its nodes show, by node id.
-    pub(crate) outputs: Map<String, Value>,
-    /// `[event, data]`.
-    pub(crate) messages: Vec<Value>,
-    pub(crate) started_ms: u64,
-    pub(crate) ended_ms: u64,
 }
 
 /// The job that runs now.
@@ -95,6 +88,15 @@ struct State {
     next_number: u64,
     free_cache: bool,
     is_closed: bool,
+}
+
+impl State {
+    fn remember(&mut self, ended: Ended) {
+        self.ended.push_back(Arc::new(ended));
+        while self.ended.len() > MAX_HISTORY {
+            self.ended.pop_front();
+        }
+    }
 }
 
 /// What the worker is to do next.
@@ -177,7 +179,7 @@ impl Queue {
                 .running
                 .as_ref()
                 .is_some_and(|running| running.job.id == id)
-            || state.ended.iter().any(|ended| ended.job.id == id)
+            || state.ended.iter().any(|ended| ended.id == id)
     }
 
     /// Waits for something to do.
@@ -204,15 +206,12 @@ impl Queue {
 
     /// The worker is done with the running job.
     pub(crate) fn end(&self, ended: Ended) {
-        let id = ended.job.id.clone();
+        let id = ended.id.clone();
         let mut state = self.state.lock();
         // A server that is being stopped leaves its job for the next start.
         let is_left = state.is_closed && ended.outcome == Outcome::Canceled;
         state.running = None;
-        state.ended.push_back(Arc::new(ended));
-        while state.ended.len() > MAX_HISTORY {
-            state.ended.pop_front();
-        }
+        state.remember(ended);
         let is_idle = state.waiting.is_empty();
         drop(state);
         if !is_left {
@@ -243,14 +242,12 @@ impl Queue {
         let now = now_ms();
         let ids: Vec<_> = removed.iter().map(|job| job.id.clone()).collect();
         for job in removed {
-            state.ended.push_back(Arc::new(Ended {
-                job,
-                outcome: Outcome::Canceled,
-                outputs: Map::new(),
-                messages: Vec::new(),
+            let results = Results {
                 started_ms: now,
                 ended_ms: now,
-            }));
+                ..Results::default()
+            };
+            state.remember(Ended::new(&job, Outcome::Canceled, &results));
         }
         drop(state);
         self.write_ended(&ids, is_idle);

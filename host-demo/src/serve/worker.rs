@@ -6,8 +6,9 @@ use std::sync::atomic::AtomicBool;
 use serde_json::{Value, json};
 
 use super::Server;
+use super::ended::{Ended, Outcome, Results};
 use super::live::{Live, ShownBefore};
-use super::queue::{Ended, Job, Outcome, Running, Task, now_ms};
+use super::queue::{Job, Running, Task, now_ms};
 use crate::cache::Cache;
 use crate::cli::complain;
 use crate::executor::{self, RunError};
@@ -68,15 +69,14 @@ fn run(server: &Server, job: Job, cache: &mut Cache, shown_before: &ShownBefore)
     };
     let data = live.note(kind, data);
     let (outputs, messages) = live.take_results();
-    // Who hears of the end finds the job in the history.
-    server.queue.end(Ended {
-        job,
-        outcome,
+    let results = Results {
         outputs,
         messages,
         started_ms: running.started_ms,
         ended_ms: now_ms(),
-    });
+    };
+    // Who hears of the end finds the job in the history.
+    server.queue.end(Ended::new(&job, outcome, &results));
     live.send(kind, data);
     live.finish();
 }

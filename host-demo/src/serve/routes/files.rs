@@ -12,6 +12,7 @@ use image::{ImageFormat, guess_format};
 use super::super::Server;
 use super::{bad_request, blocking, either, not_found, refuse};
 use crate::confined::{PathError, Root};
+use crate::demo;
 use crate::pictures::{LoadedPicture, read_file};
 
 /// The folder that a request means.
@@ -59,16 +60,10 @@ fn picture(server: &Server, query: &HashMap<String, String>) -> Result<Response,
         Some((name, kind)) if kind.ends_with(']') => (name, kind.trim_end_matches(']')),
         _ => (text("filename"), text("type")),
     };
-    let Some(root) = root(server, kind) else {
-        return Err(bad_request("type is input, output or temp"));
+    let bytes = match demo::picture(filename) {
+        Some(bytes) => bytes.to_vec(),
+        None => file(server, kind, &joined(text("subfolder"), filename))?,
     };
-    let path = root
-        .existing(&joined(text("subfolder"), filename))
-        .map_err(|error| match error {
-            PathError::NotFound(_) => not_found(&error.to_string()),
-            _ => refuse(StatusCode::FORBIDDEN, "forbidden", &error.to_string()),
-        })?;
-    let bytes = read_file(&path).map_err(|error| bad_request(&error.message))?;
     let Some(kind) = media_type(&bytes) else {
         let message = format!("\"{filename}\" is no picture, and only pictures are shown");
         return Err(refuse(
@@ -98,6 +93,17 @@ fn picture(server: &Server, query: &HashMap<String, String>) -> Result<Response,
         ("cache-control", "no-cache".to_owned()),
     ];
     Ok((headers, bytes).into_response())
+}
+
+fn file(server: &Server, kind: &str, name: &str) -> Result<Vec<u8>, Response> {
+    let Some(root) = root(server, kind) else {
+        return Err(bad_request("type is input, output or temp"));
+    };
+    let path = root.existing(name).map_err(|error| match error {
+        PathError::NotFound(_) => not_found(&error.to_string()),
+        _ => refuse(StatusCode::FORBIDDEN, "forbidden", &error.to_string()),
+    })?;
+    read_file(&path).map_err(|error| bad_request(&error.message))
 }
 
 /// Without the transparency, or only that: what the mask editor asks for.

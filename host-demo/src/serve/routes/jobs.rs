@@ -8,8 +8,9 @@ use axum::response::Response;
 use serde_json::{Map, Value, json};
 
 use super::super::Server;
-use super::super::queue::{Ended, Job, Outcome, Running};
-use super::{done, json_body, not_found, ok};
+use super::super::ended::Ended;
+use super::super::queue::Job;
+use super::{done, json_body, json_text, not_found, ok};
 
 /// `GET /queue`.
 pub(crate) async fn queue(State(server): State<Arc<Server>>) -> Response {
@@ -97,10 +98,7 @@ pub(crate) async fn history(
         .min(ended.len());
     let offset = number(&query, "offset").unwrap_or(ended.len() - count);
     let shown = ended.iter().skip(offset).take(count);
-    let entries: Map<_, _> = shown
-        .map(|ended| (ended.job.id.clone(), history_entry(ended)))
-        .collect();
-    ok(&Value::Object(entries))
+    json_text(history_text(shown.map(AsRef::as_ref)))
 }
 
 /// `GET /history/{id}`: an empty object while it is not there.
@@ -108,13 +106,16 @@ pub(crate) async fn history_of(
     State(server): State<Arc<Server>>,
     Path(id): Path<String>,
 ) -> Response {
-    let found = server
-        .queue
-        .history()
-        .into_iter()
-        .find(|ended| ended.job.id == id);
-    let entry = found.map(|ended| (id, history_entry(&ended)));
-    ok(&Value::Object(entry.into_iter().collect()))
+    let ended = server.queue.history();
+    let found = ended.iter().filter(|ended| ended.id == id);
+    json_text(history_text(found.map(AsRef::as_ref)))
+}
+
+fn history_text<'a>(ended: impl Iterator<Item = &'a Ended>) -> String {
+    let entries: Vec<_> = ended
+        .map(|ended| format!("{}:{}", json!(ended.id), ended.history_entry))
+        .collect();
+    format!("{{{}}}", entries.join(","))
 }
 
 /// `POST /history {"clear", "delete"}`.
@@ -127,115 +128,23 @@ pub(crate) async fn change_history(
         Err(refusal) => return refusal,
     };
     let (all, ids) = (is_set(&body, "clear"), names(&body, "delete"));
-    server
-        .queue
-        .forget(|ended| all || ids.contains(&ended.job.id));
+    server.queue.forget(|ended| all || ids.contains(&ended.id));
     done()
 }
 
-fn status_of(ended: &Ended) -> Value {
-    let is_complete = ended.outcome == Outcome::Completed;
-    let text = if is_complete { "success" } else { "error" };
-    json!({"status_str": text, "completed": is_complete, "messages": ended.messages})
-}
-
-fn history_entry(ended: &Ended) -> Value {
-    json!({"prompt": ended.job.tuple(), "outputs": ended.outputs, "status": status_of(ended), "meta": {}})
-}
-
-/// A job of any state.
-enum Any {
-    Waiting(Job),
-    Running(Running),
-    Ended(Arc<Ended>),
-}
-
-impl Any {
-    fn all(server: &Server) -> Vec<Self> {
-        let mut all: Vec<_> = server
-            .queue
-            .running()
-            .into_iter()
-            .map(Self::Running)
-            .collect();
-        all.extend(server.queue.waiting().into_iter().map(Self::Waiting));
-        all.extend(server.queue.history().into_iter().rev().map(Self::Ended));
-        all
-    }
-
-    fn job(&self) -> &Job {
-        match self {
-            Self::Waiting(job) => job,
-            Self::Running(running) => &running.job,
-            Self::Ended(ended) => &ended.job,
-        }
-    }
-
-    fn status(&self) -> &'static str {
-        match self {
-            Self::Waiting(_) => "pending",
-            Self::Running(_) => "in_progress",
-            Self::Ended(ended) => match ended.outcome {
-                Outcome::Completed => "completed",
-                Outcome::Failed => "failed",
-                Outcome::Canceled => "cancelled",
-            },
-        }
-    }
-
-    /// As it stands in lists.
-    fn entry(&self) -> Value {
-        let job = self.job();
-        let workflow_id = job.extra_data.pointer("/extra_pnginfo/workflow/id");
-        let mut entry = json!({
-            "id": job.id, "status": self.status(), "priority": job.number, "create_time": job.created_ms,
-            "outputs_count": null,
-        });
-        if let Some(id) = workflow_id.filter(|id| id.is_string()) {
-            entry["workflow_id"] = id.clone();
-        }
-        match self {
-            Self::Waiting(job) => entry["paused"] = json!(job.is_held),
-            Self::Running(running) => entry["execution_start_time"] = json!(running.started_ms),
-            Self::Ended(ended) => {
-                entry["execution_start_time"] = json!(ended.started_ms);
-                entry["execution_end_time"] = json!(ended.ended_ms);
-                let pictures = pictures(ended);
-                entry["outputs_count"] = json!(pictures.len());
-                entry["previewable_outputs_count"] = json!(pictures.len());
-                if let Some(last) = pictures.last() {
-                    entry["preview_output"] = last.clone();
-                }
-                if let Some(error) = error_of(ended) {
-                    entry["execution_error"] = error;
-                }
-            }
-        }
-        entry
-    }
-}
-
-fn pictures(ended: &Ended) -> Vec<Value> {
-    let mut found = Vec::new();
-    for (node, output) in &ended.outputs {
-        for image in output["images"].as_array().into_iter().flatten() {
-            let mut image = image.clone();
-            image["nodeId"] = json!(node);
-            image["mediaType"] = json!("images");
-            found.push(image);
-        }
-    }
-    // What was saved counts more than what was only shown.
-    found.sort_by_key(|image| image["type"] == "output");
-    found
-}
-
-fn error_of(ended: &Ended) -> Option<Value> {
-    let found = ended
-        .messages
-        .iter()
-        .find(|message| message[0] == "execution_error");
-    found.map(|message| message[1].clone())
+/// What waits and runs, as it stands in `/jobs`: running first, then next first.
+fn unfinished(server: &Server) -> Vec<(&'static str, Arc<Job>, Value)> {
+    let running = server.queue.running().map(|running| {
+        let mut entry = running.job.entry("in_progress");
+        entry["execution_start_time"] = json!(running.started_ms);
+        ("in_progress", running.job, entry)
+    });
+    let waiting = server.queue.waiting().into_iter().map(|job| {
+        let mut entry = job.entry("pending");
+        entry["paused"] = json!(job.is_held);
+        ("pending", Arc::new(job), entry)
+    });
+    running.into_iter().chain(waiting).collect()
 }
 
 /// `GET /jobs?status&limit&offset&workflow_id&sort_order`.
@@ -247,16 +156,25 @@ pub(crate) async fn list(
         .get("status")
         .map(|list| list.split(',').collect())
         .unwrap_or_default();
-    let mut entries: Vec<_> = Any::all(&server)
-        .iter()
-        .filter(|any| wanted.is_empty() || wanted.contains(&any.status()))
-        .map(Any::entry)
-        .filter(|entry| {
-            query
-                .get("workflow_id")
-                .is_none_or(|id| entry["workflow_id"] == id.as_str())
-        })
+    let is_wanted = |status: &str| wanted.is_empty() || wanted.contains(&status);
+    let unfinished = unfinished(&server).into_iter();
+    let mut entries: Vec<String> = unfinished
+        .filter(|(status, ..)| is_wanted(status))
+        .map(|(_, _, entry)| entry.to_string())
         .collect();
+    let ended = server.queue.history();
+    let newest_first = ended.iter().rev();
+    entries.extend(
+        newest_first
+            .filter(|ended| is_wanted(ended.outcome.name()))
+            .map(|ended| ended.job_entry.to_string()),
+    );
+    if let Some(id) = query.get("workflow_id") {
+        let of_workflow = |entry: &String| {
+            serde_json::from_str::<Value>(entry).is_ok_and(|entry| entry["workflow_id"] == **id)
+        };
+        entries.retain(of_workflow);
+    }
     if query.get("sort_order").is_some_and(|order| order == "asc") {
         entries.reverse();
     }
@@ -265,24 +183,37 @@ pub(crate) async fn list(
     let limit = number(&query, "limit").unwrap_or(total);
     let shown: Vec<_> = entries.into_iter().skip(offset).take(limit).collect();
     let has_more = offset + shown.len() < total;
-    ok(&json!({
-        "jobs": shown,
-        "pagination": {"offset": offset, "limit": limit, "total": total, "has_more": has_more},
-    }))
+    let pagination =
+        json!({"offset": offset, "limit": limit, "total": total, "has_more": has_more});
+    json_text(format!(
+        "{{\"jobs\":[{}],\"pagination\":{pagination}}}",
+        shown.join(",")
+    ))
 }
 
 /// `GET /jobs/{id}`.
 pub(crate) async fn detail(State(server): State<Arc<Server>>, Path(id): Path<String>) -> Response {
-    let Some(any) = Any::all(&server).into_iter().find(|any| any.job().id == id) else {
+    let workflow = |prompt: &Value, extra: &Value| json!({"prompt": prompt, "extra_data": extra});
+    if let Some((_, job, mut entry)) = unfinished(&server)
+        .into_iter()
+        .find(|(_, job, _)| job.id == id)
+    {
+        entry["workflow"] = workflow(&job.prompt, &job.extra_data);
+        return ok(&entry);
+    }
+    let Some(ended) = server
+        .queue
+        .history()
+        .into_iter()
+        .find(|ended| ended.id == id)
+    else {
         return not_found(&format!("there is no job {id}"));
     };
-    let mut entry = any.entry();
-    let job = any.job();
-    entry["workflow"] = json!({"prompt": job.prompt, "extra_data": job.extra_data});
-    if let Any::Ended(ended) = &any {
-        entry["outputs"] = Value::Object(ended.outputs.clone());
-        entry["execution_status"] = status_of(ended);
-    }
+    let parsed = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
+    let (mut entry, history) = (parsed(&ended.job_entry), parsed(&ended.history_entry));
+    entry["workflow"] = workflow(&history["prompt"][2], &history["prompt"][3]);
+    entry["outputs"] = history["outputs"].clone();
+    entry["execution_status"] = history["status"].clone();
     ok(&entry)
 }
 

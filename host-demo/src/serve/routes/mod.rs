@@ -114,8 +114,11 @@ fn bad_request(message: &str) -> Response {
 }
 
 fn answer(status: StatusCode, value: &Value) -> Response {
-    let headers = [("content-type", "application/json")];
-    (status, headers, value.to_string()).into_response()
+    (status, json_text(value.to_string())).into_response()
+}
+
+fn json_text(text: String) -> Response {
+    ([("content-type", "application/json")], text).into_response()
 }
 
 fn ok(value: &Value) -> Response {

@@ -51,8 +51,21 @@ pub(crate) async fn page(State(server): State<Arc<Server>>, method: Method, uri:
             let headers = [("content-type", kind), ("cache-control", age.to_owned())];
             (headers, bytes).into_response()
         }
-        None => not_found(&format!("there is no file {path}")),
+        None => match without_file(&path) {
+            Some((kind, text)) => ([("content-type", kind)], text).into_response(),
+            None => not_found(&format!("there is no file {path}")),
+        },
     }))
+}
+
+/// What the editor asks for at every start and does without.
+fn without_file(path: &str) -> Option<(&'static str, &'static str)> {
+    match path {
+        "/user.css" => Some(("text/css", "")),
+        "/templates/index.json" => Some(("application/json", "[]")),
+        "/templates/index_logo.json" => Some(("application/json", "{}")),
+        _ => None,
+    }
 }
 
 fn html(bytes: Vec<u8>) -> Response {

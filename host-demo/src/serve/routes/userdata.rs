@@ -65,6 +65,8 @@ pub(crate) async fn list(
         }
         let folder = match server.folders.user.existing(dir) {
             Ok(folder) => folder,
+            // Nothing was saved there yet.
+            Err(PathError::NotFound(_)) => return ok(&json!([])),
             Err(error) => return refuse_path(&error),
         };
         let Ok(root) = Root::create(&folder) else {
@@ -103,21 +105,30 @@ fn collect(root: &Root, folder: &FilePath, recurse: bool, names: &mut Vec<String
     }
 }
 
+/// What a file holds that the editor reads at every start, before anybody wrote it.
+fn first_content(file: &str) -> Option<&'static str> {
+    match file {
+        "user.css" => Some(""),
+        "comfy.templates.json" => Some("[]"),
+        _ => None,
+    }
+}
+
 /// `GET /userdata/{file}`.
 pub(crate) async fn read(State(server): State<Arc<Server>>, Path(file): Path<String>) -> Response {
     let found = blocking(move || {
-        let path = server
-            .folders
-            .user
-            .existing(&file)
-            .map_err(|error| refuse_path(&error))?;
-        let bytes =
-            std::fs::read(path).map_err(|_| not_found(&format!("there is no file \"{file}\"")))?;
+        let missing = || not_found(&format!("there is no file \"{file}\""));
+        let bytes = match server.folders.user.existing(&file) {
+            Ok(path) => std::fs::read(path).map_err(|_| missing())?,
+            Err(error) => first_content(&file)
+                .ok_or_else(|| refuse_path(&error))?
+                .into(),
+        };
         // Shown in no page of ours: saved, or read by the editor.
-        let kind = if file.ends_with(".json") {
-            "application/json"
-        } else {
-            "application/octet-stream"
+        let kind = match file.rsplit_once('.') {
+            Some((_, "json")) => "application/json",
+            Some((_, "css")) => "text/css",
+            _ => "application/octet-stream",
         };
         let headers = [
             ("content-type", kind),

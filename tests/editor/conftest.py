@@ -1,0 +1,16 @@
+import shutil
+
+import pytest
+
+import support
+
+
+def pytest_sessionstart():
+    shutil.rmtree(support.SCREENSHOTS, ignore_errors=True)
+    support.SCREENSHOTS.mkdir(parents=True)
+
+
+@pytest.fixture
+def server(tmp_path):
+    with support.Server(tmp_path / "data") as server:
+        yield server
