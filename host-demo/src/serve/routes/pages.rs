@@ -28,7 +28,9 @@ pub(crate) async fn page(State(server): State<Arc<Server>>, method: Method, uri:
     let path = uri.path().to_owned();
     let is_root = path == "/" || path == "/index.html";
     if path == START_PATH || is_root && !server.front_end.is_there() {
-        return html(START_PAGE.as_bytes().to_vec());
+        let has_editor = format!("data-editor=\"{}\"", server.front_end.is_there());
+        let text = START_PAGE.replace("data-editor=\"false\"", &has_editor);
+        return html(text.into_bytes());
     }
     let name = if is_root {
         "index.html".to_owned()
@@ -62,16 +64,21 @@ pub(crate) async fn page(State(server): State<Arc<Server>>, method: Method, uri:
 fn without_file(path: &str) -> Option<(&'static str, &'static str)> {
     match path {
         "/user.css" => Some(("text/css", "")),
+        "/favicon.ico" => Some(("image/x-icon", "")),
         "/templates/index.json" => Some(("application/json", "[]")),
         "/templates/index_logo.json" => Some(("application/json", "{}")),
         _ => None,
     }
 }
 
+/// A page, which the browser keeps from asking anybody but this server.
 fn html(bytes: Vec<u8>) -> Response {
+    const ONLY_US: &str = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; \
+         connect-src 'self' ws://localhost:* ws://127.0.0.1:* data: blob:; frame-ancestors 'self'";
     let headers = [
         ("content-type", "text/html; charset=utf-8"),
         ("cache-control", "no-cache"),
+        ("content-security-policy", ONLY_US),
     ];
     (headers, bytes).into_response()
 }
