@@ -11,6 +11,7 @@ use anyhow::{Context as _, anyhow};
 use clap::{Args, Parser, Subcommand};
 use serde_json::Value;
 
+use crate::batch::{self, BatchEnd, Shard};
 use crate::builtin_nodes::Places;
 use crate::cache::{Cache, DEFAULT_BUDGET};
 use crate::catalog::Catalog;
@@ -57,6 +58,8 @@ enum Command {
     Run(RunArguments),
     /// Serves ComfyUI's protocol: its editor and its clients drive our nodes
     Serve(ServeArguments),
+    /// Runs many workflows, dealt out to many processes or machines
+    Batch(BatchArguments),
     /// Lists all nodes and their parameters
     Nodes {
         /// As ComfyUI's /object_info document
@@ -133,6 +136,27 @@ struct ServeArguments {
     libraries: Libraries,
 }
 
+#[derive(Debug, Clone, Args)]
+struct BatchArguments {
+    /// A file with one entry a line: {"id": "name", "workflow": "file.json", "set": {"node.input": value}, "seed": 1}; all
+    /// but the id may be left out
+    manifest: PathBuf,
+    /// The part that this process runs, i from 0 [default: from SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX, else all]
+    #[arg(long, value_name = "i/n")]
+    shard: Option<Shard>,
+    /// Every entry becomes a folder in it
+    #[arg(long, value_name = "FOLDER")]
+    out: PathBuf,
+    /// Goes on: leaves entries that are complete as they are
+    #[arg(long)]
+    resume: bool,
+    /// Writes no workflow into pictures and learned concepts
+    #[arg(long)]
+    disable_metadata: bool,
+    #[command(flatten)]
+    libraries: Libraries,
+}
+
 /// How a command that did not succeed ended; what there was to say has been said.
 struct Ended(u8);
 
@@ -185,6 +209,21 @@ fn dispatch(arguments: Arguments) -> Result<(), Ended> {
             ..RunArguments::default()
         }),
         Some(Command::Run(arguments)) => run(&arguments),
+        Some(Command::Batch(arguments)) => {
+            let ended = batch::run(&batch::Options {
+                manifest: arguments.manifest,
+                shard: arguments.shard,
+                out: arguments.out,
+                resume: arguments.resume,
+                disable_metadata: arguments.disable_metadata,
+                plugins: arguments.libraries.plugin,
+            })?;
+            match ended {
+                BatchEnd::Complete => Ok(()),
+                BatchEnd::Failed => Err(Ended(EXIT_FAILED)),
+                BatchEnd::Canceled => Err(Ended(EXIT_CANCELED)),
+            }
+        }
         Some(Command::Serve(arguments)) => Ok(serve::serve(&serve::Options {
             listen: arguments.listen,
             port: arguments.port,

@@ -2,7 +2,8 @@
 //!
 //! In reading order: what a workflow is (`graph`, `workflow_file`), what nodes there are (`catalog` from `loader` and
 //! `builtin_nodes`), whether it can run (`validate`, `schedule`), running it (`executor`, with `cache` and `events`),
-//! and what is left afterwards (`run_folder`, `recorder`, `report`). `cli` ties them together for one run, `serve` for an editor.
+//! and what is left afterwards (`run_folder`, `recorder`, `report`). `cli` ties them together for one run, `serve` for an
+//! editor, `batch` for many machines.
 
 mod confined;
 mod graph;
@@ -27,6 +28,7 @@ mod recorder;
 mod report;
 mod run_folder;
 
+mod batch;
 mod cli;
 mod demo;
 mod interrupt;

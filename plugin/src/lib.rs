@@ -31,5 +31,6 @@ plugin_api::export_plugin! {
         nodes::PersonalizedSampler,
         nodes::SaveConcepts,
         nodes::LoadConcepts,
+        nodes::LoadTunedModel,
     ],
 }

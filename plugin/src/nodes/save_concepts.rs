@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use candle_core::DType;
 use personalization::LearnedConcepts;
 use personalization::concept_file::{ConceptForm, concept_bytes, write_atomically};
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
 use schemars::JsonSchema;
 use serde::Deserialize;
+use stable_diffusion::DiffusionModel;
 
 use crate::failure::{from_method, from_model};
 use crate::values::{ConceptsValue, ModelValue};
@@ -28,6 +30,18 @@ enum Format {
     Both,
 }
 
+/// How a tuned U-Net is saved.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum TunedUnet {
+    /// 16 bits per weight: half the size, the same pictures but for rounding.
+    F16,
+    /// 32 bits per weight, as it was tuned.
+    F32,
+    /// Not at all.
+    None,
+}
+
 /// Parameters of the node.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct Parameters {
@@ -37,6 +51,9 @@ pub(crate) struct Parameters {
     /// Which programs the files are for.
     #[serde(default = "shared")]
     format: Format,
+    /// How the weights of a fully tuned U-Net are saved, as a diffusers folder `unet`; a LoRA is saved in any case.
+    #[serde(default = "half")]
+    tuned_unet: TunedUnet,
 }
 
 fn prefix() -> String {
@@ -44,6 +61,9 @@ fn prefix() -> String {
 }
 fn shared() -> Format {
     Format::Shared
+}
+fn half() -> TunedUnet {
+    TunedUnet::F16
 }
 
 impl Node for SaveConcepts {
@@ -54,13 +74,13 @@ impl Node for SaveConcepts {
             "SaveConcepts",
             "Save Concepts",
             "Conceptloom/save",
-            "Saves every learned token as .safetensors, and the LoRA of a tuned model",
+            "Saves every learned token as .safetensors, and what was tuned of the model",
         )
         .input("concepts", port::CONCEPTS, "The learned tokens")
         .optional_input(
             "model",
             port::DIFFUSION_MODEL,
-            "The tuned model; its LoRA is saved beside the tokens",
+            "The tuned model; its LoRA or U-Net is saved beside the tokens",
         )
         .output_node()
         .aliases(&["embedding", "save lora"])
@@ -107,17 +127,65 @@ impl Node for SaveConcepts {
                 host.saved(&path);
             }
         }
-        let tuned = inputs
-            .optional_object::<ModelValue>("model")?
-            .and_then(|model| model.0.lora.as_ref());
-        if let Some(lora) = tuned {
-            let path = free_path(&base, &format!("{prefix}lora"))?;
-            lora.save(&path)
-                .map_err(|error| from_model("model", &error))?;
-            host.saved(&path);
+        if let Some(model) = inputs.optional_object::<ModelValue>("model")? {
+            let base = Base {
+                folder: &base,
+                prefix: &prefix,
+            };
+            base.save_tuned(&model.0, parameters.tuned_unet, &metadata, host)?;
         }
         Ok(Vec::new())
     }
+}
+
+/// Where files of this node begin.
+struct Base<'a> {
+    folder: &'a Path,
+    prefix: &'a str,
+}
+
+impl Base<'_> {
+    /// The LoRA, or the whole U-Net, if they are not the checkpoint's.
+    fn save_tuned(
+        &self,
+        model: &DiffusionModel,
+        unet: TunedUnet,
+        metadata: &BTreeMap<String, String>,
+        host: &Host,
+    ) -> Result<(), NodeError> {
+        let failed = |error| from_model("model", &error);
+        if let Some(lora) = &model.lora {
+            let path = free_path(self.folder, &format!("{}lora", self.prefix))?;
+            lora.save(&path).map_err(failed)?;
+            host.saved(&path);
+        }
+        let dtype = match unet {
+            TunedUnet::F16 => DType::F16,
+            TunedUnet::F32 => DType::F32,
+            TunedUnet::None => return Ok(()),
+        };
+        if model.is_tuned {
+            let folder = free_folder(self.folder, self.prefix);
+            let path = model.save_unet(&folder, dtype, metadata).map_err(failed)?;
+            host.saved(&path.with_file_name("config.json"));
+            host.saved(&path);
+        }
+        Ok(())
+    }
+}
+
+/// The first folder of `concepts`, `concepts-2`, … that has no `unet` yet.
+fn free_folder(base: &Path, prefix: &str) -> PathBuf {
+    let stem = prefix.trim_end_matches('/');
+    let numbered = |n: usize| match n {
+        1 => base.join(stem),
+        n if stem.is_empty() => base.join(format!("unet-{n}")),
+        n => base.join(format!("{stem}-{n}")),
+    };
+    (1..)
+        .map(numbered)
+        .find(|folder| !folder.join("unet").exists())
+        .unwrap_or_else(|| numbered(1))
 }
 
 /// `rex` of `<rex>`, with nothing that a file system objects to.

@@ -23,6 +23,7 @@ mod contract;
 mod commands;
 mod running;
 
+mod batch;
 mod interrupting;
 
 mod bad_input;

@@ -14,7 +14,8 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::Dtype;
+use stable_diffusion::weights::encode_tensors;
 
 use crate::optimizer::AdamWState;
 use crate::{Concept, Error, LearnedConcepts, Result, Role};
@@ -42,22 +43,17 @@ pub fn concept_bytes(
     extra: &BTreeMap<String, String>,
 ) -> Result<Vec<u8>> {
     let vectors = learned.vectors_per_concept;
-    let rows = learned
-        .rows
-        .narrow(0, concept * vectors, vectors)?
-        .flatten_all()?
-        .to_vec1::<f32>()?;
+    let rows = learned.rows.narrow(0, concept * vectors, vectors)?;
     let Concept {
         token,
         class_word,
         role,
     } = &learned.concepts[concept];
-    let bytes: Vec<u8> = rows.iter().flat_map(|v| v.to_le_bytes()).collect();
     let name = match form {
         ConceptForm::Shared => "emb_params",
         ConceptForm::Diffusers => token,
     };
-    let mut metadata: HashMap<String, String> = extra.clone().into_iter().collect();
+    let mut metadata = extra.clone();
     let role = if *role == Role::Background {
         "background"
     } else {
@@ -75,12 +71,8 @@ pub fn concept_bytes(
             learned.base_fingerprint.clone(),
         ),
     ]);
-    let failed = |error: safetensors::SafeTensorError| {
-        Error::scene(format!("{token} cannot be saved: {error}"))
-    };
-    let view =
-        TensorView::new(Dtype::F32, vec![vectors, rows.len() / vectors], &bytes).map_err(failed)?;
-    safetensors::serialize([(name, view)], Some(metadata)).map_err(failed)
+    let tensors = BTreeMap::from([(name.to_owned(), rows)]);
+    Ok(encode_tensors(&tensors, &metadata)?)
 }
 
 /// Reads concept files into one value, in their order. They can be used and trained on; the optimizer starts anew.

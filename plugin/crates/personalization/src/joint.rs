@@ -204,6 +204,7 @@ impl Trained {
         let unet = UNet::new(self.unet.config(), &weights, lora.as_ref())?;
         Ok(DiffusionModel {
             unet: Arc::new(unet),
+            is_tuned: model.is_tuned || lora.is_none(),
             lora,
             ..model.clone()
         })

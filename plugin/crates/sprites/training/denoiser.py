@@ -45,7 +45,7 @@ class Scenes:
 
 
 class Batches:
-    """Endless shuffled batches: latents, captions and the words that name something, with its mask."""
+    """Endless shuffled batches: latents, where objects are, captions, and the words that name something, with its mask."""
 
     def __init__(self, scenes, size, rng, settings):
         self.scenes, self.size, self.rng, self.settings = scenes, size, rng, settings
@@ -65,7 +65,8 @@ class Batches:
                     named.append((row, word, self.scenes.masks[i, k]))
             if background in text.replace(",", " ").split():
                 named.append((row, background, self.scenes.background_mask(i)))
-        return torch.from_numpy(self.scenes.latents[chosen]).float(), captions, named
+        objects = np.minimum(255, self.scenes.masks[chosen].astype(np.int32).sum(1, keepdims=True)) / 255
+        return torch.from_numpy(self.scenes.latents[chosen]).float(), torch.from_numpy(objects).float(), captions, named
 
 
 def spread_loss(maps, rows, columns, masks):
@@ -125,7 +126,7 @@ class Trainer:
         return x.contiguous(memory_format=torch.channels_last), noise, t
 
     def loss(self):
-        latents, captions, named = self.batches.next()
+        latents, objects, captions, named = self.batches.next()
         ids = self.tokenizer(captions, padding="max_length", max_length=networks.CONTEXT, truncation=True,
                              return_tensors="pt").input_ids
         x, noise, t = self.noised(latents)
@@ -133,7 +134,8 @@ class Trainer:
         with torch.autocast("cpu", torch.bfloat16):
             guess = self.unet(x, t, self.text(ids).last_hidden_state).sample
         snr = self.signal[t] / (1 - self.signal[t])
-        error = (guess.float() - noise).pow(2).mean((1, 2, 3))
+        square = (guess.float() - noise).pow(2)
+        error = (square * (1 + (self.s.object_weight - 1) * objects)).mean((1, 2, 3))
         loss = (error * snr.clamp(max=self.s.snr_cap) / snr).mean()
         parts, maps = {"error": error.mean().item()}, self.keep.take()
         places = self.places(ids, named) if self.s.spread or self.s.overlap else None

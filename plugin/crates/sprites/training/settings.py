@@ -50,6 +50,7 @@ class Stage:
     spread: float = 0.0            # weight of the first localization loss
     overlap: float = 0.0           # weight of the second
     threshold: float = 0.45        # which the second anticipates
+    object_weight: float = 1.0     # of the noise's error where an object is, that of the background being 1
     ema: float = 0.998
     snr_cap: float = 5.0
     batch: int = BATCH
@@ -74,10 +75,12 @@ RELEASED = Settings(
         "words": Stage("first", 2_014, 6e-4, offset_noise=0.1, spread=0.05),
         "larger": Stage("larger", 1_504, 4e-4, fall=0.57, warmup=300, offset_noise=0.07, spread=0.1),
         "polish": Stage("larger", 164, 1.5e-4, fall=1.0, warmup=20, offset_noise=0.07, spread=0.1, overlap=0.3, ema=0.98),
+        "objects": Stage("larger", 4_000, 5e-4, fall=0.6, warmup=100, offset_noise=0.05, spread=0.1, overlap=0.1,
+                         object_weight=3.0),
     })
 TINY = Settings(
     compose={k: Compose(60, c.seed, c.counts, c.sizes, shard=30) for k, c in RELEASED.compose.items()},
-    stages={k: Stage(s.scenes, 6, s.rate, s.fall, 2, s.offset_noise, s.spread, s.overlap, batch=4)
+    stages={k: Stage(s.scenes, 6, s.rate, s.fall, 2, s.offset_noise, s.spread, s.overlap, object_weight=s.object_weight, batch=4)
             for k, s in RELEASED.stages.items()},
     autoencoder=Autoencoder(minutes=0.3, batch=8))
 NAMED = {"released": RELEASED, "tiny": TINY}

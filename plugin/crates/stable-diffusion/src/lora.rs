@@ -11,7 +11,7 @@ use crate::{
     Error, Result,
     rng::Rng,
     unet::UNet,
-    weights::{TensorFile, WeightMap},
+    weights::{TensorFile, WeightMap, save_tensors},
 };
 
 /// Paths of the adapted projections end in one of these.
@@ -123,23 +123,16 @@ impl LoraAdapter {
             tensors.insert(format!("{PREFIX}{module}{DOWN}"), factors.down.clone());
             tensors.insert(format!("{PREFIX}{module}{UP}"), factors.up.clone());
         }
-        let unwritable =
-            |reason: &dyn std::fmt::Display| Error::unreadable(path.display().to_string(), reason);
         let configuration = serde_json::json!({
             "unet.r": self.rank,
             "unet.lora_alpha": self.alpha,
             "unet.target_modules": ADAPTED,
         });
-        let metadata = [
+        let metadata = BTreeMap::from([
             ("format".to_owned(), "pt".to_owned()),
             (CONFIGURATION.to_owned(), configuration.to_string()),
-        ];
-        let metadata = Some(metadata.into());
-        let bytes =
-            safetensors::serialize(&tensors, metadata).map_err(|error| unwritable(&error))?;
-        let partial = path.with_extension("safetensors.partial");
-        std::fs::write(&partial, bytes).map_err(|error| unwritable(&error))?;
-        std::fs::rename(&partial, path).map_err(|error| unwritable(&error))
+        ]);
+        save_tensors(path, &tensors, DType::F32, &metadata)
     }
 
     /// Reads what [`Self::save`] or diffusers wrote; the factors are frozen.

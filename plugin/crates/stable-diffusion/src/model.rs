@@ -1,9 +1,10 @@
 //! A whole checkpoint in memory: diffusers' folder, a single file, or one that is part of the program.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::Device;
+use candle_core::{DType, Device};
 
 use crate::config::{ModelConfig, SchedulerConfig, TextEncoderConfig, UNetConfig, VaeConfig};
 use crate::error::{CheckpointError, Error, Result};
@@ -14,7 +15,12 @@ use crate::text_encoder::TextEncoder;
 use crate::tokenizer::Tokenizer;
 use crate::unet::UNet;
 use crate::vae::{self, Vae};
-use crate::weights::{TensorFile, WeightMap, refuse_pickle};
+use crate::weights::{TensorFile, WeightMap, refuse_pickle, save_tensors};
+
+/// Name of the weights in a folder of diffusers' layout.
+const TUNED_WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
+/// Metadata of tuned weights: the checkpoint that they belong to.
+const BASE_MODEL: &str = "base_model_blake3";
 
 /// Where a checkpoint is.
 #[derive(Debug, Clone)]
@@ -54,6 +60,8 @@ pub struct DiffusionModel {
     pub fingerprint: String,
     /// The adapter that is part of `unet`, if one was applied.
     pub lora: Option<LoraAdapter>,
+    /// Whether weights of `unet` are not the checkpoint's, besides the adapter.
+    pub is_tuned: bool,
 }
 
 impl DiffusionModel {
@@ -145,7 +153,77 @@ impl DiffusionModel {
             device: device.clone(),
             fingerprint,
             lora: None,
+            is_tuned: false,
             config,
+        })
+    }
+
+    /// Writes the U-Net in diffusers' layout: `unet/config.json` and the weights as `dtype` (`f32` or `f16`) in
+    /// `folder`, which loads with `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`.
+    ///
+    /// # Errors
+    /// [`Error::Unreadable`](crate::Error::Unreadable) when a file cannot be written.
+    pub fn save_unet(
+        &self,
+        folder: &Path,
+        dtype: DType,
+        extra: &BTreeMap<String, String>,
+    ) -> Result<PathBuf> {
+        let unet = folder.join("unet");
+        let config = unet.join("config.json");
+        let unwritable =
+            |error: std::io::Error| Error::unreadable(config.display().to_string(), &error);
+        std::fs::create_dir_all(&unet).map_err(unwritable)?;
+        let mut metadata = extra.clone();
+        metadata.insert("format".to_owned(), "pt".to_owned());
+        metadata.insert(BASE_MODEL.to_owned(), self.fingerprint.clone());
+        let path = unet.join(TUNED_WEIGHTS);
+        save_tensors(&path, &self.unet.weights().0, dtype, &metadata)?;
+        let text = format!("{:#}", self.config.unet.to_json());
+        std::fs::write(&config, text).map_err(unwritable)?;
+        Ok(path)
+    }
+
+    /// This model with weights that were tuned on it: a folder that [`save_unet`](Self::save_unet) wrote (or its
+    /// weights), or a LoRA file.
+    ///
+    /// # Errors
+    /// One message that names the file: it cannot be read, was tuned on another model, or does not fit.
+    pub fn with_tuned_weights(&self, path: &Path) -> Result<Self> {
+        let in_folder = [
+            path.join("unet").join(TUNED_WEIGHTS),
+            path.join(TUNED_WEIGHTS),
+        ];
+        let file = in_folder.iter().find(|file| file.is_file());
+        let path = file.map_or(path, PathBuf::as_path);
+        let weights = TensorFile::open(path)?;
+        let name = path.display().to_string();
+        let base = weights.metadata().get(BASE_MODEL);
+        if base.is_some_and(|base| *base != self.fingerprint) {
+            return Err(Error::unreadable(
+                name,
+                &"it was tuned on another model; load that one",
+            ));
+        }
+        if weights.names().any(|name| name.starts_with("unet.")) {
+            let lora = LoraAdapter::load(path, &self.device)?;
+            let unet = UNet::new(&self.config.unet, self.unet.weights(), Some(&lora))?;
+            return Ok(Self {
+                unet: Arc::new(unet),
+                lora: Some(lora),
+                ..self.clone()
+            });
+        }
+        let weights = WeightMap::read(&weights, &self.device)?;
+        let unet = UNet::new(&self.config.unet, &weights, None).map_err(|error| match error {
+            Error::Checkpoint(e) => CheckpointError { file: name, ..e }.into(),
+            other => other,
+        })?;
+        Ok(Self {
+            unet: Arc::new(unet),
+            lora: None,
+            is_tuned: true,
+            ..self.clone()
         })
     }
 

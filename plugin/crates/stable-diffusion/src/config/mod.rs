@@ -61,6 +61,42 @@ pub struct UNetConfig {
     pub downsample_padding: usize,
 }
 
+impl UNetConfig {
+    /// As diffusers' `config.json`.
+    pub fn to_json(&self) -> serde_json::Value {
+        let down = |kind: &DownBlock| match kind {
+            DownBlock::Plain => "DownBlock2D",
+            DownBlock::CrossAttention => "CrossAttnDownBlock2D",
+        };
+        let up = |kind: &UpBlock| match kind {
+            UpBlock::Plain => "UpBlock2D",
+            UpBlock::CrossAttention => "CrossAttnUpBlock2D",
+        };
+        serde_json::json!({
+            "_class_name": "UNet2DConditionModel",
+            "act_fn": "silu",
+            "attention_head_dim": self.heads,
+            "block_out_channels": self.block_out_channels,
+            "center_input_sample": false,
+            "cross_attention_dim": self.cross_attention_dim,
+            "down_block_types": self.down_block_types.iter().map(down).collect::<Vec<_>>(),
+            "downsample_padding": self.downsample_padding,
+            "flip_sin_to_cos": self.flip_sin_to_cos,
+            "freq_shift": self.freq_shift,
+            "in_channels": self.in_channels,
+            "layers_per_block": self.layers_per_block,
+            "mid_block_scale_factor": 1,
+            "norm_eps": self.norm_eps,
+            "norm_num_groups": self.norm_num_groups,
+            "out_channels": self.out_channels,
+            "sample_size": self.sample_size,
+            "transformer_layers_per_block": self.transformer_layers_per_block,
+            "up_block_types": self.up_block_types.iter().map(up).collect::<Vec<_>>(),
+            "use_linear_projection": self.use_linear_projection,
+        })
+    }
+}
+
 /// The text encoder's feed-forward activation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {

@@ -4,6 +4,7 @@
 //! tensor, and [`WeightMap::build`] reports everything missing, misshapen and left over at once.
 
 mod tensor_file;
+mod tensor_writer;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
@@ -13,6 +14,7 @@ use candle_core::{DType, Device, Tensor};
 
 pub use tensor_file::TensorFile;
 pub(crate) use tensor_file::refuse_pickle;
+pub use tensor_writer::{encode_tensors, save_tensors};
 
 use crate::error::{CheckpointError, Misshapen, Result};
 use crate::rng::Rng;

@@ -1,0 +1,275 @@
+//! Many workflows, dealt out to many machines by whatever scheduler there is.
+//!
+//! Every entry of a manifest becomes a folder of its own, complete or not there, with a `done.json` that says what it
+//! was made from. A shard that was killed is run again with `--resume`. Nothing in the folders tells when, where or in
+//! how many shards they were made: the tree is the same, byte for byte.
+
+mod done;
+mod manifest;
+mod shard;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::Context as _;
+use serde_json::Value;
+
+use crate::builtin_nodes::Places;
+use crate::cache::{Cache, DEFAULT_BUDGET};
+use crate::catalog::Catalog;
+use crate::cli::{complain, say};
+use crate::events::Observers;
+use crate::executor::{self, Job, RunError};
+use crate::recorder::Recorder;
+use crate::run_folder::{Destination, RunFolder, write_new};
+use crate::terminal::Terminal;
+use crate::validate::{Plan, validate};
+use crate::workflow_file::Workflow;
+use crate::{demo, interrupt, loader};
+
+use done::Done;
+use manifest::Entry;
+pub(crate) use shard::Shard;
+
+/// What to run.
+#[derive(Debug)]
+pub(crate) struct Options {
+    pub(crate) manifest: PathBuf,
+    pub(crate) shard: Option<Shard>,
+    pub(crate) out: PathBuf,
+    pub(crate) resume: bool,
+    pub(crate) disable_metadata: bool,
+    pub(crate) plugins: Vec<PathBuf>,
+}
+
+/// How a batch ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum BatchEnd {
+    /// Every entry of the shard is there.
+    Complete,
+    /// Some entry failed.
+    Failed,
+    /// Ctrl-C.
+    Canceled,
+}
+
+/// An entry that can run.
+struct Prepared {
+    entry: Entry,
+    workflow: Workflow,
+    plan: Plan,
+    /// The folder whose pictures it takes; a key of `catalogs`.
+    dir: PathBuf,
+    hash: String,
+    is_done: bool,
+}
+
+/// Runs the shard's entries.
+///
+/// # Errors
+/// What keeps any entry from running: everything at once, before the first one runs.
+pub(crate) fn run(options: &Options) -> anyhow::Result<BatchEnd> {
+    let shard = match options.shard {
+        Some(shard) => shard,
+        None => Shard::from_environment(|name| std::env::var(name).ok())?,
+    };
+    let entries = manifest::read(&options.manifest)?;
+    let n_all = entries.len();
+    let mut catalogs = BTreeMap::new();
+    let mut problems = Vec::new();
+    let mut prepared = Vec::new();
+    for (_, entry) in entries
+        .into_iter()
+        .enumerate()
+        .filter(|(k, _)| shard.has(*k))
+    {
+        let line = entry.line;
+        match prepare(entry, options, &mut catalogs) {
+            Ok(entry) => prepared.push(entry),
+            Err(found) => problems.extend(
+                found
+                    .into_iter()
+                    .map(|problem| format!("line {line}: {problem}")),
+            ),
+        }
+    }
+    if !problems.is_empty() {
+        let manifest = options.manifest.display();
+        anyhow::bail!(
+            "the manifest {manifest} cannot run:\n  {}",
+            problems.join("\n  ")
+        );
+    }
+    let cancel = interrupt::flag().context("Ctrl-C cannot be handled")?;
+    complain(&format!(
+        "shard {shard}: {} of {n_all} entries",
+        prepared.len()
+    ));
+    let mut cache = Cache::new(DEFAULT_BUDGET);
+    let (mut n_done, mut n_skipped, mut failed) = (0, 0, Vec::new());
+    for (index, one) in prepared.iter().enumerate() {
+        if one.is_done {
+            n_skipped += 1;
+            continue;
+        }
+        complain(&format!(
+            "entry {} of {}: {}",
+            index + 1,
+            prepared.len(),
+            one.entry.id
+        ));
+        match run_one(one, options, &catalogs[&one.dir], &cancel, &mut cache) {
+            Ok(()) => n_done += 1,
+            Err(error) => {
+                complain(&format!("error: entry {}: {error:#}", one.entry.id));
+                if cancel.load(Ordering::SeqCst) {
+                    complain("the same command with --resume goes on where it stopped");
+                    return Ok(BatchEnd::Canceled);
+                }
+                failed.push(one.entry.id.as_str());
+            }
+        }
+    }
+    say(&format!(
+        "{n_done} done, {n_skipped} were there already, {} failed",
+        failed.len()
+    ));
+    Ok(if failed.is_empty() {
+        BatchEnd::Complete
+    } else {
+        BatchEnd::Failed
+    })
+}
+
+fn prepare(
+    entry: Entry,
+    options: &Options,
+    catalogs: &mut BTreeMap<PathBuf, Catalog>,
+) -> Result<Prepared, Vec<String>> {
+    let one = |problem: String| vec![problem];
+    let dir = entry
+        .workflow
+        .as_deref()
+        .and_then(Path::parent)
+        .unwrap_or(Path::new(""))
+        .to_owned();
+    if !catalogs.contains_key(&dir) {
+        let catalog = catalog(&options.plugins, &dir).map_err(|error| one(format!("{error:#}")))?;
+        catalogs.insert(dir.clone(), catalog);
+    }
+    let catalog = &catalogs[&dir];
+    let workflow = match &entry.workflow {
+        Some(path) => Workflow::read(path, catalog),
+        None => Workflow::parse(demo::NAME, demo::WORKFLOW.as_bytes(), catalog),
+    };
+    let mut workflow = workflow.map_err(|error| one(error.to_string()))?;
+    if let Some(seed) = entry.seed {
+        workflow.set_seeds(seed, catalog);
+    }
+    let mut problems = Vec::new();
+    for (target, value) in &entry.set {
+        let text = value
+            .as_str()
+            .map_or_else(|| value.to_string(), str::to_owned);
+        let set = workflow.set(&format!("{target}={text}"), catalog);
+        problems.extend(set.err().map(|problem| problem.to_string()));
+    }
+    let plan = validate(&workflow.graph, catalog).unwrap_or_else(|found| {
+        problems.extend(found.iter().map(ToString::to_string));
+        Plan::new()
+    });
+    let hash = done::hash(&workflow, &plan, catalog);
+    let is_done =
+        is_done(&options.out.join(&entry.id), &hash, options.resume).unwrap_or_else(|problem| {
+            problems.push(problem);
+            false
+        });
+    if problems.is_empty() {
+        Ok(Prepared {
+            entry,
+            workflow,
+            plan,
+            dir,
+            hash,
+            is_done,
+        })
+    } else {
+        Err(problems)
+    }
+}
+
+fn catalog(plugins: &[PathBuf], dir: &Path) -> anyhow::Result<Catalog> {
+    let places = Places::Own {
+        workflow_dir: dir.to_owned(),
+        input_dir: PathBuf::from("input"),
+    };
+    let plugins = loader::find(plugins)?
+        .iter()
+        .map(|path| loader::load(path))
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok(Catalog::new(plugins, places)?)
+}
+
+/// Whether the entry's folder is there, and made from the same.
+fn is_done(folder: &Path, hash: &str, resume: bool) -> Result<bool, String> {
+    let place = folder.display();
+    if !folder.exists() {
+        return Ok(false);
+    }
+    match Done::read(folder) {
+        _ if !resume => Err(format!(
+            "{place} is there already; go on with --resume, or name another folder with --out"
+        )),
+        Some(done) if done.hash == hash => Ok(true),
+        Some(_) => Err(format!(
+            "{place} was made from another workflow, parameters or build; remove it, or name another folder with --out"
+        )),
+        None => Err(format!(
+            "{place} holds something that no batch made; remove it, or name another folder with --out"
+        )),
+    }
+}
+
+fn run_one(
+    one: &Prepared,
+    options: &Options,
+    catalog: &Catalog,
+    cancel: &Arc<AtomicBool>,
+    cache: &mut Cache,
+) -> anyhow::Result<()> {
+    let folder = RunFolder::create(&Destination::Exactly(options.out.join(&one.entry.id)))?;
+    let metadata = |json: Value| {
+        if options.disable_metadata {
+            String::new()
+        } else {
+            json.to_string()
+        }
+    };
+    let recorder = Arc::new(Recorder::new(folder.path()));
+    let job = Job {
+        graph: &one.workflow.graph,
+        plan: &one.plan,
+        catalog,
+        output_dir: folder.path(),
+        work_dirs: &folder.work_dirs(),
+        workflow: metadata(one.workflow.document()),
+        prompt: metadata(one.workflow.graph.to_api()),
+        cancel: cancel.clone(),
+        observer: Arc::new(Observers(vec![recorder.clone(), Arc::new(Terminal::new())])),
+    };
+    executor::run(&job, cache)
+        .map_err(|error: RunError| anyhow::anyhow!(folder.after_commit(&error.to_string())))?;
+    let document = serde_json::to_vec_pretty(&one.workflow.document())?;
+    write_new(&folder.path().join("workflow.json"), &document)?;
+    let files = recorder
+        .record()
+        .files
+        .into_iter()
+        .map(|(_, path)| path)
+        .collect();
+    Done::write(folder.path(), &one.entry.id, &one.hash, files)?;
+    folder.commit()?;
+    Ok(())
+}

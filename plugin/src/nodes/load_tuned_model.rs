@@ -1,0 +1,95 @@
+//! LoadTunedModel: what SaveConcepts wrote of a tuned model, put back on its checkpoint.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
+use schemars::JsonSchema;
+use serde::Deserialize;
+
+use crate::failure::from_model;
+use crate::values::{ModelValue, model_value};
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct LoadTunedModel;
+
+/// Parameters of the node.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct Parameters {
+    /// A folder with a tuned `unet`, or a LoRA `.safetensors` file, as SaveConcepts writes them.
+    #[serde(default)]
+    path: String,
+}
+
+impl Node for LoadTunedModel {
+    type Parameters = Parameters;
+
+    fn descriptor() -> NodeDescriptor {
+        NodeDescriptor::new::<Parameters>(
+            "LoadTunedModel",
+            "Load Tuned Model",
+            "Conceptloom/load",
+            "Puts tuned weights or a LoRA on the checkpoint that they were tuned on",
+        )
+        .input("model", port::DIFFUSION_MODEL, "The checkpoint")
+        .output("model", port::DIFFUSION_MODEL, "The tuned model")
+        .aliases(&["lora", "unet", "fine-tuned"])
+    }
+
+    fn validate(&self, parameters: &Parameters) -> Result<(), NodeError> {
+        let path = Path::new(parameters.path.trim());
+        if path.exists() && !parameters.path.trim().is_empty() {
+            return Ok(());
+        }
+        let message = format!(
+            "there is no file or folder \"{}\"; name what SaveConcepts wrote",
+            path.display()
+        );
+        Err(NodeError::invalid_input("path", message))
+    }
+
+    fn fingerprint(&self, parameters: &Parameters) -> String {
+        let mut hasher = blake3::Hasher::new();
+        let path = Path::new(parameters.path.trim());
+        for file in files(path) {
+            // What cannot be read is told when the node runs.
+            if let Ok(mut file) = std::fs::File::open(file) {
+                let _ = hasher.update_reader(&mut file);
+            }
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+
+    fn run(
+        &mut self,
+        inputs: &Inputs,
+        parameters: Parameters,
+        _host: &Host,
+    ) -> Result<Outputs, NodeError> {
+        let model = &inputs.object::<ModelValue>("model")?.0;
+        let tuned = model
+            .with_tuned_weights(Path::new(parameters.path.trim()))
+            .map_err(|error| from_model("path", &error))?;
+        Ok(vec![model_value(Arc::new(tuned))])
+    }
+}
+
+/// The weight files that a path may mean.
+fn files(path: &Path) -> Vec<PathBuf> {
+    let folders = [path.to_owned(), path.join("unet")];
+    let in_folder = folders
+        .iter()
+        .filter_map(|folder| std::fs::read_dir(folder).ok());
+    let mut files: Vec<_> = in_folder
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.is_file())
+        .collect();
+    if path.is_file() {
+        files.push(path.to_owned());
+    }
+    files.sort();
+    files
+}

@@ -1,0 +1,145 @@
+//! `host-demo batch`: shards, a kill in the middle, and going on.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::support::{Place, done};
+
+/// A manifest of three entries.
+fn manifest() -> String {
+    let set = |steps: u32, prompt: &str| {
+        json!({
+            "EmLoop.steps": steps, "EmLoop.steps_per_round": steps / 2, "EmLoop.first_timesteps": 2,
+            "EmLoop.timesteps": 2, "EmLoop.joint_steps": 0, "New pictures.steps": 2, "New pictures.prompts": prompt,
+        })
+    };
+    let lines = [
+        json!({"id": "long", "set": set(120, "a photo of <rex> on grass")}),
+        json!({"id": "grass", "set": set(4, "a photo of <rex> on grass")}),
+        json!({"id": "snow", "set": set(4, "a photo of <rex> in snow"), "seed": 3}),
+    ];
+    lines.map(|line| line.to_string()).join("\n")
+}
+
+/// Every file of a tree with its content.
+fn tree(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    let mut open = vec![folder.to_owned()];
+    while let Some(next) = open.pop() {
+        for entry in std::fs::read_dir(next).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                open.push(path);
+            } else {
+                let name = path
+                    .strip_prefix(folder)
+                    .unwrap()
+                    .to_string_lossy()
+                    .into_owned();
+                files.insert(name, std::fs::read(&path).unwrap());
+            }
+        }
+    }
+    files
+}
+
+#[test]
+fn three_shards_with_one_killed_give_the_tree_of_a_single_run() {
+    let place = Place::with_conceptloom();
+    place.write("m.jsonl", manifest());
+    let single = place
+        .host(&["batch", "m.jsonl", "--out", "single"])
+        .succeeded();
+    assert!(single.stdout.contains("3 done"), "{single:?}");
+
+    let command = |shard: &str| {
+        place.command(&[
+            "batch", "m.jsonl", "--out", "shards", "--resume", "--shard", shard,
+        ])
+    };
+    let mut children: Vec<_> = ["0/3", "1/3", "2/3"]
+        .map(|shard| command(shard).spawn().unwrap())
+        .into();
+    // The first has the long entry; it is killed once it keeps something to go on from.
+    let work = place.path().join("shards/.work");
+    let begun = Instant::now();
+    while !has_state(&work) {
+        assert!(
+            begun.elapsed() < Duration::from_secs(300),
+            "no state was kept"
+        );
+        assert!(
+            children[0].try_wait().unwrap().is_none(),
+            "ended before it was killed"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    children[0].kill().unwrap();
+    for child in &mut children {
+        child.wait().unwrap();
+    }
+    assert!(!place.path().join("shards/long").exists());
+    let again = done(command("0/3").output().unwrap()).succeeded();
+    assert!(again.stdout.contains("1 done"), "{again:?}");
+    let (shards, single) = (
+        tree(&place.path().join("shards")),
+        tree(&place.path().join("single")),
+    );
+    assert!(
+        shards.keys().eq(single.keys()),
+        "{:?} {:?}",
+        shards.keys(),
+        single.keys()
+    );
+    for (name, content) in &single {
+        assert!(shards[name] == *content, "{name} differs");
+    }
+
+    let nothing = place
+        .host(&["batch", "m.jsonl", "--out", "single", "--resume"])
+        .succeeded();
+    assert!(
+        nothing.stdout.contains("0 done, 3 were there already"),
+        "{nothing:?}"
+    );
+    place
+        .host(&["batch", "m.jsonl", "--out", "single"])
+        .failed_with(&["--resume"]);
+}
+
+fn has_state(work: &Path) -> bool {
+    let folders = std::fs::read_dir(work).into_iter().flatten().flatten();
+    folders.map(|entry| entry.path()).any(|path| {
+        path.is_dir() && std::fs::read_dir(path).is_ok_and(|mut files| files.next().is_some())
+    })
+}
+
+#[test]
+fn everything_that_is_wrong_is_told_before_anything_runs() {
+    let place = Place::with_conceptloom();
+    let lines = [
+        json!({"id": "a", "workflow": "no-such-file.json"}),
+        json!({"id": "b", "set": {"Nobody.steps": 1}}),
+        json!({"id": "c", "set": {"EmLoop.steps": -1}}),
+        json!({"id": "d"}),
+    ];
+    place.write("m.jsonl", lines.map(|line| line.to_string()).join("\n"));
+    let parts = [
+        "line 1",
+        "no-such-file.json",
+        "line 2",
+        "Nobody",
+        "line 3",
+        "steps",
+    ];
+    let failed = place
+        .host(&["batch", "m.jsonl", "--out", "out"])
+        .failed_with(&parts);
+    assert!(
+        !failed.stderr.contains("line 4") && place.names("out").is_empty(),
+        "{failed:?}"
+    );
+}
