@@ -177,9 +177,12 @@ impl RunFolder {
             root: root.to_owned(),
             made_root,
         };
-        let file = File::create(&path).map_err(at(&path))?;
+        // It gets its name once it is held: another process would take a free one for a dead run's.
+        let unnamed = folder.staging.join(format!("{LOCK}.new"));
+        let file = File::create(&unnamed).map_err(at(&unnamed))?;
         // A file system without locks only loses the sweeping.
         let _ = file.try_lock();
+        fs::rename(&unnamed, &path).map_err(at(&path))?;
         folder.lock = Some(file);
         Ok(folder)
     }
@@ -216,10 +219,11 @@ impl RunFolder {
     /// # Errors
     /// [`FolderError::CannotWrite`]; nothing is left then.
     pub(crate) fn commit(mut self) -> Result<PathBuf, FolderError> {
-        self.lock = None;
         let destination = self.destination().to_owned();
         let failed = at(&destination);
+        // A folder without the file is never swept; it goes while it is still held.
         fs::remove_file(self.staging.join(LOCK)).map_err(&failed)?;
+        self.lock = None;
         match &self.commit {
             Commit::Rename(path) => {
                 if path.exists() {

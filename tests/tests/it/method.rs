@@ -120,6 +120,51 @@ fn the_demo_ends_with_a_report_masks_concepts_and_pictures() {
 }
 
 #[test]
+fn a_tuned_unet_is_saved_and_comes_back() {
+    let place = Place::with_conceptloom();
+    let few = json!({"steps": 2, "steps_per_round": 2, "first_timesteps": 2, "timesteps": 2, "joint_steps": 2,
+        "joint_learning_rate": 0.001, "joint_scope": "full"});
+    let mut workflow = em_loop(few);
+    let sampler = |model: &str, concepts: &str, slot: usize| {
+        let inputs = json!({"model": [model, slot], "concepts": [concepts, 0], "steps": 2,
+            "prompts": "a photo of <rex> on grass"});
+        node("PersonalizedSampler", inputs)
+    };
+    workflow["4"] = node(
+        "SaveConcepts",
+        json!({"concepts": ["3", 0], "model": ["3", 1], "tuned_unet": "f32"}),
+    );
+    workflow["21"] = sampler("3", "3", 1);
+    workflow["22"] = node(
+        "SaveImage",
+        json!({"images": ["21", 0], "filename_prefix": "tuned"}),
+    );
+    place.run(&workflow, &[]).succeeded();
+    assert_eq!(
+        place.names("out/concepts/unet"),
+        ["config.json", "diffusion_pytorch_model.safetensors"]
+    );
+    std::fs::rename(place.path().join("out"), place.path().join("first")).unwrap();
+
+    let files = "first/concepts/rex.safetensors\nfirst/concepts/vw.safetensors";
+    let mut again = json!({
+        "1": node("LoadDiffusionModel", json!({})),
+        "2": node("LoadTunedModel", json!({"model": ["1", 0], "path": "first/concepts"})),
+        "3": node("LoadConcepts", json!({"files": files})),
+        "4": sampler("2", "3", 0),
+        "5": node("SaveImage", json!({"images": ["4", 0], "filename_prefix": "tuned"})),
+    });
+    place.run(&again, &[]).succeeded();
+    let picture = |folder: &str| pixels(&place.read(&format!("{folder}/tuned_00001.png")));
+    assert_eq!(picture("out"), picture("first"));
+    // The checkpoint alone paints another picture.
+    std::fs::remove_dir_all(place.path().join("out")).unwrap();
+    again["4"]["inputs"]["model"] = json!(["1", 0]);
+    place.run(&again, &[]).succeeded();
+    assert_ne!(picture("out"), picture("first"));
+}
+
+#[test]
 fn one_round_wired_by_hand_gives_the_bits_of_the_loop() {
     let place = Place::with_conceptloom();
     place.run(&em_loop(json!({})), &[]).succeeded();
