@@ -101,7 +101,7 @@ impl State {
 
 /// What the worker is to do next.
 pub(crate) enum Task {
-    Run(Job),
+    Run(Box<Job>),
     /// Let all cached results go.
     FreeCache,
     Stop,
@@ -193,7 +193,7 @@ impl Queue {
                 return Task::FreeCache;
             }
             if let Some(place) = state.waiting.iter().position(|job| !job.is_held) {
-                return Task::Run(state.waiting.remove(place));
+                return Task::Run(Box::new(state.waiting.remove(place)));
             }
             self.changed.wait(&mut state);
         }

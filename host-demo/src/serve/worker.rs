@@ -27,7 +27,7 @@ pub(crate) fn work(server: &Server, cache_budget: u64) {
                 shown_before.lock().clear();
             }
             Task::Run(job) => {
-                run(server, job, &mut cache, &shown_before);
+                run(server, *job, &mut cache, &shown_before);
                 server.tell_status();
             }
         }

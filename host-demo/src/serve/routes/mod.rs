@@ -1,4 +1,8 @@
 //! What can be asked. Every route is there with and without `/api`, as clients use both.
+#![expect(
+    clippy::result_large_err,
+    reason = "the error of a request is its answer"
+)]
 
 mod files;
 mod info;

@@ -49,7 +49,7 @@ done
 
 # name of the stage, its scenes; each starts from the one before
 from="$base"
-for stage in pictures:first words:first larger:larger polish:larger; do
+for stage in pictures:first words:first larger:larger polish:larger objects:larger; do
     name=${stage%:*}
     out="$work/stage-$name"
     if [ ! -f "$out.done" ]; then

@@ -75,7 +75,7 @@ RELEASED = Settings(
         "words": Stage("first", 2_014, 6e-4, offset_noise=0.1, spread=0.05),
         "larger": Stage("larger", 1_504, 4e-4, fall=0.57, warmup=300, offset_noise=0.07, spread=0.1),
         "polish": Stage("larger", 164, 1.5e-4, fall=1.0, warmup=20, offset_noise=0.07, spread=0.1, overlap=0.3, ema=0.98),
-        "objects": Stage("larger", 4_000, 5e-4, fall=0.6, warmup=100, offset_noise=0.05, spread=0.1, overlap=0.1,
+        "objects": Stage("larger", 6_756, 5e-4, fall=0.6, warmup=100, offset_noise=0.05, spread=0.1, overlap=0.1,
                          object_weight=3.0),
     })
 TINY = Settings(

@@ -162,7 +162,7 @@ impl DiffusionModel {
     /// `folder`, which loads with `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`.
     ///
     /// # Errors
-    /// [`Error::Unreadable`](crate::Error::Unreadable) when a file cannot be written.
+    /// [`Error::Unreadable`] when a file cannot be written.
     pub fn save_unet(
         &self,
         folder: &Path,
@@ -202,7 +202,7 @@ impl DiffusionModel {
         if base.is_some_and(|base| *base != self.fingerprint) {
             return Err(Error::unreadable(
                 name,
-                &"it was tuned on another model; load that one",
+                "it was tuned on another model; load that one",
             ));
         }
         if weights.names().any(|name| name.starts_with("unet.")) {

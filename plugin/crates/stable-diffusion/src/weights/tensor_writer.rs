@@ -46,7 +46,7 @@ pub fn save_tensors(
         let _ = std::fs::remove_file(&partial);
         Error::unreadable(
             path.display().to_string(),
-            &format!("it cannot be written: {error}"),
+            format!("it cannot be written: {error}"),
         )
     };
     let mut file = BufWriter::new(File::create(&partial).map_err(unwritable)?);
