@@ -2,15 +2,25 @@
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use candle_core::Tensor;
 use personalization::metrics::mask_ious;
-use personalization::{AttentionMaps, Event, ImageMasks, Observer, Scene, overlay};
+use personalization::{
+    AttentionMaps, Event, ImageMasks, LearnedConcepts, Observer, Role, SamplePrompts, Scene,
+    overlay, sample,
+};
 use plugin_api::host::LogLevel;
 use plugin_api::{Host, SharedTensor};
-use stable_diffusion::DiffusionModel;
+use stable_diffusion::{DiffusionModel, GenerateConfig, SchedulerKind, UNet};
 
 /// Denoising steps between two previews.
 const PREVIEW_EVERY: usize = 5;
+/// Largest latent whose decoding does not take longer than the steps between two previews on a CPU.
+const SMALL_LATENT: usize = 32;
+/// Steps of a sample that shows what is learned so far: enough to see what it is of.
+const SAMPLE_STEPS: usize = 10;
+const SAMPLE_GUIDANCE: f64 = 5.0;
 
 /// Forwards events to a host, and its wish to stop back.
 pub(crate) struct HostObserver<'a> {
@@ -24,6 +34,8 @@ pub(crate) struct HostObserver<'a> {
     stage: &'static str,
     stage_start: usize,
     last_iou: Option<f32>,
+    /// Optimizer steps between two samples; 0 for none.
+    sample_every: usize,
 }
 
 impl<'a> HostObserver<'a> {
@@ -38,6 +50,7 @@ impl<'a> HostObserver<'a> {
             stage: "",
             stage_start: 0,
             last_iou: None,
+            sample_every: 0,
         }
     }
 
@@ -53,6 +66,69 @@ impl<'a> HostObserver<'a> {
     /// Keeps the state of the alternation in a file.
     pub(crate) fn with_state_file(self, state_file: Option<PathBuf>) -> Self {
         Self { state_file, ..self }
+    }
+
+    /// Paints every object concept each time that so many steps are done.
+    pub(crate) fn with_samples(self, sample_every: usize) -> Self {
+        Self {
+            sample_every,
+            ..self
+        }
+    }
+
+    /// One picture of every object concept, side by side.
+    fn on_learned(&self, step: usize, learned: &LearnedConcepts, unet: &Arc<UNet>) {
+        let is_due = self.sample_every > 0 && step.is_multiple_of(self.sample_every);
+        let is_slow = self.model.device.is_cpu() && self.model.latent_size() > SMALL_LATENT;
+        if !is_due || is_slow {
+            return;
+        }
+        let objects = learned
+            .concepts
+            .iter()
+            .filter(|concept| concept.role == Role::Object);
+        let prompts: Vec<_> = objects
+            .map(|concept| format!("a photo of {}", concept.token))
+            .collect();
+        let prompts: Vec<_> = prompts.iter().map(String::as_str).collect();
+        let model = DiffusionModel {
+            unet: unet.clone(),
+            ..self.model.clone()
+        };
+        let config = GenerateConfig {
+            steps: SAMPLE_STEPS,
+            guidance: SAMPLE_GUIDANCE,
+            scheduler: SchedulerKind::DpmSolverPlusPlus2M,
+            seed: learned.seed,
+            n_pictures: 1,
+        };
+        let prompts = SamplePrompts {
+            prompts: &prompts,
+            negative: "",
+        };
+        let mut goes_on = |_: &Event<'_>| {
+            if self.host.is_canceled() {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        };
+        let painted = sample(&model, Some(learned), &prompts, &config, &mut goes_on);
+        match painted
+            .map_err(|error| error.to_string())
+            .and_then(|pictures| side_by_side(&pictures))
+        {
+            Ok(picture) => {
+                self.host
+                    .preview(picture, "samples", &format!("{} step {step}", self.stage))
+            }
+            // Canceled; whoever asked for it hears of it from the next step.
+            Err(_) if self.host.is_canceled() => {}
+            Err(error) => self.host.log(
+                LogLevel::Warning,
+                &format!("no sample could be painted: {error}"),
+            ),
+        }
     }
 
     fn on_step(
@@ -143,10 +219,10 @@ impl<'a> HostObserver<'a> {
         }
     }
 
-    fn on_latents(&self, step: usize, total: usize, latents: &candle_core::Tensor) {
+    fn on_latents(&self, step: usize, total: usize, latents: &Tensor) {
         self.host
             .progress("sampling", step, total, &format!("step {step}/{total}"));
-        if !step.is_multiple_of(PREVIEW_EVERY) || self.model.latent_size() > 32 {
+        if !step.is_multiple_of(PREVIEW_EVERY) || self.model.latent_size() > SMALL_LATENT {
             // Decoding a large latent takes longer than the steps between two previews.
             return;
         }
@@ -164,6 +240,19 @@ impl<'a> HostObserver<'a> {
                 .preview(picture, "sampling", &format!("step {step}"));
         }
     }
+}
+
+/// `[n, 3, H, W]` in [0, 1] as one picture `[H, n W, 3]`.
+fn side_by_side(pictures: &Tensor) -> Result<SharedTensor, String> {
+    let row = pictures
+        .dims4()
+        .and_then(|(n, _, height, width)| {
+            let row = pictures.permute((2, 0, 3, 1))?.contiguous()?;
+            Ok((height, n * width, row.flatten_all()?.to_vec1::<f32>()?))
+        })
+        .map_err(|error| error.to_string());
+    let (height, width, values) = row?;
+    SharedTensor::from_vec(values, &[height, width, 3]).map_err(|error| error.to_string())
 }
 
 /// Where the joint stage is kept, beside the state of the alternation.
@@ -184,6 +273,11 @@ impl Observer for HostObserver<'_> {
             } => {
                 self.on_step(stage, (step, total), masked_diffusion, cross_attention);
             }
+            Event::Learned {
+                step,
+                learned,
+                unet,
+            } => self.on_learned(step, learned, unet),
             Event::Masks {
                 round,
                 picture,

@@ -47,6 +47,10 @@ pub(crate) struct Parameters {
     #[serde(default = "parameters::one")]
     #[schemars(range(min = 1, max = 16))]
     vectors_per_concept: usize,
+    /// Steps between two sample pictures of every object concept; 0 paints none. On a CPU only small models paint any.
+    #[serde(default = "parameters::hundred")]
+    #[schemars(range(min = 0, max = 100_000))]
+    sample_every: usize,
     /// Same seed, same bits on a CPU. Concepts that are linked keep the seed they started with.
     #[serde(default)]
     #[schemars(transform = seed_schema)]
@@ -90,7 +94,9 @@ impl Node for ConceptTokenLearner {
         let failed = |error: personalization::Error| from_method("concept_list", &error);
         let prepared =
             PreparedScene::new(model, &scene, &parameters::crf(0.0, 1)).map_err(failed)?;
-        let mut observer = HostObserver::new(host, model).with_scene(&scene, None);
+        let mut observer = HostObserver::new(host, model)
+            .with_scene(&scene, None)
+            .with_samples(parameters.sample_every);
         let config = parameters::m_step(parameters.learning_rate, parameters.attention_weight);
         let started = match inputs.optional_object::<ConceptsValue>("concepts")? {
             Some(ConceptsValue(learned)) if learned.concepts == scene.concepts() => learned.clone(),

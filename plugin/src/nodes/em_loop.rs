@@ -107,6 +107,10 @@ pub(crate) struct Parameters {
     #[serde(default = "rank")]
     #[schemars(range(min = 1, max = 256))]
     lora_rank: usize,
+    /// Steps between two sample pictures of every object concept; 0 paints none. On a CPU only small models paint any.
+    #[serde(default = "parameters::hundred")]
+    #[schemars(range(min = 0, max = 100_000))]
+    sample_every: usize,
     /// Same seed, same bits on a CPU.
     #[serde(default)]
     #[schemars(transform = seed_schema)]
@@ -208,6 +212,7 @@ impl Node for EmLoop {
         let state_file = state_file(host);
         let mut observer = HostObserver::new(host, model)
             .with_scene(&scene, truth.as_deref())
+            .with_samples(parameters.sample_every)
             .with_state_file(state_file.clone());
         let resume_joint = state_file
             .as_deref()

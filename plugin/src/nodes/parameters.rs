@@ -155,6 +155,9 @@ pub(crate) fn class() -> Start {
 pub(crate) fn one() -> usize {
     1
 }
+pub(crate) fn hundred() -> usize {
+    100
+}
 pub(crate) fn fifty() -> usize {
     50
 }

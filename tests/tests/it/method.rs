@@ -78,6 +78,7 @@ fn the_demo_ends_with_a_report_masks_concepts_and_pictures() {
     ];
     let fewer = [
         "EmLoop.joint_steps=2",
+        "EmLoop.sample_every=2",
         "EmLoop.joint_scope=lora",
         "PersonalizedSampler.steps=2",
     ];
@@ -110,6 +111,8 @@ fn the_demo_ends_with_a_report_masks_concepts_and_pictures() {
         "round 2",
         "a photo of &lt;rex&gt; on grass",
         "EM loop · attention",
+        "tokens step 4",
+        "joint step 2",
     ] {
         assert!(page.contains(part), "no {part}");
     }

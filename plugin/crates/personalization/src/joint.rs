@@ -95,7 +95,17 @@ pub fn joint_stage(
         for (var, value) in vars.iter().zip(&moved) {
             var.set(value)?;
         }
-        let told = tell(observer, &step_event("joint", done, config.steps, &losses));
+        let now = LearnedConcepts {
+            rows: rows.as_detached_tensor(),
+            ..learned.clone()
+        };
+        let event = Event::Learned {
+            step: done,
+            learned: &now,
+            unet: &trained.unet,
+        };
+        let told = tell(observer, &step_event("joint", done, config.steps, &losses))
+            .and_then(|()| tell(observer, &event));
         if told.is_err() || done.is_multiple_of(CHECKPOINT_EVERY) {
             let values = variables
                 .iter()

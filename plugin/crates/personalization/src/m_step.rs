@@ -189,6 +189,12 @@ pub fn m_step(
             &draw,
         )?;
         tell(observer, &step_event("tokens", done, n_steps, &losses))?;
+        let event = Event::Learned {
+            step: learned.step,
+            learned: &learned,
+            unet: &model.unet,
+        };
+        tell(observer, &event)?;
     }
     Ok(learned)
 }

@@ -1,10 +1,12 @@
 //! What long work tells, and how it is stopped.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use candle_core::Tensor;
+use stable_diffusion::UNet;
 
-use crate::{AttentionMaps, EmState, Error, ImageMasks, JointState, Result};
+use crate::{AttentionMaps, EmState, Error, ImageMasks, JointState, LearnedConcepts, Result};
 
 /// Something happened.
 #[derive(Debug)]
@@ -30,6 +32,15 @@ pub enum Event<'a> {
         masked_diffusion: f32,
         /// L_attn, before λ.
         cross_attention: f32,
+    },
+    /// What is learned so far, after a step of `tokens` or `joint`.
+    Learned {
+        /// Optimizer steps so far, of all rounds of `tokens` or of `joint`.
+        step: usize,
+        /// The tokens.
+        learned: &'a LearnedConcepts,
+        /// The U-Net that they are learned with.
+        unet: &'a Arc<UNet>,
     },
     /// New masks of one picture.
     Masks {
