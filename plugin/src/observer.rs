@@ -119,8 +119,8 @@ impl<'a> HostObserver<'a> {
             .and_then(|pictures| side_by_side(&pictures))
         {
             Ok(picture) => {
-                self.host
-                    .preview(picture, "samples", &format!("{} step {step}", self.stage))
+                let label = format!("{} step {step}", self.stage);
+                self.host.preview(picture, "samples", &label);
             }
             // Canceled; whoever asked for it hears of it from the next step.
             Err(_) if self.host.is_canceled() => {}

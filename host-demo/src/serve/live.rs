@@ -330,7 +330,7 @@ impl Live {
         self.send("executed", data);
     }
 
-    /// A node that showed its work shows the pictures that came of it, if it returns any.
+    /// A node that showed its work shows the pictures that came of it instead, if it returns any.
     fn show_results_instead(&self, (sockets, outputs): (&[OutputSocket], &[WireValue])) {
         let mut state = self.state.lock();
         if state.pictures.is_empty() {
@@ -349,7 +349,11 @@ impl Live {
                 key: String::new(),
                 picture,
             };
-            state.pictures = results.into_iter().take(MAX_SHOWN).map(shown).collect();
+            let main = state.main_series.take();
+            let others = std::mem::take(&mut state.pictures).into_iter();
+            let others = others.filter(|shown| main.as_ref() != Some(&shown.key));
+            let all = results.into_iter().map(shown).chain(others);
+            state.pictures = all.take(MAX_SHOWN).collect();
         }
     }
 

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::failure::from_method;
-use crate::nodes::common::{masks_value, overlay_value, planes_value};
+use crate::nodes::common::{masks_value, overlay_value, planes_value, show_masks};
 use crate::nodes::parameters::{self, Extraction};
 use crate::observer::HostObserver;
 use crate::scene_input;
@@ -91,6 +91,7 @@ impl Node for AttentionMaskExtractor {
             .enumerate()
             .map(|(picture, maps)| binarize(maps, &scene.roles(picture), &config));
         let masks = masks.collect::<Result<Vec<_>, _>>().map_err(failed)?;
+        show_masks(host, &scene, &masks);
         let attention = maps.iter().flat_map(|maps| maps.maps.concat()).collect();
         Ok(vec![
             masks_value(&masks)?,

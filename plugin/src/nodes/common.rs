@@ -2,7 +2,7 @@
 
 use personalization::{ImageMasks, Scene, SceneMasks, overlay};
 use plugin_api::parameter::MAX_SAFE_INTEGER;
-use plugin_api::{ErrorCode, NodeError, SharedTensor, Value, port};
+use plugin_api::{ErrorCode, Host, NodeError, SharedTensor, Value, port};
 use schemars::Schema;
 use serde_json::json;
 
@@ -36,6 +36,32 @@ pub(crate) fn planes_value(values: Vec<f32>, size: usize) -> Result<Value, NodeE
     Ok(Value::Tensor(
         SharedTensor::from_vec(values, &[n, size, size]).map_err(internal)?,
     ))
+}
+
+/// Shows every picture with its masks, and what each of them keeps of it.
+pub(crate) fn show_masks(host: &Host, scene: &Scene, masks: &[ImageMasks]) {
+    let show = |rgb: &[u8], size: usize, series: &str, label: &str| {
+        let values = rgb.iter().map(|&byte| f32::from(byte) / 255.0).collect();
+        if let Ok(picture) = SharedTensor::from_vec(values, &[size, size, 3]) {
+            host.preview(picture, series, label);
+        }
+    };
+    for (index, (shown, masks)) in scene.pictures().iter().zip(masks).enumerate() {
+        let (size, number) = (shown.picture.size(), index + 1);
+        let label = format!("picture {number}");
+        let all = overlay::masks_over(&shown.picture, masks);
+        show(&all, size, "masks", &label);
+        for (plane, &concept) in masks.planes().iter().zip(&shown.concepts) {
+            let token = &scene.concepts()[concept].token;
+            let cut = overlay::cut_out(&shown.picture, plane);
+            show(
+                &cut,
+                size,
+                &format!("mask of {token}, picture {number}"),
+                &label,
+            );
+        }
+    }
 }
 
 /// Every picture with its masks in color, as an `IMAGE`.

@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::failure::from_method;
-use crate::nodes::common::{masks_value, overlay_value, planes};
+use crate::nodes::common::{masks_value, overlay_value, planes, show_masks};
 use crate::nodes::parameters;
 use crate::scene_input;
 
@@ -205,6 +205,7 @@ impl Node for DenseCrfRefine {
         };
         let scene =
             Scene::new(concepts, pictures.into_iter().map(shown).collect()).map_err(failed)?;
+        show_masks(host, &scene, &refined);
         Ok(vec![
             masks_value(&refined)?,
             overlay_value(&scene, &refined)?,
