@@ -111,9 +111,17 @@ class Server:
         return Socket(self, client_id or uuid.uuid4().hex)
 
     def resident_bytes(self):
+        return self._memory("VmRSS")
+
+    def peak_bytes(self):
+        """The most that was ever resident."""
+        return self._memory("VmHWM")
+
+    def _memory(self, entry):
         for line in open(f"/proc/{self.process.pid}/status"):
-            if line.startswith("VmRSS:"):
+            if line.startswith(entry + ":"):
                 return int(line.split()[1]) * 1024
+        raise AssertionError(f"no {entry}")
 
     def upload(self, name, content, **fields):
         """A form, as the editor's upload button sends it."""
