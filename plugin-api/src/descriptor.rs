@@ -30,6 +30,14 @@ pub struct InputSocket {
     pub tooltip: String,
 }
 
+impl InputSocket {
+    /// The input's entry in ComfyUI's `/object_info` document.
+    #[must_use]
+    pub fn object_info(&self) -> Value {
+        json!([self.port, {"tooltip": self.tooltip}])
+    }
+}
+
 /// A socket that gives a value.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct OutputSocket {
@@ -161,6 +169,16 @@ impl NodeDescriptor {
             .collect()
     }
 
+    /// What ComfyUI's `/object_info` document says of one input, a socket's or a parameter's.
+    #[must_use]
+    pub fn input_info(&self, name: &str) -> Option<Value> {
+        let socket = self.inputs.iter().find(|socket| socket.name == name);
+        let widget = || self.widgets.iter().find(|widget| widget.name == name);
+        socket
+            .map(InputSocket::object_info)
+            .or_else(|| widget().map(Widget::object_info))
+    }
+
     /// The entry of ComfyUI's `/object_info` document; `pack` is the plugin's name.
     #[must_use]
     pub fn object_info(&self, pack: &str) -> Value {
@@ -168,12 +186,7 @@ impl NodeDescriptor {
             self.inputs
                 .iter()
                 .filter(|socket| socket.optional == optional)
-                .map(|socket| {
-                    (
-                        socket.name.clone(),
-                        json!([socket.port, {"tooltip": socket.tooltip}]),
-                    )
-                })
+                .map(|socket| (socket.name.clone(), socket.object_info()))
                 .collect()
         };
         let (mut required, optional) = (entries(false), entries(true));

@@ -5,7 +5,7 @@
 #
 # Needs python 3.11 or later with venv, Debian's chromium (apt-get install chromium; or name another with CHROMIUM),
 # and `cargo build --release` done. Installs everything else below target/editor: Python packages of requirements.txt,
-# and the two versions of the editor, which no part of this repository is. Screenshots are left in
+# the two versions of the editor, which no part of this repository is, and a client in Rust. Screenshots are left in
 # target/editor/screenshots.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -33,6 +33,9 @@ for version in 1.58.1 1.39.19; do
     fi
 done
 
+CARGO_TARGET_DIR="$work/rucomfyui" cargo build --quiet --locked --manifest-path "$here/rucomfyui/Cargo.toml"
+
 export CHROMIUM="$chromium" EDITOR_TESTS="$work" PYTHONDONTWRITEBYTECODE=1
 export HOST_DEMO="${HOST_DEMO:-${CARGO_TARGET_DIR:-$root/target}/release/host-demo}"
+export RUCOMFYUI_CLIENT="$work/rucomfyui/debug/rucomfyui-client"
 exec "$python" -m pytest -p no:cacheprovider "$here" "$@"

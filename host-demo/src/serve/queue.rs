@@ -45,11 +45,20 @@ pub(crate) struct Job {
     pub(crate) is_held: bool,
 }
 
+/// A job's number as clients expect it: an integer where it is whole.
+pub(crate) fn number_json(number: f64) -> Value {
+    if number.fract() == 0.0 && number.abs() < 1e15 {
+        json!(number as i64)
+    } else {
+        json!(number)
+    }
+}
+
 impl Job {
     /// As it stands in `/jobs`.
     pub(crate) fn entry(&self, status: &str) -> Value {
         let mut entry = json!({
-            "id": self.id, "status": status, "priority": self.number, "create_time": self.created_ms,
+            "id": self.id, "status": status, "priority": number_json(self.number), "create_time": self.created_ms,
             "outputs_count": null,
         });
         let workflow_id = self.extra_data.pointer("/extra_pnginfo/workflow/id");
@@ -62,7 +71,7 @@ impl Job {
     /// `[number, id, prompt, extra_data, outputs]`.
     pub(crate) fn tuple(&self) -> Value {
         json!([
-            self.number,
+            number_json(self.number),
             self.id,
             self.prompt,
             self.extra_data,

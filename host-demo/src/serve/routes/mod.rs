@@ -158,6 +158,7 @@ async fn json_body(request: Request) -> Result<Map<String, Value>, Response> {
     }
     match serde_json::from_slice(&bytes) {
         Ok(Value::Object(object)) => Ok(object),
+        Ok(Value::Null) => Ok(Map::new()),
         Ok(_) => Err(bad_request("the body is no JSON object")),
         Err(error) => Err(bad_request(&format!("the body is no JSON: {error}"))),
     }

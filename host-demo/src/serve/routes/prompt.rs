@@ -10,11 +10,11 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::super::Server;
-use super::super::queue::{Job, now_ms};
+use super::super::queue::{Job, now_ms, number_json};
 use super::{bad_request, blocking, either, json_body, ok, refuse, refuse_nodes};
 use crate::catalog::Catalog;
 use crate::demo;
-use crate::graph::{Graph, NodeId};
+use crate::graph::{Graph, Input, NodeId};
 use crate::validate::{Verdict, judge};
 use crate::workflow_file::{MAX_NODES, Workflow};
 
@@ -121,6 +121,7 @@ fn take_in(server: &Server, mut body: Map<String, Value>) -> Result<Response, Re
         )
     })?;
     server.tell_status();
+    let number = number_json(number);
     Ok(ok(
         &json!({"prompt_id": id, "number": number, "node_errors": errors}),
     ))
@@ -196,24 +197,13 @@ fn node_errors(graph: &Graph, catalog: &Catalog, verdict: &Verdict) -> Map<Strin
         let Some((id, class)) = &problem.node else {
             continue;
         };
-        let mut extra = Map::new();
-        if let Some(input) = &problem.input {
-            extra.insert("input_name".to_owned(), json!(input));
-            let widgets = catalog.descriptor(class).map(|class| &class.widgets);
-            let widget =
-                widgets.and_then(|widgets| widgets.iter().find(|widget| widget.name == *input));
-            if let Some(widget) = widget {
-                extra.insert("input_config".to_owned(), widget.object_info());
-            }
-            let given = graph
-                .nodes
-                .get(id)
-                .and_then(|node| node.parameters().remove(input));
-            extra.extend(given.map(|value| ("received_value".to_owned(), value)));
-        }
+        let extra = problem
+            .input
+            .as_ref()
+            .map(|input| about_input(graph, catalog, id, class, input));
         by_node.entry(id).or_default().push(json!({
             "type": problem.code, "message": problem.message,
-            "details": problem.input.as_deref().unwrap_or_default(), "extra_info": extra,
+            "details": problem.input.as_deref().unwrap_or_default(), "extra_info": extra.unwrap_or_default(),
         }));
     }
     let entry = |(id, errors): (&NodeId, Vec<Value>)| {
@@ -229,4 +219,35 @@ fn node_errors(graph: &Graph, catalog: &Catalog, verdict: &Verdict) -> Map<Strin
         (id.to_string(), entry)
     };
     by_node.into_iter().map(entry).collect()
+}
+
+/// What an input takes, and what stands there.
+fn about_input(
+    graph: &Graph,
+    catalog: &Catalog,
+    id: &NodeId,
+    class: &str,
+    input: &str,
+) -> Map<String, Value> {
+    let mut about = Map::from_iter([("input_name".to_owned(), json!(input))]);
+    let config = catalog
+        .descriptor(class)
+        .and_then(|class| class.input_info(input));
+    about.extend(config.map(|config| ("input_config".to_owned(), config)));
+    match graph.nodes.get(id).and_then(|node| node.inputs.get(input)) {
+        Some(Input::Value(value)) => {
+            about.insert("received_value".to_owned(), value.clone());
+        }
+        Some(Input::Link { node, output }) => {
+            let link = json!([node.as_str(), output]);
+            about.insert("received_value".to_owned(), link.clone());
+            about.insert("linked_node".to_owned(), link);
+            let source = graph.nodes.get(node);
+            let source = source.and_then(|source| catalog.descriptor(&source.class));
+            let socket = source.and_then(|source| source.outputs.get(*output));
+            about.extend(socket.map(|socket| ("received_type".to_owned(), json!(socket.port))));
+        }
+        None => {}
+    }
+    about
 }
