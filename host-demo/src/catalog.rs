@@ -9,6 +9,7 @@ use plugin_api::{
 use serde_json::{Map, Value};
 
 use crate::builtin_nodes::{self, BuiltinClass, BuiltinNode, Places};
+use crate::graph::{Graph, Input};
 use crate::loader::Plugin;
 
 /// The pack that the editor shows for the host's own nodes.
@@ -144,6 +145,22 @@ impl Catalog {
             (name.clone(), info)
         };
         self.classes.iter().map(entry).collect()
+    }
+
+    /// The graph with a value for every parameter that is neither typed nor linked: other clients of the API demand all.
+    pub(crate) fn with_defaults(&self, graph: &Graph) -> Graph {
+        let mut graph = graph.clone();
+        for node in graph.nodes.values_mut() {
+            for widget in self
+                .descriptor(&node.class)
+                .into_iter()
+                .flat_map(|class| &class.widgets)
+            {
+                let input = node.inputs.entry(widget.name.clone());
+                input.or_insert_with(|| Input::Value(widget.default_value()));
+            }
+        }
+        graph
     }
 }
 

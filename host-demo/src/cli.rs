@@ -75,7 +75,7 @@ enum Command {
         /// Changes a parameter first
         #[arg(long = "set", value_name = "NODE.INPUT=VALUE")]
         set: Vec<String>,
-        /// Prints the graph that would run, in ComfyUI's API format
+        /// Prints the graph that would run with every parameter, in ComfyUI's API format
         #[arg(long)]
         api: bool,
         #[command(flatten)]
@@ -257,9 +257,13 @@ fn dispatch(arguments: Arguments) -> Result<(), Ended> {
                 libraries,
                 ..RunArguments::default()
             };
-            let Prepared { workflow, plan, .. } = prepare(&arguments)?;
+            let Prepared {
+                catalog,
+                workflow,
+                plan,
+            } = prepare(&arguments)?;
             if api {
-                say(&pretty(&workflow.graph.to_api()));
+                say(&pretty(&catalog.with_defaults(&workflow.graph).to_api()));
             } else {
                 say(&format!("{} can run: {} nodes", workflow.name, plan.len()));
             }

@@ -58,7 +58,8 @@ def test_a_picture_that_it_uploads_can_be_loaded(server, client, tmp_path):
 
 
 def test_it_understands_the_problems_of_a_workflow(server, client):
-    prompt = small_prompt(steps=-1)
+    prompt = small_prompt()
+    prompt["7"]["inputs"]["steps"] = -1
     prompt["7"]["inputs"]["mode"] = "guess"
     prompt["7"]["inputs"]["model"] = ["1", 0]
     del prompt["8"]["inputs"]["model"]

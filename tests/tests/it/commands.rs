@@ -84,6 +84,28 @@ fn the_bundled_workflow_says_the_same_by_position_as_by_name() {
 }
 
 #[test]
+fn validate_writes_out_the_parameters_that_were_left_to_their_defaults() {
+    // Other clients of ComfyUI's API refuse a node without all of its required inputs.
+    let place = Place::with_faulty();
+    let workflow = json!({
+        "1": node("Slow", json!({"steps": 3})),
+        "2": node("SaveImage", json!({"images": ["1", 0]})),
+    });
+    place.write("w.json", workflow.to_string());
+    let api = place.host(&["validate", "w.json", "--api"]).succeeded();
+    let api: Value = serde_json::from_str(&api.stdout).unwrap();
+    assert_eq!(api["1"]["inputs"]["steps"], 3);
+    let info = place.host(&["nodes", "--json"]).succeeded();
+    let info: Value = serde_json::from_str(&info.stdout).unwrap();
+    for (id, class) in [("1", "Slow"), ("2", "SaveImage")] {
+        for name in info[class]["input"]["required"].as_object().unwrap().keys() {
+            assert!(api[id]["inputs"].get(name).is_some(), "{class} {name}");
+        }
+    }
+    assert_eq!(api["2"]["inputs"]["images"], json!(["1", 0]));
+}
+
+#[test]
 fn validate_tells_all_problems_at_once() {
     let place = Place::with_faulty();
     let workflow = json!({
