@@ -171,6 +171,13 @@ def test_a_run_shows_progress_pictures_and_text(editor):
     editor.run()
     wait_until(lambda: pump(editor) and editor.heard(4))
     editor.shoot("running")
+    # the text is on the node while it runs; the newest editor takes it off when the job ends
+    editor.page.wait_for_function("""() => {
+        const loop = app.graph._nodes.find(node => node.type === 'EmLoop');
+        const text = loop.widgets.find(widget => widget.name === '$$node-text-preview')?.value ?? '';
+        return text.includes('diffusion loss') && text.includes('mask IoU');
+    }""")
+    editor.shoot("text")
     wait_until(lambda: pump(editor) and editor.heard("execution_success"))
     editor.settle()
     assert editor.heard("progress") and editor.heard(3)

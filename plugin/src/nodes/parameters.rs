@@ -27,10 +27,13 @@ impl Extraction {
             Self::Compete => EmConfig::recommended().extraction,
             Self::Paper | Self::Otsu => EmConfig::paper().extraction,
         };
-        let binarization = match self {
-            Self::Compete => Binarization::Compete { tau },
-            Self::Paper => Binarization::Threshold { tau },
-            Self::Otsu => Binarization::Otsu,
+        let binarization = match (self, base.binarization) {
+            (Self::Compete, Binarization::Compete { parts, .. }) => {
+                Binarization::Compete { tau, parts }
+            }
+            (Self::Compete, other) => other,
+            (Self::Paper, _) => Binarization::Threshold { tau },
+            (Self::Otsu, _) => Binarization::Otsu,
         };
         let (layers, normalization) = match self {
             Self::Compete => (LayerChoice::NearestTo16, Normalization::MinMax),

@@ -1,10 +1,14 @@
 //! Soft maps to binary masks.
 
-use crate::config::{Binarization, Normalization};
+use crate::config::{Binarization, Normalization, PartMatching};
+use crate::parts::{best_assignment, connected_parts};
 use crate::{AttentionMaps, Error, ExtractionConfig, ImageMasks, Result, Role};
 
 /// Bins of Otsu's histogram.
 const OTSU_BINS: usize = 128;
+
+/// Most objects that are matched with parts: the search grows with 2ⁿ.
+const MAX_MATCHED: usize = 12;
 
 /// B_c of every concept of one picture; `roles` in the order of the maps.
 ///
@@ -35,7 +39,7 @@ pub fn binarize(
             .iter()
             .map(|map| above(map, otsu_threshold(map)))
             .collect(),
-        Binarization::Compete { tau } => compete(maps, &normalized, roles, tau),
+        Binarization::Compete { tau, parts } => compete(maps, &normalized, roles, tau, parts),
     };
     ImageMasks::new(maps.size, planes)
 }
@@ -52,35 +56,70 @@ pub fn normalize(map: &[f32], how: Normalization) -> Vec<f32> {
     map.iter().map(|v| (v - smallest) / range).collect()
 }
 
+/// The concepts that compete: the objects, or all if there is no object.
+fn competitors(roles: &[Role]) -> Vec<usize> {
+    let objects: Vec<usize> = (0..roles.len())
+        .filter(|&c| roles[c] == Role::Object)
+        .collect();
+    if objects.is_empty() {
+        (0..roles.len()).collect()
+    } else {
+        objects
+    }
+}
+
+/// Where any of these maps exceeds τ.
+fn foreground(normalized: &[Vec<f32>], objects: &[usize], tau: f32) -> Vec<bool> {
+    (0..normalized[0].len())
+        .map(|i| objects.iter().any(|&c| normalized[c][i] > tau))
+        .collect()
+}
+
 /// Every foreground pixel belongs to exactly one object; the background concept is the rest.
 fn compete(
     maps: &AttentionMaps,
     normalized: &[Vec<f32>],
     roles: &[Role],
     tau: f32,
+    matching: Option<PartMatching>,
 ) -> Vec<Vec<u8>> {
-    let mut objects: Vec<usize> = (0..roles.len())
-        .filter(|&c| roles[c] == Role::Object)
-        .collect();
-    if objects.is_empty() {
-        objects = (0..roles.len()).collect();
-    }
+    let objects = competitors(roles);
     let mass: Vec<f32> = maps
         .maps
         .iter()
         .map(|map| map.iter().sum::<f32>().max(1e-12))
         .collect();
-    let owner = |i: usize| -> Option<usize> {
-        let foreground = objects.iter().any(|&c| normalized[c][i] > tau);
-        let share = |c: usize| maps.maps[c][i] / mass[c];
-        foreground.then(|| {
-            objects[1..].iter().fold(
-                objects[0],
-                |best, &c| if share(c) > share(best) { c } else { best },
-            )
+    let share = |c: usize, i: usize| maps.maps[c][i] / mass[c];
+    let winner = |i: usize| {
+        objects[1..].iter().fold(objects[0], |best, &c| {
+            if share(c, i) > share(best, i) {
+                c
+            } else {
+                best
+            }
         })
     };
-    let owners: Vec<Option<usize>> = (0..maps.size * maps.size).map(owner).collect();
+    let foreground = foreground(normalized, &objects, tau);
+    let mut owners: Vec<Option<usize>> = foreground
+        .iter()
+        .enumerate()
+        .map(|(i, &inside)| inside.then(|| winner(i)))
+        .collect();
+    if let Some(parts) = whole_parts(&foreground, maps.size, objects.len(), matching) {
+        let mean = |c: usize, part: &Vec<usize>| {
+            let sum: f64 = part.iter().map(|&i| f64::from(share(c, i))).sum();
+            sum / part.len() as f64
+        };
+        let score: Vec<Vec<f64>> = objects
+            .iter()
+            .map(|&c| parts.iter().map(|part| mean(c, part)).collect())
+            .collect();
+        for (&object, part) in objects.iter().zip(best_assignment(&score)) {
+            for &i in &parts[part] {
+                owners[i] = Some(object);
+            }
+        }
+    }
     let rest = |c: usize| roles[c] == Role::Background && !objects.contains(&c);
     let plane = |c: usize| {
         owners
@@ -89,6 +128,44 @@ fn compete(
             .collect()
     };
     (0..roles.len()).map(plane).collect()
+}
+
+/// The connected parts of the foreground, if each can be an object.
+fn whole_parts(
+    foreground: &[bool],
+    size: usize,
+    n_objects: usize,
+    matching: Option<PartMatching>,
+) -> Option<Vec<Vec<usize>>> {
+    let PartMatching { speck, least_ratio } = matching?;
+    if !(2..=MAX_MATCHED).contains(&n_objects) {
+        return None;
+    }
+    let least = (speck * foreground.len() as f32).ceil() as usize;
+    let parts = connected_parts(foreground, size, least);
+    let areas = || parts.iter().map(Vec::len);
+    let (smallest, largest) = (areas().min()?, areas().max()?);
+    let all_are_objects = smallest as f32 >= least_ratio * largest as f32;
+    (parts.len() == n_objects && all_are_objects).then_some(parts)
+}
+
+/// Whether masks from these maps give every object a connected part of its own.
+pub(crate) fn gives_whole_parts(
+    maps: &AttentionMaps,
+    roles: &[Role],
+    config: &ExtractionConfig,
+) -> bool {
+    let Binarization::Compete { tau, parts } = config.binarization else {
+        return false;
+    };
+    let normalized: Vec<Vec<f32>> = maps
+        .maps
+        .iter()
+        .map(|map| normalize(map, config.normalization))
+        .collect();
+    let objects = competitors(roles);
+    let foreground = foreground(&normalized, &objects, tau);
+    whole_parts(&foreground, maps.size, objects.len(), parts).is_some()
 }
 
 /// The threshold in [0, 1] that separates two classes best (Otsu 1979).
@@ -126,7 +203,8 @@ mod tests {
     use crate::EmConfig;
 
     fn maps(maps: Vec<Vec<f32>>) -> AttentionMaps {
-        AttentionMaps { size: 2, maps }
+        let size = maps[0].len().isqrt();
+        AttentionMaps { size, maps }
     }
 
     #[test]
@@ -163,5 +241,58 @@ mod tests {
     fn otsu_separates_two_heaps() {
         let tau = otsu_threshold(&[0.1, 0.12, 0.15, 0.8, 0.85, 0.9]);
         assert!((0.15..0.8).contains(&tau), "{tau}");
+    }
+
+    #[test]
+    fn as_many_parts_as_objects_means_one_each() {
+        // Two separate objects; the first word also wins half of the second object.
+        let (left, right) = ([0, 1, 4, 5], [10, 11, 14, 15]);
+        let mut first = vec![0.0; 16];
+        let mut second = vec![0.0; 16];
+        for i in left {
+            (first[i], second[i]) = (0.8, 0.1);
+        }
+        for i in right {
+            (first[i], second[i]) = (0.2, 0.3);
+        }
+        (first[10], first[11]) = (1.5, 1.5);
+        let seen = maps(vec![first, second, vec![1.0; 16]]);
+        let roles = [Role::Object, Role::Object, Role::Background];
+        let with = |parts| ExtractionConfig {
+            binarization: Binarization::Compete { tau: 0.4, parts },
+            ..EmConfig::recommended().extraction
+        };
+        let found = |parts| {
+            let masks = binarize(&seen, &roles, &with(parts)).unwrap();
+            let inside = |plane: &Vec<u8>| (0..16).filter(|&i| plane[i] == 1).collect::<Vec<_>>();
+            [inside(&masks.planes()[0]), inside(&masks.planes()[1])]
+        };
+        let matching = |speck, least_ratio| Some(PartMatching { speck, least_ratio });
+        assert_eq!(found(matching(0.01, 0.25)), [left.to_vec(), right.to_vec()]);
+        assert!(gives_whole_parts(
+            &seen,
+            &roles,
+            &with(matching(0.01, 0.25))
+        ));
+        let by_pixels = [vec![0, 1, 4, 5, 10, 11], vec![14, 15]];
+        assert_eq!(found(None), by_pixels);
+        // Both are specks, so that no part is left.
+        assert_eq!(found(matching(0.3, 0.25)), by_pixels);
+        // Parts of too different sizes.
+        let mut uneven = seen.clone();
+        for i in [0, 1, 4] {
+            uneven.maps[0][i] = 0.0;
+            uneven.maps[1][i] = 0.0;
+        }
+        assert!(gives_whole_parts(
+            &uneven,
+            &roles,
+            &with(matching(0.01, 0.25))
+        ));
+        assert!(!gives_whole_parts(
+            &uneven,
+            &roles,
+            &with(matching(0.01, 0.5))
+        ));
     }
 }

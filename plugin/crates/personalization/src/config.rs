@@ -80,7 +80,21 @@ pub enum Binarization {
     Compete {
         /// τ in (0, 1).
         tau: f32,
+        /// Whether and when objects get connected parts of the foreground as a whole.
+        parts: Option<PartMatching>,
     },
+}
+
+/// If the foreground falls into just as many connected parts as there are objects, pixels need not compete: every
+/// object gets one part whole, by the matching with the largest mean share A_c / Σ A_c (ours: it separates words that
+/// attend to the same places). Anything else, objects that touch or parts that are broken, leaves it to the pixels.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct PartMatching {
+    /// Parts below this share of the picture's area are specks and do not count; in (0, 1).
+    pub speck: f32,
+    /// The smallest part has at least this share of the largest one's area, in \[0, 1\]: a fragment beside two objects
+    /// that touch is no object.
+    pub least_ratio: f32,
 }
 
 /// The E-step up to the binary masks.
@@ -284,7 +298,13 @@ impl EmConfig {
                 n_timesteps: 20,
                 layers: LayerChoice::NearestTo16,
                 normalization: Normalization::MinMax,
-                binarization: Binarization::Compete { tau: 0.4 },
+                binarization: Binarization::Compete {
+                    tau: 0.4,
+                    parts: Some(PartMatching {
+                        speck: 0.002,
+                        least_ratio: 0.25,
+                    }),
+                },
                 ..paper.extraction
             },
             e_step_every: 20,
@@ -306,7 +326,7 @@ impl EmConfig {
         };
         let positive = |value: f64| value.is_finite() && value > 0.0;
         let tau = match self.extraction.binarization {
-            Binarization::Threshold { tau } | Binarization::Compete { tau } => tau,
+            Binarization::Threshold { tau } | Binarization::Compete { tau, .. } => tau,
             Binarization::Otsu => 0.5,
         };
         let [lo, hi] = self.extraction.timestep_range;

@@ -9,11 +9,12 @@
 
 use stable_diffusion::DiffusionModel;
 
+use crate::binarize::gives_whole_parts;
 use crate::m_step::check_masks;
 use crate::observer::tell;
 use crate::{
-    AttentionMaps, EmConfig, EmState, Error, Event, LearnedConcepts, MaskMode, Observer,
-    PreparedScene, Result, SceneMasks, e_step, init_tokens, m_step,
+    AttentionMaps, EmConfig, EmState, Error, Event, ExtractionConfig, LearnedConcepts, MaskMode,
+    Observer, PreparedScene, Result, Role, SceneMasks, e_step, init_tokens, m_step,
 };
 
 /// Where the alternation begins.
@@ -86,19 +87,7 @@ pub fn em(
         )?;
         state.round += 1;
         if config.masks == MaskMode::Em && n_steps == config.e_step_every {
-            let n = config.extraction.n_timesteps;
-            let previous = Some(state.masks.as_slice());
-            let (masks, maps) = e_step(
-                model,
-                scene,
-                &state.learned,
-                &config.extraction,
-                &config.crf,
-                n,
-                previous,
-                observer,
-            )?;
-            (state.masks, state.maps) = (masks, maps);
+            re_estimate(model, scene, &mut state, config, observer)?;
             record(&state, &mut rounds, observer)?;
         }
         tell(observer, &Event::Checkpoint(&state))?;
@@ -109,6 +98,49 @@ pub fn em(
         maps: state.maps,
         rounds,
     })
+}
+
+/// The E-step of a later round. Where masks were whole parts, only whole parts replace them: once words are told
+/// apart, a round in which their maps run together must not undo it.
+fn re_estimate(
+    model: &DiffusionModel,
+    scene: &PreparedScene<'_>,
+    state: &mut EmState,
+    config: &EmConfig,
+    observer: &mut dyn Observer,
+) -> Result<()> {
+    let extraction = &config.extraction;
+    let (masks, maps) = e_step(
+        model,
+        scene,
+        &state.learned,
+        extraction,
+        &config.crf,
+        extraction.n_timesteps,
+        Some(&state.masks),
+        observer,
+    )?;
+    if state.maps.is_empty() {
+        (state.masks, state.maps) = (masks, maps);
+        return Ok(());
+    }
+    for (picture, (masks, maps)) in masks.into_iter().zip(maps).enumerate() {
+        let roles = scene.scene.roles(picture);
+        if !runs_together(&state.maps[picture], &maps, &roles, extraction) {
+            (state.masks[picture], state.maps[picture]) = (masks, maps);
+        }
+    }
+    Ok(())
+}
+
+/// Whether objects that had connected parts of their own no longer have them.
+fn runs_together(
+    old: &AttentionMaps,
+    new: &AttentionMaps,
+    roles: &[Role],
+    extraction: &ExtractionConfig,
+) -> bool {
+    gives_whole_parts(old, roles, extraction) && !gives_whole_parts(new, roles, extraction)
 }
 
 fn first_state(
@@ -211,5 +243,35 @@ impl Observer for StepOffset<'_> {
             }
             _ => self.inner.on_event(event),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_whole_parts_replace_whole_parts() {
+        let maps = |planes: [[f32; 4]; 3]| AttentionMaps {
+            size: 2,
+            maps: planes.iter().map(|plane| plane.to_vec()).collect(),
+        };
+        let rest = [0.1; 4];
+        let apart = maps([[1.0, 0.0, 0.0, 0.2], [0.2, 0.0, 0.0, 1.0], rest]);
+        let moved = maps([[0.0, 0.9, 0.0, 0.0], [0.0, 0.3, 0.8, 0.0], rest]);
+        let touching = maps([[1.0, 0.0, 0.8, 0.2], [0.2, 0.0, 0.0, 1.0], rest]);
+        let roles = [Role::Object, Role::Object, Role::Background];
+        let recommended = EmConfig::recommended().extraction;
+        let is_kept = |old, new| runs_together(old, new, &roles, &recommended);
+        assert!(is_kept(&apart, &touching));
+        assert!(!is_kept(&apart, &moved));
+        assert!(!is_kept(&touching, &touching));
+        assert!(!is_kept(&touching, &apart));
+        assert!(!runs_together(
+            &apart,
+            &touching,
+            &roles,
+            &EmConfig::paper().extraction
+        ));
     }
 }

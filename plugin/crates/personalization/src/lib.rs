@@ -15,6 +15,10 @@
 //! | 3 tokens and weights, masks fixed | the same losses | [`joint::joint_stage`] | EmLoop |
 //! | sample | | [`sampler::sample`] | PersonalizedSampler |
 //!
+//! Two named configurations: [`EmConfig::paper`], read literally, and [`EmConfig::recommended`], in which objects
+//! compete for the foreground ([`config::Binarization::Compete`]) and get its connected parts whole where each can have
+//! one ([`config::PartMatching`]).
+//!
 //! No ABI, no image files, no host: pixels and prompts in, tokens, masks and pixels out. The U-Net and the text
 //! encoder are `stable_diffusion`'s, the CRF is `densecrf`'s.
 //!
@@ -40,6 +44,7 @@ pub mod token;
 
 pub mod attention;
 pub mod binarize;
+mod parts;
 pub mod refine;
 
 pub mod loss;
@@ -63,7 +68,8 @@ pub use attention::{AttentionMaps, extract_attention};
 pub use binarize::binarize;
 pub use config::{
     Binarization, Combination, CrfStage, EmConfig, ExtractionConfig, Guard, JointConfig,
-    JointScope, LayerChoice, MStepConfig, MaskMode, Normalization, TokenConfig, TokenInit,
+    JointScope, LayerChoice, MStepConfig, MaskMode, Normalization, PartMatching, TokenConfig,
+    TokenInit,
 };
 pub use e_step::e_step;
 pub use em::{EmOutcome, EmStart, RoundRecord, em};
