@@ -4,7 +4,7 @@ import os
 
 import pytest
 from playwright.sync_api import sync_playwright
-from support import PATIENCE, SCREENSHOTS, WORK, Server, small_demo, wait_until
+from support import PATIENCE, SCREENSHOTS, WORK, Server, pixels, small_demo, wait_until
 
 NEWEST, OLDER = "1.58.1", "1.39.19"
 MS = PATIENCE * 1000
@@ -360,3 +360,48 @@ def test_the_plain_page_runs_workflows_without_the_editor(chromium, tmp_path):
         assert editor.page.locator("#results img").count() >= 3
         assert (editor.errors, editor.outside) == ([], [])
         editor.context.close()
+
+
+def test_a_mask_painted_in_the_mask_editor_is_loaded(editor):
+    editor.open()
+    page = editor.page
+    loaded = "() => app.graph._nodes.find(node => node.type === 'LoadImage').imgs?.[0]?.naturalWidth > 0"
+    page.wait_for_function(loaded)
+    page.evaluate("""() => {
+        app.canvas.selectNode(app.graph._nodes.find(node => node.type === 'LoadImage'));
+        return app.extensionManager.command.execute('Comfy.MaskEditor.OpenMaskEditor');
+    }""")
+    save = page.get_by_role("dialog").get_by_role("button").filter(has_text="Save")
+    save.wait_for(timeout=20000)
+    # the picture, and on it the layers that are painted on, all of one place
+    layers = page.locator("canvas:not(#graph-canvas):not(.minimap-canvas)")
+    wait_until(lambda: pump(editor) and layers.count() >= 3 and layers.last.bounding_box()["width"] > 400)
+    pump(editor)
+    box = layers.last.bounding_box()
+    x, y = box["x"] + box["width"] / 4, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 120, y, steps=12)
+    page.mouse.up()
+    editor.shoot("mask-painted")
+    save.click()
+    named = "() => app.graph._nodes.find(node => node.type === 'LoadImage').widgets.find(w => w.name === 'image').value"
+    wait_until(lambda: pump(editor) and "clipspace" in page.evaluate(named))
+    editor.settle()
+    editor.shoot("mask-saved")
+    done = editor.server.finished(editor.server.queue_prompt({
+        "1": {"class_type": "LoadImage", "inputs": {"image": page.evaluate(named)}},
+        "2": {"class_type": "MaskToImage", "inputs": {"mask": ["1", 1]}},
+        "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "painted"}},
+        "4": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "picture"}},
+    }))
+    assert done["status"]["status_str"] == "success", done
+    [mask], [picture] = (done["outputs"][node]["images"] for node in "34")
+    size, painted = pixels(editor.server.view(mask))
+    inside = sum(value > 127 for value in painted[::3])
+    assert 0 < inside < size[0] * size[1] / 2
+    at = lambda x, y: painted[3 * (int(y * size[1]) * size[0] + int(x * size[0]))]
+    assert at(0.25 + 60 / box["width"], 0.5) > 127 and at(0.9, 0.1) == 0
+    # painting a mask leaves the picture as it was
+    before = pixels(editor.server.get("/view?filename=demo:dog-and-car.png&type=input").body)
+    assert pixels(editor.server.view(picture)) == before
