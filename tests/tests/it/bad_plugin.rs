@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use crate::support::{Place, faulty, node};
+use crate::support::{Place, faulty, node, other_layout};
 
 fn load(place: &Place, path: &str) -> crate::support::Done {
     place.host(&["nodes", "--plugin", path])
@@ -61,6 +61,17 @@ fn a_library_of_another_contract_version_is_refused_in_one_sentence() {
     library[places[0]] = b'X';
     place.write("other.so", &library);
     load(&place, "other.so").failed_with(&["its probe symbol is not Conceptloom's"]);
+}
+
+#[test]
+fn a_library_whose_types_are_laid_out_in_another_way_is_refused_in_one_sentence() {
+    let place = Place::with_faulty();
+    let path = other_layout();
+    let done = load(&place, path.to_str().unwrap());
+    done.failed_with(&[
+        "other_layout_plugin",
+        "its types are laid out differently from this host's; build both from the same version of plugin-api",
+    ]);
 }
 
 #[test]

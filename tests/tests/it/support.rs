@@ -69,6 +69,12 @@ pub(crate) fn faulty() -> PathBuf {
     library("faulty_plugin")
 }
 
+/// The library whose types are laid out in another way.
+pub(crate) fn other_layout() -> PathBuf {
+    build(&["other-layout-plugin"]);
+    library("other_layout_plugin")
+}
+
 /// The real one.
 pub(crate) fn conceptloom() -> PathBuf {
     static BUILT: OnceLock<()> = OnceLock::new();
