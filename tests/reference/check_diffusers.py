@@ -3,7 +3,8 @@
     python tests/reference/check_diffusers.py RUN_DIRECTORY MODEL_DIRECTORY --noise NOISE.safetensors \\
         --prompt "a photo of <rex> on grass" --picture RUN_DIRECTORY/sample_00001.png
 
-`load_textual_inversion` reads every concept, `load_lora_weights` the LoRA if there is one; the prompt is sampled with the
+`load_textual_inversion` reads every concept, `load_lora_weights` the LoRA if there is one, `from_pretrained` the tuned U-Net
+(an f16 one is as far from the run's f32 as f16 is); the prompt is sampled with the
 same scheduler from the same noise (`cargo run --example initial_noise`). Fails if the pictures differ by more than
 a rounding of colors.
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -34,6 +35,10 @@ def main():
 
     pipeline = StableDiffusionPipeline.from_pretrained(arguments.model, safety_checker=None, torch_dtype=torch.float32)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    tuned = arguments.run / "concepts" / "unet"
+    if tuned.is_dir():
+        pipeline.unet = UNet2DConditionModel.from_pretrained(tuned, torch_dtype=torch.float32)
+        print("tuned U-Net", tuned)
     for path in sorted((arguments.run / "concepts").glob("*.safetensors")):
         if path.name.startswith("lora"):
             pipeline.load_lora_weights(path.parent, weight_name=path.name)
