@@ -1,10 +1,11 @@
 """ComfyUI's own editor, unmodified, in a browser: with the mouse, as a person uses it."""
+import contextlib
 import json
 import os
 
 import pytest
 from playwright.sync_api import sync_playwright
-from support import PATIENCE, SCREENSHOTS, WORK, Server, pixels, small_demo, wait_until
+from support import PATIENCE, SCREENSHOTS, WORK, Server, long_prompt, pixels, quick, small_demo, wait_until
 
 NEWEST, OLDER = "1.58.1", "1.39.19"
 MS = PATIENCE * 1000
@@ -126,11 +127,11 @@ class Editor:
         }""", [name, list(content), kind])
 
 
-@pytest.fixture
-def editor(chromium, tmp_path, request):
-    version = getattr(request, "param", NEWEST)
+@contextlib.contextmanager
+def opened(chromium, data, version):
+    """A server on this folder and an editor of it, which is held to what every one owes."""
     wheel = WORK / f"comfyui_frontend_package-{version}-py3-none-any.whl"
-    with Server(tmp_path / "data", "--front-end-root", str(wheel)) as server:
+    with Server(data, "--front-end-root", str(wheel)) as server:
         editor = Editor(chromium, server, version)
         yield editor
         editor.context.close()
@@ -138,6 +139,12 @@ def editor(chromium, tmp_path, request):
         # Before it opens the template, the older one asks a registry about the nodes of ComfyUI's own example.
         stopped = "violates the following Content Security Policy"
         assert [error for error in editor.errors if version == NEWEST or stopped not in error] == []
+
+
+@pytest.fixture
+def editor(chromium, tmp_path, request):
+    with opened(chromium, tmp_path / "data", getattr(request, "param", NEWEST)) as editor:
+        yield editor
 
 
 def wanted_graph():
@@ -345,6 +352,29 @@ def test_what_was_made_restores_the_graph(editor):
         steps = "app.graph._nodes.find(n => n.type === 'EmLoop').widgets.find(w => w.name === 'steps').value"
         assert editor.page.evaluate(steps) == 8
     editor.shoot("restored")
+
+
+@pytest.mark.parametrize("version", [NEWEST, OLDER])
+def test_jobs_that_a_crash_left_are_run_with_a_button(chromium, tmp_path, version):
+    server = Server(tmp_path / "data")
+    server.queue_prompt(long_prompt())
+    held = [server.queue_prompt(quick()) for _ in range(2)]
+    server.kill()
+    with opened(chromium, tmp_path / "data", version) as editor:
+        server, page = editor.server, editor.page
+        [running] = [job["id"] for job in server.get("/api/jobs").json["jobs"] if job["id"] not in held]
+        server.post("/api/queue", {"delete": [running]})
+        editor.open()
+        page.get_by_text("2 jobs waited when the server stopped").first.wait_for()
+        editor.shoot("held")
+        assert server.get("/queue").json["paused"]
+        button = page.get_by_role("button", name="Run jobs left over").or_(page.get_by_label("They waited when")).first
+        button.click()
+        page.get_by_text("2 jobs left over: now in the queue").first.wait_for()
+        assert all(server.finished(job)["status"]["completed"] for job in held)
+        editor.shoot("resumed")
+        page.evaluate("() => void app.extensionManager.command.execute('Conceptloom.RunHeldJobs')")
+        page.get_by_text("No jobs are left over").first.wait_for()
 
 
 def test_the_plain_page_runs_workflows_without_the_editor(chromium, tmp_path):

@@ -2,6 +2,7 @@
 //!
 //! In reading order: where things are (`folders`, `front_end`), who is let in (`guard`), what is to be done (`queue`,
 //! kept by `journal`), doing it (`worker`, told by `live` to the clients of `hub`), and what can be asked (`routes`).
+//! `pages` has what a browser gets that is ours: the plain page, and a script that the editor loads.
 
 mod ended;
 mod folders;
@@ -113,8 +114,8 @@ pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
         server.queue.resume();
     } else if n_restored > 0 {
         complain(&format!(
-            "{n_restored} jobs of an earlier run wait; start with --resume, use /conceptloom in the browser, or POST \
-             {{\"resume\": true}} to /api/queue to let them run"
+            "{n_restored} jobs of an earlier run wait; the editor and /conceptloom have a button that runs them, \
+             --resume does it at once, POST {{\"resume\": true}} to /api/queue from a program"
         ));
     }
     memory::share_one_heap();

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use crate::failure::from_method;
 use crate::nodes::common::{masks_value, overlay_value, planes_value, show_masks};
-use crate::nodes::parameters::{self, Extraction};
+use crate::nodes::parameters::{self, ExtractionParameters};
 use crate::observer::HostObserver;
 use crate::scene_input;
 use crate::values::{ConceptsValue, ModelValue};
@@ -23,13 +23,8 @@ pub(crate) struct Parameters {
     #[serde(default = "parameters::fifty")]
     #[schemars(range(min = 1, max = 1000))]
     timesteps: usize,
-    /// How attention becomes masks.
-    #[serde(default = "parameters::compete")]
-    extraction: Extraction,
-    /// Threshold on the normalized attention.
-    #[serde(default = "parameters::tau")]
-    #[schemars(range(min = 0.01, max = 0.99), extend("x-step" = 0.05))]
-    threshold: f64,
+    #[serde(flatten)]
+    extraction: ExtractionParameters,
 }
 
 impl Node for AttentionMaskExtractor {
@@ -73,9 +68,7 @@ impl Node for AttentionMaskExtractor {
         let scene = Scene::new(learned.concepts.clone(), shown).map_err(failed)?;
         let prepared =
             PreparedScene::new(model, &scene, &parameters::crf(0.0, 1)).map_err(failed)?;
-        let config = parameters
-            .extraction
-            .config(parameters.threshold, parameters.timesteps);
+        let config = parameters.extraction.config(parameters.timesteps);
         let mut observer = HostObserver::new(host, model).with_scene(&scene, None);
         let maps = extract_attention(
             model,

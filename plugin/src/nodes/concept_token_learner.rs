@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use crate::failure::from_method;
 use crate::nodes::common::{scene_masks, seed_schema};
-use crate::nodes::parameters::{self, Start};
+use crate::nodes::parameters::{self, TokenParameters};
 use crate::observer::HostObserver;
 use crate::scene_input;
 use crate::values::{ConceptsValue, ModelValue, concepts_value};
@@ -28,25 +28,8 @@ pub(crate) struct Parameters {
     #[serde(default = "parameters::twenty")]
     #[schemars(range(min = 0, max = 100_000))]
     steps: usize,
-    /// Learning rate of the tokens.
-    #[serde(default = "parameters::learning_rate")]
-    #[schemars(range(min = 1e-7, max = 1.0), extend("x-step" = 0.0001))]
-    learning_rate: f64,
-    /// Weight of the cross-attention loss.
-    #[serde(default = "parameters::lambda")]
-    #[schemars(range(min = 0.0, max = 10.0), extend("x-step" = 0.01))]
-    attention_weight: f64,
-    /// How a new token starts.
-    #[serde(default = "parameters::class")]
-    start: Start,
-    /// Steps of textual inversion, if it starts with that.
-    #[serde(default = "parameters::four_hundred")]
-    #[schemars(range(min = 1, max = 100_000))]
-    inversion_steps: usize,
-    /// Rows of the token table per concept.
-    #[serde(default = "parameters::one")]
-    #[schemars(range(min = 1, max = 16))]
-    vectors_per_concept: usize,
+    #[serde(flatten)]
+    tokens: TokenParameters,
     /// Steps between two sample pictures of every object concept; 0 paints none. On a CPU only small models paint any.
     #[serde(default = "parameters::hundred")]
     #[schemars(range(min = 0, max = 100_000))]
@@ -97,7 +80,7 @@ impl Node for ConceptTokenLearner {
         let mut observer = HostObserver::new(host, model)
             .with_scene(&scene, None)
             .with_samples(parameters.sample_every);
-        let config = parameters::m_step(parameters.learning_rate, parameters.attention_weight);
+        let config = parameters.tokens.m_step();
         let started = match inputs.optional_object::<ConceptsValue>("concepts")? {
             Some(ConceptsValue(learned)) if learned.concepts == scene.concepts() => learned.clone(),
             Some(_) => {
@@ -106,20 +89,15 @@ impl Node for ConceptTokenLearner {
                     "the linked concepts are not those of the list; use the same tokens and words in the same order",
                 ));
             }
-            None => {
-                let tokens = parameters
-                    .start
-                    .config(parameters.inversion_steps, parameters.vectors_per_concept);
-                init_tokens(
-                    model,
-                    &prepared,
-                    &tokens,
-                    &config,
-                    parameters.seed,
-                    &mut observer,
-                )
-                .map_err(failed)?
-            }
+            None => init_tokens(
+                model,
+                &prepared,
+                &parameters.tokens.start(),
+                &config,
+                parameters.seed,
+                &mut observer,
+            )
+            .map_err(failed)?,
         };
         let learned = match masks {
             None => started,

@@ -14,7 +14,7 @@ use stable_diffusion::DiffusionModel;
 
 use crate::failure::from_method;
 use crate::nodes::common::{masks_value, overlay_value, planes_value, scene_masks, seed_schema};
-use crate::nodes::parameters::{self, Extraction, Scope, Start};
+use crate::nodes::parameters::{self, ExtractionParameters, Scope, TokenParameters};
 use crate::observer::{HostObserver, joint_file};
 use crate::scene_input;
 use crate::values::{ModelValue, concepts_value, model_value};
@@ -54,32 +54,10 @@ pub(crate) struct Parameters {
     #[serde(default = "parameters::twenty")]
     #[schemars(range(min = 1, max = 100_000))]
     steps_per_round: usize,
-    /// Learning rate of the tokens.
-    #[serde(default = "parameters::learning_rate")]
-    #[schemars(range(min = 1e-7, max = 1.0), extend("x-step" = 0.0001))]
-    learning_rate: f64,
-    /// Weight of the cross-attention loss.
-    #[serde(default = "parameters::lambda")]
-    #[schemars(range(min = 0.0, max = 10.0), extend("x-step" = 0.01))]
-    attention_weight: f64,
-    /// How a token starts.
-    #[serde(default = "parameters::class")]
-    start: Start,
-    /// Steps of textual inversion, if it starts with that.
-    #[serde(default = "parameters::four_hundred")]
-    #[schemars(range(min = 1, max = 100_000))]
-    inversion_steps: usize,
-    /// Rows of the token table per concept.
-    #[serde(default = "parameters::one")]
-    #[schemars(range(min = 1, max = 16))]
-    vectors_per_concept: usize,
-    /// How attention becomes masks.
-    #[serde(default = "parameters::compete")]
-    extraction: Extraction,
-    /// Threshold on the normalized attention.
-    #[serde(default = "parameters::tau")]
-    #[schemars(range(min = 0.01, max = 0.99), extend("x-step" = 0.05))]
-    threshold: f64,
+    #[serde(flatten)]
+    tokens: TokenParameters,
+    #[serde(flatten)]
+    extraction: ExtractionParameters,
     /// Random timesteps of the first estimate.
     #[serde(default = "parameters::fifty")]
     #[schemars(range(min = 1, max = 1000))]
@@ -132,15 +110,13 @@ fn rank() -> usize {
 
 impl Parameters {
     fn config(&self) -> EmConfig {
-        let mut extraction = self.extraction.config(self.threshold, self.timesteps);
+        let mut extraction = self.extraction.config(self.timesteps);
         extraction.n_timesteps_initial = self.first_timesteps;
         EmConfig {
-            tokens: self
-                .start
-                .config(self.inversion_steps, self.vectors_per_concept),
+            tokens: self.tokens.start(),
             extraction,
             crf: parameters::crf(self.crf_guard, parameters::crf_iterations()),
-            m_step: parameters::m_step(self.learning_rate, self.attention_weight),
+            m_step: self.tokens.m_step(),
             steps: self.steps,
             e_step_every: self.steps_per_round,
             masks: match self.mode {

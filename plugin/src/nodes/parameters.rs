@@ -7,46 +7,53 @@ use personalization::{
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-/// How attention becomes masks.
-#[derive(Debug, Clone, Copy, PartialEq, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum Extraction {
-    /// Tokens compete for pixels; layers of 16×16, min-max (recommended).
-    Compete,
-    /// Every token for itself; all layers, divided by the maximum (the paper, read literally).
-    Paper,
-    /// Every token for itself with Otsu's threshold.
-    Otsu,
+/// How tokens start and learn.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct TokenParameters {
+    /// Learning rate of the tokens.
+    #[serde(default = "learning_rate")]
+    #[schemars(range(min = 1e-7, max = 1.0), extend("x-step" = 0.0001))]
+    learning_rate: f64,
+    /// Weight of the cross-attention loss.
+    #[serde(default = "lambda")]
+    #[schemars(range(min = 0.0, max = 10.0), extend("x-step" = 0.01))]
+    attention_weight: f64,
+    /// How a new token starts.
+    #[serde(default = "class")]
+    start: Start,
+    /// Steps of textual inversion, if it starts with that.
+    #[serde(default = "four_hundred")]
+    #[schemars(range(min = 1, max = 100_000))]
+    inversion_steps: usize,
+    /// Rows of the token table per concept.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 16))]
+    vectors_per_concept: usize,
 }
 
-impl Extraction {
-    /// The configuration with this threshold.
-    pub(crate) fn config(self, tau: f64, n_timesteps: usize) -> ExtractionConfig {
-        let tau = tau as f32;
-        let base = match self {
-            Self::Compete => EmConfig::recommended().extraction,
-            Self::Paper | Self::Otsu => EmConfig::paper().extraction,
+impl TokenParameters {
+    /// How tokens start.
+    pub(crate) fn start(&self) -> TokenConfig {
+        let init = match self.start {
+            Start::Class => TokenInit::Class,
+            Start::Random => TokenInit::Random,
+            Start::Inversion => TokenInit::Inversion {
+                steps: self.inversion_steps,
+            },
         };
-        let binarization = match (self, base.binarization) {
-            (Self::Compete, Binarization::Compete { parts, .. }) => {
-                Binarization::Compete { tau, parts }
-            }
-            (Self::Compete, other) => other,
-            (Self::Paper, _) => Binarization::Threshold { tau },
-            (Self::Otsu, _) => Binarization::Otsu,
-        };
-        let (layers, normalization) = match self {
-            Self::Compete => (LayerChoice::NearestTo16, Normalization::MinMax),
-            Self::Paper => (LayerChoice::All, Normalization::Max),
-            Self::Otsu => (LayerChoice::All, Normalization::MinMax),
-        };
-        ExtractionConfig {
-            n_timesteps_initial: n_timesteps,
-            n_timesteps,
-            layers,
-            normalization,
-            binarization,
-            ..base
+        TokenConfig {
+            init,
+            vectors_per_concept: self.vectors_per_concept,
+            init_noise: 0.0,
+        }
+    }
+
+    /// How they learn.
+    pub(crate) fn m_step(&self) -> MStepConfig {
+        MStepConfig {
+            learning_rate: self.learning_rate,
+            lambda_attention: self.attention_weight,
+            ..MStepConfig::break_a_scene()
         }
     }
 }
@@ -54,7 +61,7 @@ impl Extraction {
 /// How a token starts.
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Start {
+enum Start {
     /// As its class word.
     Class,
     /// At random, like a row of the vocabulary.
@@ -63,19 +70,58 @@ pub(crate) enum Start {
     Inversion,
 }
 
-impl Start {
-    pub(crate) fn config(self, inversion_steps: usize, vectors_per_concept: usize) -> TokenConfig {
-        let init = match self {
-            Self::Class => TokenInit::Class,
-            Self::Random => TokenInit::Random,
-            Self::Inversion => TokenInit::Inversion {
-                steps: inversion_steps,
-            },
+/// How attention becomes masks.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct ExtractionParameters {
+    /// How attention becomes masks.
+    #[serde(default = "compete")]
+    extraction: Extraction,
+    /// Threshold on the normalized attention.
+    #[serde(default = "tau")]
+    #[schemars(range(min = 0.01, max = 0.99), extend("x-step" = 0.05))]
+    threshold: f64,
+}
+
+/// How attention becomes masks.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Extraction {
+    /// Tokens compete for pixels; layers of 16×16, min-max (recommended).
+    Compete,
+    /// Every token for itself; all layers, divided by the maximum (the paper, read literally).
+    Paper,
+    /// Every token for itself with Otsu's threshold.
+    Otsu,
+}
+
+impl ExtractionParameters {
+    /// The configuration, with as many timesteps in the first estimate as in every later one.
+    pub(crate) fn config(&self, n_timesteps: usize) -> ExtractionConfig {
+        let tau = self.threshold as f32;
+        let base = match self.extraction {
+            Extraction::Compete => EmConfig::recommended().extraction,
+            Extraction::Paper | Extraction::Otsu => EmConfig::paper().extraction,
         };
-        TokenConfig {
-            init,
-            vectors_per_concept,
-            init_noise: 0.0,
+        let binarization = match (self.extraction, base.binarization) {
+            (Extraction::Compete, Binarization::Compete { parts, .. }) => {
+                Binarization::Compete { tau, parts }
+            }
+            (Extraction::Compete, other) => other,
+            (Extraction::Paper, _) => Binarization::Threshold { tau },
+            (Extraction::Otsu, _) => Binarization::Otsu,
+        };
+        let (layers, normalization) = match self.extraction {
+            Extraction::Compete => (LayerChoice::NearestTo16, Normalization::MinMax),
+            Extraction::Paper => (LayerChoice::All, Normalization::Max),
+            Extraction::Otsu => (LayerChoice::All, Normalization::MinMax),
+        };
+        ExtractionConfig {
+            n_timesteps_initial: n_timesteps,
+            n_timesteps,
+            layers,
+            normalization,
+            binarization,
+            ..base
         }
     }
 }
@@ -113,15 +159,6 @@ impl Scope {
     }
 }
 
-/// The M-step with what a user may change.
-pub(crate) fn m_step(learning_rate: f64, lambda_attention: f64) -> MStepConfig {
-    MStepConfig {
-        learning_rate,
-        lambda_attention,
-        ..MStepConfig::break_a_scene()
-    }
-}
-
 /// The CRF with what a user may change; a guard of 0 refuses nothing.
 pub(crate) fn crf(guard_iou: f64, iterations: usize) -> CrfStage {
     let base = EmConfig::recommended().crf;
@@ -140,22 +177,22 @@ pub(crate) fn crf(guard_iou: f64, iterations: usize) -> CrfStage {
 pub(crate) fn concepts() -> String {
     "<rex> dog\n<vw> car\n<table> table (background)".to_owned()
 }
-pub(crate) fn learning_rate() -> f64 {
+fn learning_rate() -> f64 {
     5e-4
 }
-pub(crate) fn lambda() -> f64 {
+fn lambda() -> f64 {
     0.01
 }
-pub(crate) fn compete() -> Extraction {
+fn compete() -> Extraction {
     Extraction::Compete
 }
-pub(crate) fn tau() -> f64 {
+fn tau() -> f64 {
     0.4
 }
-pub(crate) fn class() -> Start {
+fn class() -> Start {
     Start::Class
 }
-pub(crate) fn one() -> usize {
+fn one() -> usize {
     1
 }
 pub(crate) fn hundred() -> usize {

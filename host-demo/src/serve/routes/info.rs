@@ -192,7 +192,7 @@ async fn change(server: Arc<Server>, changes: Map<String, Value>) -> Response {
 
 /// `GET /extensions`: scripts that the editor loads.
 pub(crate) async fn extensions() -> Response {
-    ok(&json!([]))
+    ok(&json!([super::pages::HELD_JOBS_PATH]))
 }
 
 /// Questions whose answer is that there is nothing.

@@ -10,9 +10,13 @@ use super::super::Server;
 use super::{blocking, either, not_found, refuse};
 
 /// From which workflows run without the editor.
-const START_PAGE: &str = include_str!("../start_page.html");
+const START_PAGE: &str = include_str!("../pages/start_page.html");
 /// Its address, also where the editor is.
 const START_PATH: &str = "/conceptloom";
+/// Tells of jobs that an earlier server left, with a button in the editor that runs them.
+const HELD_JOBS: &str = include_str!("../pages/held_jobs.js");
+/// Its address; from there it imports `../../scripts`.
+pub(super) const HELD_JOBS_PATH: &str = "/extensions/conceptloom/held_jobs.js";
 
 /// Any `/api/…` that is not there.
 pub(crate) async fn no_route(uri: Uri) -> Response {
@@ -53,16 +57,17 @@ pub(crate) async fn page(State(server): State<Arc<Server>>, method: Method, uri:
             let headers = [("content-type", kind), ("cache-control", age.to_owned())];
             (headers, bytes).into_response()
         }
-        None => match without_file(&path) {
+        None => match built_in(&path) {
             Some((kind, text)) => ([("content-type", kind)], text).into_response(),
             None => not_found(&format!("there is no file {path}")),
         },
     }))
 }
 
-/// What the editor asks for at every start and does without.
-fn without_file(path: &str) -> Option<(&'static str, &'static str)> {
+/// Our own script, and what the editor asks for at every start and does without.
+fn built_in(path: &str) -> Option<(&'static str, &'static str)> {
     match path {
+        HELD_JOBS_PATH => Some(("text/javascript", HELD_JOBS)),
         "/user.css" => Some(("text/css", "")),
         "/favicon.ico" => Some(("image/x-icon", "")),
         "/templates/index.json" => Some(("application/json", "[]")),
