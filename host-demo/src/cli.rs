@@ -1,6 +1,5 @@
 //! The command line: arguments to checked requests, results to files, errors to one sentence and an exit code.
 
-use std::io::Write as _;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -16,18 +15,18 @@ use crate::builtin_nodes::Places;
 use crate::cache::{Cache, DEFAULT_BUDGET};
 use crate::catalog::Catalog;
 use crate::clock::Moment;
+use crate::console::{complain, say};
 use crate::events::Observers;
 use crate::executor::{self, Job, RunError};
+use crate::interrupt::{self, EXIT_CANCELED};
 use crate::recorder::Recorder;
 use crate::run_folder::{Destination, RunFolder};
 use crate::terminal::Terminal;
 use crate::validate::{Plan, Problem, validate};
 use crate::workflow_file::Workflow;
-use crate::{demo, interrupt, loader, report, serve};
+use crate::{demo, loader, report, serve};
 
 const EXIT_FAILED: u8 = 1;
-/// As shells report a process that Ctrl-C ended.
-pub(crate) const EXIT_CANCELED: u8 = 130;
 
 /// Runs workflows of Conceptloom's nodes. Without a command: the bundled demo workflow.
 #[derive(Debug, Parser)]
@@ -165,17 +164,6 @@ impl From<anyhow::Error> for Ended {
         complain(&format!("error: {error:#}"));
         Self(EXIT_FAILED)
     }
-}
-
-/// A line on standard error.
-pub(crate) fn complain(line: &str) {
-    // Nobody is left to tell if this fails.
-    let _ = writeln!(std::io::stderr(), "{line}");
-}
-
-/// A line on standard output; a reader that has gone away is no error.
-pub(crate) fn say(line: &str) {
-    let _ = writeln!(std::io::stdout(), "{line}");
 }
 
 /// Reads the arguments and does what they ask.

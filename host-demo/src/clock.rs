@@ -53,6 +53,12 @@ impl Moment {
     }
 }
 
+/// Milliseconds since 1970.
+pub(crate) fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as u64)
+}
+
 /// `4 min 07 s`, `12.3 s`, `85 ms`.
 pub(crate) fn duration(seconds: f64) -> String {
     if seconds < 1.0 {

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::cli::{EXIT_CANCELED, complain};
+use crate::console::complain;
+
+/// As shells report a process that Ctrl-C ended.
+pub(crate) const EXIT_CANCELED: u8 = 130;
 
 /// A flag that Ctrl-C sets. The second Ctrl-C ends the process.
 ///

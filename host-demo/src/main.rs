@@ -24,6 +24,7 @@ mod events;
 mod executor;
 
 mod clock;
+mod console;
 mod recorder;
 mod report;
 mod run_folder;

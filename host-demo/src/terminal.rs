@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use parking_lot::Mutex;
 
-use crate::cli::complain;
 use crate::clock;
+use crate::console::complain;
 use crate::events::{Event, NodeLabel, Observer};
 
 /// Time between two plain progress lines.

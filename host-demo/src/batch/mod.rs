@@ -19,7 +19,7 @@ use serde_json::Value;
 use crate::builtin_nodes::Places;
 use crate::cache::{Cache, DEFAULT_BUDGET};
 use crate::catalog::Catalog;
-use crate::cli::{complain, say};
+use crate::console::{complain, say};
 use crate::events::Observers;
 use crate::executor::{self, Job, RunError};
 use crate::recorder::Recorder;

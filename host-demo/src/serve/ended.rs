@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::queue::Job;
+use super::job::Job;
 
 /// How a job ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -12,7 +12,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 
 use super::Server;
-use super::routes::refuse;
+use super::answer::refuse;
 use std::sync::Arc;
 
 const COOKIE_NAME: &str = "conceptloom_token";

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::queue::Job;
+use super::job::Job;
 
 /// The file is begun anew when nothing waits and it is longer than this.
 const COMPACT_AT: u64 = 4 << 20;

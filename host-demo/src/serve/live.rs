@@ -12,9 +12,9 @@ use serde_json::{Map, Value, json};
 
 use super::folders::Folders;
 use super::hub::{Hub, Message};
-use super::queue::now_ms;
 use crate::catalog::Catalog;
-use crate::cli::complain;
+use crate::clock::now_ms;
+use crate::console::complain;
 use crate::events::{Event, NodeLabel, Observer};
 use crate::pictures::{self, RgbPicture};
 use crate::{png_text, run_folder};

@@ -4,11 +4,13 @@
 //! kept by `journal`), doing it (`worker`, told by `live` to the clients of `hub`), and what can be asked (`routes`).
 //! `pages` has what a browser gets that is ours: the plain page, and a script that the editor loads.
 
+mod answer;
 mod ended;
 mod folders;
 mod front_end;
 mod guard;
 mod hub;
+mod job;
 mod journal;
 mod listener;
 mod live;
@@ -28,7 +30,7 @@ use tokio::net::TcpListener;
 
 use crate::builtin_nodes::Places;
 use crate::catalog::Catalog;
-use crate::cli::{complain, say};
+use crate::console::{complain, say};
 use crate::{demo, loader};
 
 pub(crate) use folders::Folders;

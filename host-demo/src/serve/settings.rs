@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 
-use super::routes::write_over;
+use super::folders::write_over;
 use crate::confined::Root;
 
 /// The settings cannot be kept.

@@ -7,10 +7,12 @@ use serde_json::{Value, json};
 
 use super::Server;
 use super::ended::{Ended, Outcome, Results};
+use super::job::Job;
 use super::live::{Live, ShownBefore};
-use super::queue::{Job, Running, Task, now_ms};
+use super::queue::{Running, Task};
 use crate::cache::Cache;
-use crate::cli::complain;
+use crate::clock::now_ms;
+use crate::console::complain;
 use crate::executor::{self, RunError};
 use crate::graph::{Graph, NodeId};
 use crate::validate::{Problem, judge};

@@ -10,7 +10,8 @@ use axum::response::{IntoResponse as _, Response};
 use image::{ImageFormat, guess_format};
 
 use super::super::Server;
-use super::{bad_request, blocking, either, not_found, refuse};
+use super::super::answer::{bad_request, not_found, refuse};
+use super::{blocking, either};
 use crate::confined::{PathError, Root};
 use crate::demo;
 use crate::pictures::{LoadedPicture, read_file};

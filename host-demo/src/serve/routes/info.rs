@@ -8,11 +8,9 @@ use axum::extract::{Path, Query, Request, State};
 use axum::response::Response;
 use serde_json::{Map, Value, json};
 
+use super::super::answer::{bad_request, cannot_write, done, not_found, ok};
 use super::super::{PACK, Server};
-use super::{
-    MAX_JSON, MAX_UPLOAD, bad_request, blocking, body, cannot_write, done, either, json_body,
-    not_found, ok,
-};
+use super::{MAX_JSON, MAX_UPLOAD, blocking, body, either, json_body};
 use crate::confined::Root;
 use crate::demo;
 

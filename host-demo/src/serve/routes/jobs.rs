@@ -8,9 +8,10 @@ use axum::response::Response;
 use serde_json::{Map, Value, json};
 
 use super::super::Server;
+use super::super::answer::{done, json_text, not_found, ok};
 use super::super::ended::Ended;
-use super::super::queue::Job;
-use super::{done, json_body, json_text, not_found, ok};
+use super::super::job::Job;
+use super::json_body;
 
 /// `GET /queue`.
 pub(crate) async fn queue(State(server): State<Arc<Server>>) -> Response {

@@ -13,9 +13,6 @@ mod socket;
 mod upload;
 mod userdata;
 
-use std::fs::File;
-use std::io::{self, Write as _};
-use std::path::Path;
 use std::sync::Arc;
 
 use axum::Router;
@@ -23,10 +20,11 @@ use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::StatusCode;
 use axum::middleware::from_fn_with_state;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::{get, post};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
+use super::answer::{bad_request, refuse};
 use super::{Server, guard};
 
 /// Largest JSON body.
@@ -93,46 +91,6 @@ fn api() -> Router<Arc<Server>> {
         .route("/userdata/{file}/move/{to}", post(userdata::rename))
 }
 
-/// An error as ComfyUI's clients read it: `{"error": {"type", "message", "details", "extra_info"}}`.
-pub(crate) fn refuse(status: StatusCode, kind: &str, message: &str) -> Response {
-    refuse_nodes(status, kind, message, Map::new())
-}
-
-/// An error with what is wrong with the nodes.
-fn refuse_nodes(
-    status: StatusCode,
-    kind: &str,
-    message: &str,
-    nodes: Map<String, Value>,
-) -> Response {
-    let error = json!({"type": kind, "message": message, "details": "", "extra_info": {}});
-    answer(status, &json!({"error": error, "node_errors": nodes}))
-}
-
-fn not_found(message: &str) -> Response {
-    refuse(StatusCode::NOT_FOUND, "not_found", message)
-}
-
-fn bad_request(message: &str) -> Response {
-    refuse(StatusCode::BAD_REQUEST, "bad_request", message)
-}
-
-fn answer(status: StatusCode, value: &Value) -> Response {
-    (status, json_text(value.to_string())).into_response()
-}
-
-fn json_text(text: String) -> Response {
-    ([("content-type", "application/json")], text).into_response()
-}
-
-fn ok(value: &Value) -> Response {
-    answer(StatusCode::OK, value)
-}
-
-fn done() -> Response {
-    ok(&json!({}))
-}
-
 /// The body of a request, or the answer to one that is too large.
 async fn body(request: Request, limit: usize) -> Result<Bytes, Response> {
     let too_large = || {
@@ -178,27 +136,4 @@ async fn blocking<T: Send + 'static>(
 /// Either way an answer.
 fn either(result: Result<Response, Response>) -> Response {
     result.unwrap_or_else(|refusal| refusal)
-}
-
-/// Writes a file, complete or not at all, over one that may be there.
-pub(crate) fn write_over(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = path.with_file_name(format!(".{name}.{}.tmp", uuid::Uuid::new_v4()));
-    let write = || {
-        if let Some(folder) = path.parent() {
-            std::fs::create_dir_all(folder)?;
-        }
-        let mut file = File::create_new(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, path)
-    };
-    write().inspect_err(|_| {
-        let _ = std::fs::remove_file(&temporary);
-    })
-}
-
-fn cannot_write(what: &str, error: &io::Error) -> Response {
-    let message = format!("{what} cannot be written: {error}");
-    refuse(StatusCode::INTERNAL_SERVER_ERROR, "cannot_write", &message)
 }

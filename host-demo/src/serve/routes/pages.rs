@@ -7,7 +7,8 @@ use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse as _, Response};
 
 use super::super::Server;
-use super::{blocking, either, not_found, refuse};
+use super::super::answer::{not_found, refuse};
+use super::{blocking, either};
 
 /// From which workflows run without the editor.
 const START_PAGE: &str = include_str!("../pages/start_page.html");

@@ -10,9 +10,11 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::super::Server;
-use super::super::queue::{Job, now_ms, number_json};
-use super::{bad_request, blocking, either, json_body, ok, refuse, refuse_nodes};
+use super::super::answer::{bad_request, ok, refuse, refuse_nodes};
+use super::super::job::{Job, number_json};
+use super::{blocking, either, json_body};
 use crate::catalog::Catalog;
+use crate::clock::now_ms;
 use crate::demo;
 use crate::graph::{Graph, Input, NodeId};
 use crate::validate::{Verdict, judge};

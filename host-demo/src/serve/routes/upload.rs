@@ -11,8 +11,10 @@ use image::ImageFormat;
 use serde_json::{Value, json};
 
 use super::super::Server;
+use super::super::answer::{bad_request, cannot_write, ok, refuse};
+use super::super::folders::write_over;
 use super::files::{joined, media_type, root};
-use super::{bad_request, blocking, cannot_write, either, ok, refuse, write_over};
+use super::{blocking, either};
 use crate::pictures::{LoadedPicture, read_file};
 
 /// The fields of the form.

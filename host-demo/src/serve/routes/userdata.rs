@@ -11,7 +11,9 @@ use axum::response::{IntoResponse as _, Response};
 use serde_json::{Value, json};
 
 use super::super::Server;
-use super::{bad_request, blocking, body, cannot_write, either, not_found, ok, refuse, write_over};
+use super::super::answer::{bad_request, cannot_write, not_found, ok, refuse};
+use super::super::folders::write_over;
+use super::{blocking, body, either};
 use crate::confined::{PathError, Root};
 
 /// Largest file.

@@ -5,8 +5,7 @@
 use std::sync::Arc;
 
 use candle_core::{Tensor, Var};
-use stable_diffusion::lora::{LoraAdapter, LoraFactors};
-use stable_diffusion::weights::WeightMap;
+use stable_diffusion::lora::LoraAdapter;
 use stable_diffusion::{DiffusionModel, UNet};
 
 use crate::config::JointScope;
@@ -158,7 +157,7 @@ impl Trained {
     fn start(model: &DiffusionModel, config: &JointConfig, seed: u64) -> Result<Self> {
         let base = &model.unet;
         if let JointScope::Lora { rank } = config.scope {
-            let lora = LoraAdapter::new(base, rank, alpha_of(rank), seed)?;
+            let lora = LoraAdapter::new(base.weights(), rank, alpha_of(rank), seed)?;
             let variables = lora.variables();
             let unet = UNet::new(base.config(), base.weights(), Some(&lora))?;
             return Ok(Self {
@@ -167,15 +166,8 @@ impl Trained {
                 variables,
             });
         }
-        let mut weights = base.weights().clone();
-        let mut variables = Vec::new();
-        for (name, weight) in &mut weights.0 {
-            if config.scope == JointScope::Full || is_key_or_value(name) {
-                let var = Var::from_tensor(&weight.copy()?)?;
-                *weight = var.as_tensor().clone();
-                variables.push((name.to_string(), var));
-            }
-        }
+        let is_trained = |name: &str| config.scope == JointScope::Full || is_key_or_value(name);
+        let (weights, variables) = base.weights().trainable(is_trained)?;
         let unet = UNet::new(base.config(), &weights, None)?;
         Ok(Self {
             unet: Arc::new(unet),
@@ -186,31 +178,8 @@ impl Trained {
 
     /// A model with the trained weights, none of them a variable any more.
     fn finish(self, model: &DiffusionModel) -> Result<DiffusionModel> {
-        let frozen = |weight: &Tensor| weight.detach();
-        let lora = self.lora.map(|lora| {
-            let factors = lora.factors.iter().map(|(path, factors)| {
-                (
-                    path.clone(),
-                    LoraFactors {
-                        down: frozen(&factors.down),
-                        up: frozen(&factors.up),
-                    },
-                )
-            });
-            LoraAdapter {
-                rank: lora.rank,
-                alpha: lora.alpha,
-                factors: factors.collect(),
-            }
-        });
-        let weights = WeightMap(
-            self.unet
-                .weights()
-                .0
-                .iter()
-                .map(|(name, w)| (name.clone(), frozen(w)))
-                .collect(),
-        );
+        let lora = self.lora.map(|lora| lora.detach()).transpose()?;
+        let weights = self.unet.weights().detach();
         let unet = UNet::new(self.unet.config(), &weights, lora.as_ref())?;
         Ok(DiffusionModel {
             unet: Arc::new(unet),

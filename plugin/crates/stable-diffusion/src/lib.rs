@@ -9,7 +9,7 @@
 //! | prompt to ids, seed to noise | [`tokenizer`], [`rng`] |
 //! | kernels with a backward | [`ops`] |
 //! | ids to context, latents and context to prediction | [`text_encoder`], [`unet`] |
-//! | small trainable deltas, trainable copies | [`lora`] |
+//! | small trainable deltas | [`lora`] |
 //! | pictures to latents and back | [`vae`] |
 //! | noise levels, sampling | [`noise_schedule`], [`scheduler`], [`generate`] |
 //! | all of it in one value | [`model`] |

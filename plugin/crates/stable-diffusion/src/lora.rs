@@ -1,4 +1,4 @@
-//! Trainable changes to a frozen U-Net: low-rank adapters (Hu et al. 2021), or a copy of all weights.
+//! Low-rank adapters: trainable changes to a frozen U-Net (Hu et al. 2021).
 //!
 //! An adapted projection computes y = x·Wᵀ + b + (alpha / rank)·x·downᵀ·upᵀ. Adapted are the query, key, value
 //! and output projections of every attention, as in diffusers' training scripts.
@@ -10,7 +10,6 @@ use candle_core::{DType, Device, Tensor, Var};
 use crate::{
     Error, Result,
     rng::Rng,
-    unet::UNet,
     weights::{TensorFile, WeightMap, save_tensors},
 };
 
@@ -44,16 +43,16 @@ pub struct LoraAdapter {
 }
 
 impl LoraAdapter {
-    /// A trainable adapter that changes nothing yet: down from N(0, 1/rank), up zero.
+    /// A trainable adapter of a U-Net's weights that changes nothing yet: down from N(0, 1/rank), up zero.
     ///
     /// # Errors
     /// [`Error::Argument`] for rank 0.
-    pub fn new(unet: &UNet, rank: usize, alpha: f64, seed: u64) -> Result<Self> {
+    pub fn new(weights: &WeightMap, rank: usize, alpha: f64, seed: u64) -> Result<Self> {
         if rank == 0 {
             return Err(Error::argument("rank", "at least 1"));
         }
         let mut factors = BTreeMap::new();
-        for (name, weight) in &unet.weights().0 {
+        for (name, weight) in &weights.0 {
             let Some(path) = name.strip_suffix(".weight").filter(|path| is_adapted(path)) else {
                 continue;
             };
@@ -224,41 +223,4 @@ fn is_adapted(path: &str) -> bool {
         && ADAPTED
             .iter()
             .any(|name| path.strip_suffix(name).is_some_and(|p| p.ends_with('.')))
-}
-
-/// A U-Net of the same weights that are variables, and these variables by name, in order. The copy is of f32
-/// and takes as much memory as the original.
-///
-/// # Errors
-/// [`Error::Tensor`] when the tensor library fails.
-pub fn trainable_copy(unet: &UNet) -> Result<(UNet, Vec<(String, Var)>)> {
-    let variables = unet.weights().0.iter().map(|(name, tensor)| {
-        // Detached, because a variable made from a variable is the same one.
-        Ok((name.clone(), Var::from_tensor(&tensor.detach())?))
-    });
-    let variables: Vec<(String, Var)> = variables.collect::<Result<_>>()?;
-    let tensors = variables
-        .iter()
-        .map(|(name, variable)| (name.clone(), variable.as_tensor().clone()));
-    let copy = UNet::new(unet.config(), &WeightMap(tensors.collect()), None)?;
-    Ok((copy, variables))
-}
-
-impl UNet {
-    /// A U-Net of the present values of these weights, none of them a variable.
-    ///
-    /// # Errors
-    /// [`Error::Tensor`] when the tensor library fails.
-    pub fn frozen_copy(&self) -> Result<UNet> {
-        let tensors = self
-            .weights()
-            .0
-            .iter()
-            .map(|(name, tensor)| Ok((name.clone(), tensor.copy()?.detach())));
-        UNet::new(
-            self.config(),
-            &WeightMap(tensors.collect::<Result<_>>()?),
-            None,
-        )
-    }
 }

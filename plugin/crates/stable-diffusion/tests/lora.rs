@@ -1,15 +1,11 @@
-//! Adapters and trainable copies: what is trained, what is not, and what a file keeps.
+//! Adapters and trainable weights: what is trained, what is not, and what a file keeps.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 mod small;
 
 use candle_core::{Device, Tensor};
 use small::{distance, random};
-use stable_diffusion::{
-    Error,
-    lora::{LoraAdapter, trainable_copy},
-    unet::UNet,
-};
+use stable_diffusion::{Error, lora::LoraAdapter, unet::UNet};
 
 fn predict(unet: &UNet) -> Tensor {
     unet.forward(
@@ -26,7 +22,7 @@ fn with_adapter(unet: &UNet, adapter: &LoraAdapter) -> UNet {
 
 /// An adapter that changes something.
 fn moved_adapter(unet: &UNet) -> LoraAdapter {
-    let adapter = LoraAdapter::new(unet, 3, 6.0, 5).unwrap();
+    let adapter = LoraAdapter::new(unet.weights(), 3, 6.0, 5).unwrap();
     for (index, (_, variable)) in adapter.variables().iter().enumerate() {
         variable
             .set(&(random(variable.dims(), index as u64) * 0.1).unwrap())
@@ -38,7 +34,7 @@ fn moved_adapter(unet: &UNet) -> LoraAdapter {
 #[test]
 fn a_new_adapter_changes_nothing_and_trains_every_attention() {
     let unet = small::unet();
-    let adapter = LoraAdapter::new(&unet, 3, 6.0, 5).unwrap();
+    let adapter = LoraAdapter::new(unet.weights(), 3, 6.0, 5).unwrap();
     // 14 transformer blocks of two attentions with four projections of two factors.
     assert_eq!(adapter.variables().len(), 14 * 2 * 4 * 2);
     let adapted = predict(&with_adapter(&unet, &adapter));
@@ -93,7 +89,7 @@ fn an_adapter_is_the_change_of_weight_that_it_stands_for() {
 #[test]
 fn the_start_depends_on_seed_and_path_only() {
     let unet = small::unet();
-    let down = |seed| LoraAdapter::new(&unet, 3, 6.0, seed).unwrap();
+    let down = |seed| LoraAdapter::new(unet.weights(), 3, 6.0, seed).unwrap();
     let path = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k";
     let (one, same, other) = (down(1), down(1), down(2));
     assert_eq!(
@@ -165,7 +161,7 @@ fn adapters_of_other_models_and_other_files_are_refused() {
         "{error}"
     );
 
-    assert!(LoraAdapter::new(&unet, 0, 1.0, 0).is_err());
+    assert!(LoraAdapter::new(unet.weights(), 0, 1.0, 0).is_err());
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("tensors.safetensors");
     random(&[2], 0)
@@ -176,10 +172,11 @@ fn adapters_of_other_models_and_other_files_are_refused() {
 }
 
 #[test]
-fn a_trainable_copy_trains_every_weight_and_leaves_the_original() {
+fn trainable_weights_are_all_trained_and_leave_the_original() {
     let unet = small::unet();
     let before = predict(&unet);
-    let (copy, variables) = trainable_copy(&unet).unwrap();
+    let (weights, variables) = unet.weights().trainable(|_| true).unwrap();
+    let copy = UNet::new(unet.config(), &weights, None).unwrap();
     assert_eq!(variables.len(), unet.weights().0.len());
     assert_eq!(distance(&before, &predict(&copy)), 0.0);
     let gradients = predict(&copy)
@@ -206,7 +203,7 @@ fn a_trainable_copy_trains_every_weight_and_leaves_the_original() {
             .set(&(variable.as_tensor() - (gradient * 1e-3).unwrap()).unwrap())
             .unwrap();
     }
-    let frozen = copy.frozen_copy().unwrap();
+    let frozen = UNet::new(copy.config(), &copy.weights().detach(), None).unwrap();
     assert!(!predict(&frozen).track_op());
     assert_eq!(distance(&predict(&frozen), &predict(&copy)), 0.0);
     assert!(distance(&predict(&frozen), &before) > 1e-4);

@@ -2,69 +2,18 @@
 
 use candle_core::Tensor;
 
-use super::{CrossAttentionLayer, Pass, Stage, transformer::Transformer};
+use super::{
+    builder::{Builder, Place},
+    observation::{Pass, Stage},
+    transformer::Transformer,
+};
 use crate::{
     Result,
     config::{DownBlock, UNetConfig, UpBlock},
     layers::{Conv3x3, GroupNorm, Linear},
-    lora::LoraAdapter,
     ops,
     weights::Weights,
 };
-
-/// What the levels are built from; collects the cross-attention layers in the order in which they run.
-pub(super) struct Builder<'a> {
-    pub(super) config: &'a UNetConfig,
-    pub(super) lora: Option<&'a LoraAdapter>,
-    weights: Weights,
-    layers: Vec<CrossAttentionLayer>,
-}
-
-impl<'a> Builder<'a> {
-    pub(super) fn new(
-        config: &'a UNetConfig,
-        weights: Weights,
-        lora: Option<&'a LoraAdapter>,
-    ) -> Self {
-        Self {
-            config,
-            lora,
-            weights,
-            layers: Vec::new(),
-        }
-    }
-
-    /// Registers a cross-attention layer and returns its index.
-    pub(super) fn register(&mut self, name: &str, place: Place) -> usize {
-        let resolution = (0..place.level).fold(self.config.sample_size, |size, _| {
-            halved(size, self.config.downsample_padding)
-        });
-        let heads = self.config.heads[place.level];
-        self.layers.push(CrossAttentionLayer {
-            name: name.into(),
-            stage: place.stage,
-            resolution,
-            heads,
-        });
-        self.layers.len() - 1
-    }
-
-    pub(super) fn into_layers(self) -> Vec<CrossAttentionLayer> {
-        self.layers
-    }
-}
-
-/// Side of a plane after the stride 2 convolution with a 3x3 kernel.
-fn halved(size: usize, padding: usize) -> usize {
-    (size + 2 * padding).saturating_sub(3) / 2 + 1
-}
-
-/// Where in the network a transformer lies; levels count from the finest.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Place {
-    pub(super) stage: Stage,
-    pub(super) level: usize,
-}
 
 /// A residual block, and the transformer behind it if the level has attention.
 #[derive(Debug)]

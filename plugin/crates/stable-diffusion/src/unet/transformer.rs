@@ -3,8 +3,8 @@
 use candle_core::Tensor;
 
 use super::{
-    LayerAttention, Pass,
-    blocks::{Builder, Place},
+    builder::{Builder, Place},
+    observation::{LayerAttention, Pass},
 };
 use crate::{
     Result,

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 
 pub use tensor_file::TensorFile;
 pub(crate) use tensor_file::refuse_pickle;
@@ -57,6 +57,35 @@ impl WeightMap {
         }))?;
         let made = std::mem::take(&mut *lock(&made));
         Ok(Self(made))
+    }
+
+    /// A map in which the weights that `is_trained` names are variables, copies of these, and the variables by name,
+    /// in order. The other weights are shared.
+    ///
+    /// # Errors
+    /// [`crate::Error::Tensor`] when the tensor library fails.
+    pub fn trainable(
+        &self,
+        is_trained: impl Fn(&str) -> bool,
+    ) -> Result<(Self, Vec<(String, Var)>)> {
+        let mut weights = self.clone();
+        let mut variables = Vec::new();
+        for (name, weight) in &mut weights.0 {
+            if is_trained(name) {
+                // Detached, because a variable made from a variable is the same one.
+                let variable = Var::from_tensor(&weight.detach())?;
+                *weight = variable.as_tensor().clone();
+                variables.push((name.clone(), variable));
+            }
+        }
+        Ok((weights, variables))
+    }
+
+    /// The same weights, none of them a variable.
+    #[must_use]
+    pub fn detach(&self) -> Self {
+        let detached = |(name, weight): (&String, &Tensor)| (name.clone(), weight.detach());
+        Self(self.0.iter().map(detached).collect())
     }
 
     /// The name and shape of every tensor that `build` asks for, without allocating any of them:
