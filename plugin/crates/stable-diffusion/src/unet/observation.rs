@@ -29,7 +29,7 @@ pub struct CrossAttentionLayer {
 /// What one cross-attention layer gave to the watched positions.
 #[derive(Debug, Clone)]
 pub struct LayerAttention {
-    /// Index into [`UNet::cross_attention_layers`].
+    /// Index into [`crate::UNet::cross_attention_layers`].
     pub layer: usize,
     /// Height of the layer's plane for these latents.
     pub height: usize,
