@@ -1,8 +1,10 @@
 #!/bin/sh
-# Records every fixture in tests/fixtures that comes from PyTorch, diffusers and transformers.
-# Run it after the bundled checkpoint has changed; the Rust tests never run Python.
+# Everything that hangs on the bundled checkpoint, anew: the fixtures in tests/fixtures that come from PyTorch, diffusers
+# and transformers, then the figures and pictures of the documents. Run it after the checkpoint has changed; the Rust
+# tests never run Python.
 #
-#   tests/reference/record.sh            with its own virtual environment, made on the first run
+#   tests/reference/record.sh [ARGUMENTS]       with its own virtual environment, made on the first run; the arguments
+#                                               are those of record_figures.py
 #   PYTHON=python3 tests/reference/record.sh    with an interpreter that has requirements.txt installed
 set -eu
 cd "$(dirname "$0")"
@@ -14,8 +16,7 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=.venv/bin/python
 fi
 for script in record_parity.py record_tokenizer.py record_crf.py; do
-    if [ -f "$script" ]; then
-        echo "== $script"
-        "$PYTHON" "$script"
-    fi
+    echo "== $script"
+    "$PYTHON" "$script"
 done
+"$PYTHON" record_figures.py "$@"

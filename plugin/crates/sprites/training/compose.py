@@ -274,18 +274,25 @@ def place(rng, shape, taken, limit, tries=60):
     return box
 
 
-def choose(rng, drawings, count):
+def most_familiar(drawings):
+    """The drawing that stands for its class: flat, and a face where there is one."""
+    return min(drawings, key=lambda d: (not d["id"].startswith("twemoji:"), not d["id"].endswith("-face")))
+
+
+def choose(rng, drawings, count, familiar):
     """So many drawings of different classes; every class is as likely as any other."""
     by_class = {}
     for d in drawings:
         by_class.setdefault(d["class"], []).append(d)
     names = rng.permutation(sorted(by_class))[:count]
-    return [by_class[n][rng.integers(len(by_class[n]))] for n in names]
+    any_of = lambda group: group[rng.integers(len(group))]
+    is_familiar = lambda: familiar > 0 and rng.random() < familiar     # older sets draw no number here
+    return [most_familiar(by_class[n]) if is_familiar() else any_of(by_class[n]) for n in names]
 
 
 def scene(rng, drawings, s):
     """-> picture uint8 [128, 128, 3], masks [objects, 128, 128] in 0..1, the drawings, the background's word"""
-    chosen = choose(rng, drawings, int(rng.choice(len(s.counts), p=s.counts)))
+    chosen = choose(rng, drawings, int(rng.choice(len(s.counts), p=s.counts)), s.familiar)
     word = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     picture, boxes, masks = paint(rng, word), [], []
     for d in chosen:

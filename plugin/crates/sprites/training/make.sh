@@ -34,7 +34,7 @@ fluent-emoji-flat 1.2.6
 LIST
 [ -f "$work/drawings.pkl" ] || "$python" drawings.py --icons "$work/icons" --out "$work/drawings.pkl"
 
-for set in first larger; do
+for set in first larger familiar; do
     [ -d "$work/$set" ] && continue
     "$python" compose.py --settings "$settings" --set $set --drawings "$work/drawings.pkl" --out "$work/$set.new"
     mv "$work/$set.new" "$work/$set"
@@ -43,13 +43,13 @@ done
 base="$work/base"
 [ -d "$base/tokenizer" ] || "$python" tokenizer.py --out "$base/tokenizer"
 [ -d "$base/vae" ] || "$python" autoencoder.py train --settings "$settings" --data "$work/first" --out "$base/vae"
-for set in first larger; do
+for set in first larger familiar; do
     "$python" autoencoder.py encode --data "$work/$set" --model "$base"
 done
 
 # name of the stage, its scenes; each starts from the one before
 from="$base"
-for stage in pictures:first words:first larger:larger polish:larger objects:larger; do
+for stage in pictures:first words:first larger:larger polish:larger objects:larger familiar:familiar; do
     name=${stage%:*}
     out="$work/stage-$name"
     if [ ! -f "$out.done" ]; then

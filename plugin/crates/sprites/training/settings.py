@@ -3,7 +3,7 @@
 ``RELEASED`` is what the checkpoint in ``../model`` was trained with; ``TINY`` passes through every stage in a few
 minutes, to check that the recipe still runs. A stage's steps are of two processes with ``BATCH`` pictures each.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 BATCH = 16
 
@@ -19,6 +19,7 @@ class Compose:
     overlap: float = 0.12          # of the smaller box, at most (relaxed where no place is found)
     hue: float = 0.12              # standard deviation of the hue's turn, radians
     turn: float = 7.0              # standard deviation of the drawing's turn, degrees
+    familiar: float = 0.0          # how often a class is shown by the one drawing that stands for it
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ RELEASED = Settings(
     compose={
         "first": Compose(20_000, 1, (0.05, 0.38, 0.42, 0.15), {1: (0.38, 0.72), 2: (0.32, 0.56), 3: (0.28, 0.44)}),
         "larger": Compose(24_000, 31, (0.03, 0.42, 0.42, 0.13), {1: (0.45, 0.85), 2: (0.36, 0.60), 3: (0.30, 0.46)}),
+        "familiar": Compose(24_000, 47, (0.03, 0.48, 0.42, 0.07), {1: (0.45, 0.85), 2: (0.36, 0.60), 3: (0.30, 0.46)},
+                            hue=0.08, turn=4.0, familiar=0.65),
     },
     stages={
         "pictures": Stage("first", 3_750, 6e-4, warmup=300),
@@ -77,9 +80,11 @@ RELEASED = Settings(
         "polish": Stage("larger", 164, 1.5e-4, fall=1.0, warmup=20, offset_noise=0.07, spread=0.1, overlap=0.3, ema=0.98),
         "objects": Stage("larger", 6_756, 5e-4, fall=0.6, warmup=100, offset_noise=0.05, spread=0.1, overlap=0.1,
                          object_weight=3.0),
+        "familiar": Stage("familiar", 2_700, 5e-4, fall=0.6, warmup=100, offset_noise=0.05, spread=0.1, overlap=0.1,
+                          object_weight=3.0),
     })
 TINY = Settings(
-    compose={k: Compose(60, c.seed, c.counts, c.sizes, shard=30) for k, c in RELEASED.compose.items()},
+    compose={k: replace(c, scenes=60, shard=30) for k, c in RELEASED.compose.items()},
     stages={k: Stage(s.scenes, 6, s.rate, s.fall, 2, s.offset_noise, s.spread, s.overlap, object_weight=s.object_weight, batch=4)
             for k, s in RELEASED.stages.items()},
     autoencoder=Autoencoder(minutes=0.3, batch=8))
