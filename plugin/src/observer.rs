@@ -12,11 +12,12 @@ use personalization::{
 };
 use plugin_api::host::LogLevel;
 use plugin_api::{Host, SharedTensor};
+use stable_diffusion::generate::preview;
 use stable_diffusion::{DiffusionModel, GenerateConfig, SchedulerKind, UNet};
 
 /// Denoising steps between two previews.
 const PREVIEW_EVERY: usize = 5;
-/// Largest latent whose decoding does not take longer than the steps between two previews on a CPU.
+/// Largest latent of which samples are painted beside the learning on a CPU, where they take minutes otherwise.
 const SMALL_LATENT: usize = 32;
 /// Steps of a sample that shows what is learned so far: enough to see what it is of.
 const SAMPLE_STEPS: usize = 10;
@@ -212,33 +213,32 @@ impl<'a> HostObserver<'a> {
         let values = rgb.iter().map(|&v| f32::from(v) / 255.0).collect();
         match SharedTensor::from_vec(values, &[size, size, 3]) {
             Ok(picture) => self.host.preview(picture, series, label),
-            Err(error) => self.host.log(
-                LogLevel::Warning,
-                &format!("no preview of {series}: {error}"),
-            ),
+            Err(error) => self.no_preview(series, &error.to_string()),
         }
     }
 
-    fn on_latents(&self, step: usize, total: usize, latents: &Tensor) {
+    fn on_denoised(&self, step: usize, total: usize, clean: &Tensor) {
         self.host
             .progress("sampling", step, total, &format!("step {step}/{total}"));
-        if !step.is_multiple_of(PREVIEW_EVERY) || self.model.latent_size() > SMALL_LATENT {
-            // Decoding a large latent takes longer than the steps between two previews.
+        if !step.is_multiple_of(PREVIEW_EVERY) && step < total {
             return;
         }
-        let decoded = self.model.vae.decode(latents).and_then(|picture| {
-            let picture = ((picture + 1.0)? * 0.5)?
-                .clamp(0.0, 1.0)?
-                .squeeze(0)?
-                .permute((1, 2, 0))?;
-            Ok((picture.dim(0)?, picture.flatten_all()?.to_vec1::<f32>()?))
-        });
-        if let Ok((size, values)) = decoded
-            && let Ok(picture) = SharedTensor::from_vec(values, &[size, size, 3])
+        match preview(self.model, clean)
+            .map_err(|error| error.to_string())
+            .and_then(|picture| side_by_side(&picture))
         {
-            self.host
-                .preview(picture, "sampling", &format!("step {step}"));
+            Ok(picture) => self
+                .host
+                .preview(picture, "sampling", &format!("step {step}")),
+            Err(error) => self.no_preview("sampling", &error),
         }
+    }
+
+    fn no_preview(&self, series: &str, error: &str) {
+        self.host.log(
+            LogLevel::Warning,
+            &format!("no preview of {series}: {error}"),
+        );
     }
 }
 
@@ -284,11 +284,7 @@ impl Observer for HostObserver<'_> {
                 masks,
                 maps,
             } => self.on_masks(round, picture, masks, maps),
-            Event::Latents {
-                step,
-                total,
-                latents,
-            } => self.on_latents(step, total, latents),
+            Event::Denoised { step, total, clean } => self.on_denoised(step, total, clean),
             Event::JointCheckpoint(state) => {
                 if let Some(path) = self.state_file.as_deref().map(joint_file)
                     && let Err(error) = state.save(&path)

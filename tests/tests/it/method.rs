@@ -103,6 +103,13 @@ fn the_demo_ends_with_a_report_masks_concepts_and_pictures() {
     );
     assert_eq!(place.names(&format!("{out}/masks")).len(), 3);
     assert_eq!(place.names(&format!("{out}/samples")).len(), 4);
+    // What the sampler shows at its end is the picture itself, not a noisy one.
+    let [shown, saved] = [
+        "previews/8-sampling/002-step-8.png",
+        "samples/picture_00004.png",
+    ]
+    .map(|name| pixels(&place.read(&format!("{out}/{name}"))));
+    assert_eq!(shown, saved);
     let page = String::from_utf8(place.read(report)).unwrap();
     for part in [
         "mask IoU",

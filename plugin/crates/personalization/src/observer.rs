@@ -53,14 +53,15 @@ pub enum Event<'a> {
         /// The maps that they came from, if they were not given.
         maps: Option<&'a AttentionMaps>,
     },
-    /// A latent `[1, 4, h, w]` while it is denoised.
-    Latents {
+    /// A picture on its way.
+    Denoised {
         /// Steps done over all pictures.
         step: usize,
         /// Steps in all.
         total: usize,
-        /// The latent, scaled.
-        latents: &'a Tensor,
+        /// The clean latent as it is predicted now, `[1, 4, h, w]`, scaled; see
+        /// [`stable_diffusion::generate::preview`].
+        clean: &'a Tensor,
     },
     /// A state from which the alternation can go on.
     Checkpoint(&'a EmState),

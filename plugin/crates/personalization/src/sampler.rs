@@ -47,10 +47,10 @@ pub fn sample(
     for (index, conditional) in contexts.iter().enumerate() {
         let own = generate(model, conditional, &unconditional, config, &mut |step| {
             let total = step.total * n_prompts;
-            observer.on_event(&Event::Latents {
+            observer.on_event(&Event::Denoised {
                 step: index * step.total + step.step,
                 total,
-                latents: step.latents,
+                clean: step.clean,
             })
         })?;
         pictures.push(own);

@@ -11,8 +11,14 @@ use candle_core::Tensor;
 use crate::error::{Error, Result};
 use crate::model::DiffusionModel;
 use crate::rng::Rng;
-use crate::scheduler::SchedulerKind;
+use crate::scheduler::{SchedulerKind, SchedulerStep};
 use crate::unet::UNet;
+
+/// Cells a side of the largest latent that [`preview`] decodes as it is.
+const PREVIEW_WHOLE: usize = 32;
+/// Cells a side to which it averages a larger one on a CPU: decoding 32 with Stable Diffusion's widths takes as long there as
+/// a step of the U-Net on 64, 16 a fourth of that.
+const PREVIEW_ON_CPU: usize = 16;
 
 /// What to generate.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,8 +44,8 @@ pub struct GenerateStep<'a> {
     pub step: usize,
     /// Steps to do over all pictures.
     pub total: usize,
-    /// This picture's latent after the step, [1, 4, h, w], scaled.
-    pub latents: &'a Tensor,
+    /// This picture's clean latent as it is predicted now, [1, 4, h, w], scaled; see [`preview`].
+    pub clean: &'a Tensor,
 }
 
 /// Generates pictures, [n, 3, H, W] in [0, 1]. Picture i is the same whatever `n_pictures` is.
@@ -71,8 +77,33 @@ pub fn generate(
         let latents = denoise(model, &context, config, picture, on_step)?;
         pictures.push(model.vae.decode(&latents)?);
     }
-    let pictures = Tensor::cat(&pictures, 0)?;
-    Ok(((pictures + 1.0)? * 0.5)?.clamp(0.0, 1.0)?)
+    in_unit_range(&Tensor::cat(&pictures, 0)?)
+}
+
+/// The decoder's pictures, about [-1, 1], as pictures in [0, 1].
+fn in_unit_range(decoded: &Tensor) -> Result<Tensor> {
+    Ok(((decoded + 1.0)? * 0.5)?.clamp(0.0, 1.0)?)
+}
+
+/// A quick look at a clean latent [1, 4, h, w], scaled: the picture [1, 3, H', W'] in [0, 1] of its local means.
+///
+/// # Errors
+/// Those of the decoder.
+pub fn preview(model: &DiffusionModel, clean: &Tensor) -> Result<Tensor> {
+    let (_, _, height, width) = clean.dims4()?;
+    let side = height.min(width);
+    let wanted = if side <= PREVIEW_WHOLE || !model.device.is_cpu() {
+        PREVIEW_WHOLE
+    } else {
+        PREVIEW_ON_CPU
+    };
+    let cell = side.div_ceil(wanted);
+    let small = if cell > 1 {
+        &clean.avg_pool2d(cell)?
+    } else {
+        clean
+    };
+    in_unit_range(&model.vae.decode(small)?)
 }
 
 /// One picture's latent, [1, 4, h, w], scaled. `context` is [2, 77, D]: unconditional, conditional.
@@ -92,14 +123,15 @@ fn denoise(
         Rng::new(config.seed, "generate", picture as u64).normal(&shape, &model.device)?;
     for (i, t) in scheduler.timesteps().to_vec().into_iter().enumerate() {
         let prediction = guided_prediction(&model.unet, &latents, t, context, config.guidance)?;
-        latents = scheduler.step(&prediction, i, &latents)?.detach();
+        let SchedulerStep { sample, clean } = scheduler.step(&prediction, i, &latents)?;
+        latents = sample.detach();
         let step = picture * config.steps + i + 1;
         let total = config.n_pictures * config.steps;
         if on_step(GenerateStep {
             picture,
             step,
             total,
-            latents: &latents,
+            clean: &clean.detach(),
         })
         .is_break()
         {

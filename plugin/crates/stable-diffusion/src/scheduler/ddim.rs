@@ -13,7 +13,7 @@
 
 use candle_core::Tensor;
 
-use super::{Denoised, LastPoint, Scheduler, spaced_timesteps};
+use super::{Denoised, LastPoint, Scheduler, SchedulerStep, spaced_timesteps};
 use crate::config::{SchedulerConfig, TimestepSpacing};
 use crate::error::{Error, Result};
 use crate::noise_schedule::NoiseSchedule;
@@ -63,7 +63,7 @@ impl Scheduler for Ddim {
         model_output: &Tensor,
         step_index: usize,
         sample: &Tensor,
-    ) -> Result<Tensor> {
+    ) -> Result<SchedulerStep> {
         let n = self.timesteps.len();
         let reason = || Error::argument("step_index", format!("{step_index} is not below {n}"));
         let t = *self.timesteps.get(step_index).ok_or_else(reason)?;
@@ -84,6 +84,7 @@ impl Scheduler for Ddim {
         if self.clip_sample {
             clean = clean.clamp(-1.0, 1.0)?;
         }
-        Ok(((clean * abar_s.sqrt())? + (noise * (1.0 - abar_s).sqrt())?)?)
+        let sample = ((&clean * abar_s.sqrt())? + (noise * (1.0 - abar_s).sqrt())?)?;
+        Ok(SchedulerStep { sample, clean })
     }
 }

@@ -16,7 +16,7 @@
 
 use candle_core::Tensor;
 
-use super::{Denoised, LastPoint, Scheduler, spaced_timesteps};
+use super::{Denoised, LastPoint, Scheduler, SchedulerStep, spaced_timesteps};
 use crate::config::{Prediction, SchedulerConfig, TimestepSpacing};
 use crate::error::{Error, Result};
 use crate::noise_schedule::NoiseSchedule;
@@ -93,7 +93,7 @@ impl Scheduler for DpmSolverMultistep {
         model_output: &Tensor,
         step_index: usize,
         sample: &Tensor,
-    ) -> Result<Tensor> {
+    ) -> Result<SchedulerStep> {
         let n = self.timesteps.len();
         if step_index >= n {
             return Err(Error::argument(
@@ -112,9 +112,10 @@ impl Scheduler for DpmSolverMultistep {
             }
             _ => clean.clone(),
         };
-        self.previous = Some(clean);
+        self.previous = Some(clean.clone());
         // alpha_t exp(-h) = sigma_t alpha_s / sigma_s, which is 0, not NaN, at the clean end.
         let coefficient = t.alpha - t.sigma * s.alpha / s.sigma;
-        Ok(((sample * (t.sigma / s.sigma))? + (direction * coefficient)?)?)
+        let sample = ((sample * (t.sigma / s.sigma))? + (direction * coefficient)?)?;
+        Ok(SchedulerStep { sample, clean })
     }
 }

@@ -21,7 +21,7 @@ pub trait Scheduler {
     /// The training timesteps to visit, falling; step i evaluates the U-Net at `timesteps()[i]`.
     fn timesteps(&self) -> &[usize];
 
-    /// The latent of the next, less noisy timestep.
+    /// One step towards the picture.
     ///
     /// * `model_output`: the U-Net's (guided) prediction for `sample`, [B, 4, h, w]
     /// * `step_index`: 0 for the first step, then one more each time
@@ -29,8 +29,21 @@ pub trait Scheduler {
     ///
     /// # Errors
     /// [`Error::Argument`] if `step_index` is out of range.
-    fn step(&mut self, model_output: &Tensor, step_index: usize, sample: &Tensor)
-    -> Result<Tensor>;
+    fn step(
+        &mut self,
+        model_output: &Tensor,
+        step_index: usize,
+        sample: &Tensor,
+    ) -> Result<SchedulerStep>;
+}
+
+/// What a step gives.
+#[derive(Debug, Clone)]
+pub struct SchedulerStep {
+    /// The latent of the next, less noisy timestep, [B, 4, h, w].
+    pub sample: Tensor,
+    /// x0, the clean latent that this timestep's prediction amounts to, [B, 4, h, w].
+    pub clean: Tensor,
 }
 
 /// The samplers by name.

@@ -2,8 +2,9 @@ use std::ops::ControlFlow;
 
 use candle_core::{Device, Tensor};
 use stable_diffusion::config::ModelConfig;
-use stable_diffusion::generate::{GenerateConfig, generate};
+use stable_diffusion::generate::{GenerateConfig, generate, preview};
 use stable_diffusion::model::DiffusionModel;
+use stable_diffusion::rng::Rng;
 use stable_diffusion::scheduler::SchedulerKind;
 
 use crate::models::{shrunk, tokenizer};
@@ -112,7 +113,7 @@ fn every_step_is_reported_and_can_be_the_last() {
     let run = |stop_at: usize| {
         let mut steps = Vec::new();
         let result = generate(&model, &conditional, &unconditional, &CONFIG, &mut |step| {
-            assert_eq!(step.latents.dims(), [1, 4, 8, 8]);
+            assert_eq!(step.clean.dims(), [1, 4, 8, 8]);
             steps.push((step.picture, step.step, step.total));
             if step.step == stop_at {
                 ControlFlow::Break(())
@@ -132,6 +133,29 @@ fn every_step_is_reported_and_can_be_the_last() {
     ];
     assert_eq!(run(0), (all.to_vec(), None));
     assert_eq!(run(4), (all[..4].to_vec(), Some("canceled".to_owned())));
+}
+
+#[test]
+fn a_preview_of_a_large_latent_is_the_picture_of_its_local_means() {
+    let model = model();
+    let small = Rng::new(0, "test", 0)
+        .normal(&[1, 4, 16, 16], &model.device)
+        .unwrap();
+    let values = |clean: &Tensor| {
+        let picture = preview(&model, clean).unwrap();
+        assert_eq!(picture.dims(), [1, 3, 128, 128]);
+        picture.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let expected = values(&small);
+    assert!(expected.iter().all(|x| (0.0..=1.0).contains(x)));
+    for side in [64, 96] {
+        let large = small.upsample_nearest2d(side, side).unwrap();
+        let errors = values(&large)
+            .into_iter()
+            .zip(&expected)
+            .map(|(a, b)| (a - b).abs());
+        assert!(errors.fold(0.0, f32::max) < 1e-5, "{side}");
+    }
 }
 
 #[test]

@@ -149,7 +149,7 @@ fn sampling(case: &Case<'_>, comparison: &mut Comparison<'_>) {
         for (i, &t) in timesteps.iter().enumerate() {
             let prediction =
                 guided_prediction(&model.unet, &latents, t, &context, GUIDANCE).unwrap();
-            latents = scheduler.step(&prediction, i, &latents).unwrap();
+            latents = scheduler.step(&prediction, i, &latents).unwrap().sample;
             trace.push(latents.clone());
         }
         comparison.check(
