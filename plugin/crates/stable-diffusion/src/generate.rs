@@ -16,8 +16,8 @@ use crate::unet::UNet;
 
 /// Cells a side of the largest latent that [`preview`] decodes as it is.
 const PREVIEW_WHOLE: usize = 32;
-/// Cells a side to which it averages a larger one on a CPU: decoding 32 with Stable Diffusion's widths takes as long there as
-/// a step of the U-Net on 64, 16 a fourth of that.
+/// Cells a side to which it averages a larger one on a CPU: decoding 32 with Stable Diffusion's widths takes as
+/// long there as a step of the U-Net on 64, decoding 16 a fourth of that.
 const PREVIEW_ON_CPU: usize = 16;
 
 /// What to generate.
@@ -85,7 +85,10 @@ fn in_unit_range(decoded: &Tensor) -> Result<Tensor> {
     Ok(((decoded + 1.0)? * 0.5)?.clamp(0.0, 1.0)?)
 }
 
-/// A quick look at a clean latent [1, 4, h, w], scaled: the picture [1, 3, H', W'] in [0, 1] of its local means.
+/// A quick look at a clean latent [1, 4, h, w], scaled: a picture [1, 3, H', W'] in [0, 1].
+///
+/// A latent of more than 32 cells a side is first averaged to at most 32, on a CPU to at most 16; the picture is that
+/// much smaller. Up to there it is the picture that [`generate`] would give.
 ///
 /// # Errors
 /// Those of the decoder.
