@@ -1,10 +1,10 @@
 #!/bin/sh
-# The whole recipe: drawings, scenes, tokenizer, autoencoder, U-Net and text encoder, evaluation.
+# The whole recipe: drawings, scenes, hard evaluation scenes, tokenizer, autoencoder, U-Net and text encoder, evaluation.
 #
 #   sh make.sh WORK [released|tiny]
 #
 # Needs python 3.11 or later, a C++ compiler, node's npm, two cores and some 5 GB below WORK. The result is WORK/model
-# and WORK/contact-sheet.png. Every step is skipped where its result is already there.
+# and WORK/contact-sheet.png; the hard scenes are in WORK/hard. Every step is skipped where its result is already there.
 set -eu
 work=$(mkdir -p "$1" && cd "$1" && pwd)
 settings=${2:-released}
@@ -39,6 +39,11 @@ for set in first larger familiar; do
     "$python" compose.py --settings "$settings" --set $set --drawings "$work/drawings.pkl" --out "$work/$set.new"
     mv "$work/$set.new" "$work/$set"
 done
+
+if [ ! -d "$work/hard" ]; then
+    "$python" hard_scenes.py --drawings "$work/drawings.pkl" --out "$work/hard.new"
+    mv "$work/hard.new" "$work/hard"
+fi
 
 base="$work/base"
 [ -d "$base/tokenizer" ] || "$python" tokenizer.py --out "$base/tokenizer"
