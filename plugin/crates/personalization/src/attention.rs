@@ -14,23 +14,17 @@ use stable_diffusion::DiffusionModel;
 use stable_diffusion::rng::Rng;
 use stable_diffusion::unet::{CrossAttentionLayer, LayerAttention, Watch};
 
-use crate::config::{Combination, LayerChoice};
+use crate::config::{Combination, ExtractionConfig, LayerChoice};
+use crate::error::Result;
+use crate::learned::LearnedConcepts;
 use crate::loss::cross_attention::concept_map;
 use crate::loss::nearest_width;
-use crate::observer::tell;
-use crate::{Event, ExtractionConfig, LearnedConcepts, Observer, PreparedScene, Result};
+use crate::maps::AttentionMaps;
+use crate::observer::{Event, Observer, tell};
+use crate::scene::PreparedScene;
 
 /// Noisy latents in one pass, at a latent size of 32; fewer at larger ones, so that memory stays about the same.
 const BATCH_AT_32: usize = 10;
-
-/// Maps of one picture's concepts, in its order: `[C][size · size]`, at least 0, not normalized.
-#[derive(Debug, Clone, PartialEq)]
-pub struct AttentionMaps {
-    /// Width and height in pixels of the picture.
-    pub size: usize,
-    /// One map per concept.
-    pub maps: Vec<Vec<f32>>,
-}
 
 /// Maps of every picture of the scene, from `n_timesteps` random timesteps each.
 ///

@@ -1,8 +1,11 @@
 //! Soft maps to binary masks.
 
-use crate::config::{Binarization, Normalization, PartMatching};
+use crate::config::{Binarization, ExtractionConfig, Normalization, PartMatching};
+use crate::error::{Error, Result};
+use crate::maps::AttentionMaps;
+use crate::mask::ImageMasks;
 use crate::parts::{best_assignment, connected_parts};
-use crate::{AttentionMaps, Error, ExtractionConfig, ImageMasks, Result, Role};
+use crate::scene::Role;
 
 /// Bins of Otsu's histogram.
 const OTSU_BINS: usize = 128;
@@ -20,11 +23,10 @@ pub fn binarize(
     config: &ExtractionConfig,
 ) -> Result<ImageMasks> {
     if roles.len() != maps.maps.len() {
-        return Err(Error::scene(format!(
-            "{} maps do not fit {} concepts",
-            maps.maps.len(),
-            roles.len()
-        )));
+        return Err(Error::MapsDoNotFit {
+            maps: maps.maps.len(),
+            concepts: roles.len(),
+        });
     }
     let normalized: Vec<Vec<f32>> = maps
         .maps
@@ -200,7 +202,7 @@ fn otsu_threshold(map: &[f32]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::EmConfig;
+    use crate::config::EmConfig;
 
     fn maps(maps: Vec<Vec<f32>>) -> AttentionMaps {
         let size = maps[0].len().isqrt();

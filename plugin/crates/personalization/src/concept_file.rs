@@ -17,8 +17,10 @@ use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 use stable_diffusion::weights::encode_tensors;
 
+use crate::error::{Error, Result};
+use crate::learned::LearnedConcepts;
 use crate::optimizer::AdamWState;
-use crate::{Concept, Error, LearnedConcepts, Result, Role};
+use crate::scene::{Concept, Role};
 
 /// Largest file that is read as a concept: thousands of vectors of any text encoder.
 const MAX_BYTES: u64 = 64 * 1024 * 1024;
@@ -84,9 +86,7 @@ pub fn load_concepts(paths: &[&Path], device: &Device) -> Result<LearnedConcepts
         .iter()
         .map(|path| load_one(path))
         .collect::<Result<Vec<_>>>()?;
-    let first = loaded
-        .first()
-        .ok_or_else(|| Error::scene("no concept file is named"))?;
+    let first = loaded.first().ok_or(Error::NoConceptFile)?;
     let (vectors, width) = (first.vectors, first.values.len() / first.vectors);
     for (one, path) in loaded.iter().zip(paths) {
         if one.vectors != vectors || one.values.len() != vectors * width {

@@ -6,7 +6,7 @@
 use densecrf::CrfConfig;
 use serde::Serialize;
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// How v_c starts (P Fig. 2).
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]

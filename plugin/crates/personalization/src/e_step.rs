@@ -2,10 +2,16 @@
 
 use stable_diffusion::DiffusionModel;
 
-use crate::{
-    AttentionMaps, CrfStage, ExtractionConfig, ImageMasks, LearnedConcepts, Observer,
-    PreparedScene, Result, SceneMasks, binarize, extract_attention, refine,
-};
+use crate::attention::extract_attention;
+use crate::binarize::binarize;
+use crate::config::{CrfStage, ExtractionConfig};
+use crate::error::Result;
+use crate::learned::LearnedConcepts;
+use crate::maps::AttentionMaps;
+use crate::mask::{ImageMasks, SceneMasks};
+use crate::observer::Observer;
+use crate::refine::refine;
+use crate::scene::PreparedScene;
 
 /// New masks of every picture, with the maps that they came from.
 ///

@@ -10,12 +10,17 @@
 use stable_diffusion::DiffusionModel;
 
 use crate::binarize::gives_whole_parts;
-use crate::m_step::check_masks;
-use crate::observer::tell;
-use crate::{
-    AttentionMaps, EmConfig, EmState, Error, Event, ExtractionConfig, LearnedConcepts, MaskMode,
-    Observer, PreparedScene, Result, Role, SceneMasks, e_step, init_tokens, m_step,
-};
+use crate::config::{EmConfig, ExtractionConfig, MaskMode};
+use crate::e_step::e_step;
+use crate::error::{Error, Result};
+use crate::learned::LearnedConcepts;
+use crate::m_step::{check_masks, m_step};
+use crate::maps::AttentionMaps;
+use crate::mask::SceneMasks;
+use crate::observer::{Event, Observer, tell};
+use crate::scene::{PreparedScene, Role};
+use crate::state::EmState;
+use crate::token::init_tokens;
 
 /// Where the alternation begins.
 #[derive(Debug, Clone)]
@@ -159,9 +164,7 @@ fn first_state(
         }
         EmStart::Masks(masks) => Some(masks),
         EmStart::Fresh if config.masks == MaskMode::Given => {
-            return Err(Error::scene(
-                "the mode `given` needs masks; link them, or choose another mode",
-            ));
+            return Err(Error::MasksMissing);
         }
         EmStart::Fresh => None,
     };

@@ -16,9 +16,164 @@ pub enum Error {
     /// The dense CRF refused.
     #[error(transparent)]
     Crf(#[from] densecrf::CrfError),
-    /// Concepts, pictures or masks that do not make a scene.
-    #[error("{0}")]
-    Scene(String),
+    /// A scene of nothing.
+    #[error("a scene needs at least one concept and one picture")]
+    EmptyScene,
+    /// A token that prompts could not name.
+    #[error("the token {token} is not of the form <name>, without spaces")]
+    BadToken {
+        /// The token.
+        token: String,
+    },
+    /// Two concepts of one token.
+    #[error("the token {token} is used twice; every concept needs its own")]
+    TokenTwice {
+        /// The token.
+        token: String,
+    },
+    /// A concept that cannot be learned from any picture.
+    #[error("no picture shows {token}")]
+    NotShown {
+        /// Its token.
+        token: String,
+    },
+    /// A picture without concepts, or with two backgrounds.
+    #[error(
+        "picture {picture} shows {concepts} concepts, {backgrounds} of them background; it needs at least one concept \
+         and at most one background"
+    )]
+    PictureConcepts {
+        /// Number of the picture, from 1.
+        picture: usize,
+        /// Concepts that it shows.
+        concepts: usize,
+        /// Backgrounds among them.
+        backgrounds: usize,
+    },
+    /// Values that are not a picture's.
+    #[error("a picture of {width}x{height} does not have {values} values")]
+    PictureValues {
+        /// Width in pixels.
+        width: usize,
+        /// Height in pixels.
+        height: usize,
+        /// Values that came.
+        values: usize,
+    },
+    /// A side that does not fit 32 bits.
+    #[error("a picture has {side} pixels along a side, more than 2^32")]
+    PictureSide {
+        /// The longest side.
+        side: usize,
+    },
+    /// A picture of another size than the model's.
+    #[error("a picture has {found} pixels a side, the model works at {wanted}")]
+    PictureSize {
+        /// Of the picture.
+        found: usize,
+        /// Of the model.
+        wanted: usize,
+    },
+    /// A plane that is no square of the size that it should be.
+    #[error("a mask has {pixels} pixels, {size}x{size} are needed")]
+    MaskSize {
+        /// Of the plane.
+        pixels: usize,
+        /// Side that is needed.
+        size: usize,
+    },
+    /// A soft mask of another size than it is said to have.
+    #[error("mask {mask} does not have {width}x{height} pixels")]
+    SoftMaskSize {
+        /// Number of the mask, from 1.
+        mask: usize,
+        /// Width in pixels.
+        width: usize,
+        /// Height in pixels.
+        height: usize,
+    },
+    /// A mask that lies outside of the centered square.
+    #[error(
+        "mask {mask} is empty after cropping to a square; draw the concept, or leave the masks out"
+    )]
+    EmptyAfterCrop {
+        /// Number of the mask, from 1.
+        mask: usize,
+    },
+    /// Masks of one picture that are not those of its concepts.
+    #[error(
+        "{masks} masks of {size}x{size} do not fit {concepts} concepts on a picture of {pixels} pixels"
+    )]
+    MasksDoNotFitPicture {
+        /// Number of masks.
+        masks: usize,
+        /// Their side in pixels.
+        size: usize,
+        /// Concepts of the picture.
+        concepts: usize,
+        /// Pixels of the picture.
+        pixels: usize,
+    },
+    /// Attention maps that are not those of a picture's concepts.
+    #[error("{maps} maps do not fit {concepts} concepts")]
+    MapsDoNotFit {
+        /// Number of maps.
+        maps: usize,
+        /// Concepts of the picture.
+        concepts: usize,
+    },
+    /// Masks that are not those of a scene.
+    #[error(
+        "the masks do not fit the {pictures} pictures: there has to be one per picture and concept, of its size"
+    )]
+    MasksDoNotFit {
+        /// Pictures of the scene.
+        pictures: usize,
+    },
+    /// Mode `Given` without masks.
+    #[error("the mode `given` needs masks; link them, or choose another mode")]
+    MasksMissing,
+    /// A mask without a pixel.
+    #[error("the mask of {token} in picture {picture} is empty; nothing can be learned from it")]
+    EmptyMask {
+        /// The concept's token.
+        token: String,
+        /// Number of the picture, from 1.
+        picture: usize,
+    },
+    /// A mask without a pixel, and nothing that could stand in for it.
+    #[error("a mask is empty before and after the CRF; link the attention maps, or draw a mask")]
+    EmptyRefinedMask,
+    /// A loss that is NaN or infinite.
+    #[error(
+        "the loss is no longer a finite number at step {step} of the stage {stage}; lower the learning rate"
+    )]
+    NonFiniteLoss {
+        /// Name of the stage, as events have it.
+        stage: &'static str,
+        /// The step, from 1.
+        step: usize,
+    },
+    /// A state that was saved while other weights were trained.
+    #[error("the saved state of the joint stage is of other weights; remove it to start anew")]
+    StateOfOtherWeights,
+    /// A prompt in which a concept's token is missing.
+    #[error("the prompt does not name {token}")]
+    NotInPrompt {
+        /// The token.
+        token: String,
+    },
+    /// Concepts that were learned on another kind of model.
+    #[error("the concepts are {found} wide, this model's text encoder is {wanted} wide")]
+    ConceptWidth {
+        /// Of the concepts.
+        found: usize,
+        /// Of the model.
+        wanted: usize,
+    },
+    /// No file to read concepts from.
+    #[error("no concept file is named")]
+    NoConceptFile,
     /// A constant outside of its range.
     #[error("{what} is {value}; {range}")]
     Config {
@@ -68,9 +223,5 @@ impl Error {
             file: file.display().to_string(),
             reason: reason.to_string(),
         }
-    }
-
-    pub(crate) fn scene(text: impl Into<String>) -> Self {
-        Self::Scene(text.into())
     }
 }

@@ -8,14 +8,15 @@ use candle_core::{Tensor, Var};
 use stable_diffusion::lora::LoraAdapter;
 use stable_diffusion::{DiffusionModel, UNet};
 
-use crate::config::JointScope;
+use crate::config::{JointConfig, JointScope, MStepConfig};
+use crate::error::{Error, Result};
+use crate::joint_state::JointState;
+use crate::learned::LearnedConcepts;
 use crate::m_step::{Draw, LossContext, check_masks, gradients_of, step_event};
-use crate::observer::tell;
+use crate::mask::ImageMasks;
+use crate::observer::{Event, Observer, tell};
 use crate::optimizer::{AdamWState, clip_gradient_norm};
-use crate::{
-    Error, Event, ImageMasks, JointConfig, JointState, LearnedConcepts, MStepConfig, Observer,
-    PreparedScene, Result,
-};
+use crate::scene::PreparedScene;
 
 /// Alpha of new LoRA factors is their rank: the product counts once.
 fn alpha_of(rank: usize) -> f64 {
@@ -24,6 +25,9 @@ fn alpha_of(rank: usize) -> f64 {
 
 /// Steps between two saved states; a stop saves one too.
 const CHECKPOINT_EVERY: usize = 100;
+
+/// Name of this stage in events and errors.
+pub const STAGE: &str = "joint";
 
 /// Name of the tokens among the trained values.
 const ROWS: &str = "rows";
@@ -75,7 +79,7 @@ pub fn joint_stage(
     let unet = trained.unet.as_ref();
     while done < config.steps {
         done += 1;
-        let draw = Draw::new(model, scene, m_step, (learned.seed, "joint", done))?;
+        let draw = Draw::new(model, scene, m_step, (learned.seed, STAGE, done))?;
         let masks = Some(masks);
         let context = LossContext {
             model,
@@ -87,7 +91,7 @@ pub fn joint_stage(
             config: m_step,
         };
         let losses = context.losses(rows.as_tensor(), &draw)?;
-        let gradients = gradients_of(&losses.total, &vars)?;
+        let gradients = gradients_of(&losses.total, &vars, (STAGE, done))?;
         let (gradients, _) = clip_gradient_norm(&gradients, m_step.max_gradient_norm)?;
         let moved;
         (moved, optimizer) = optimizer.step(&values(), &gradients, &rates, m_step)?;
@@ -103,7 +107,7 @@ pub fn joint_stage(
             learned: &now,
             unet: &trained.unet,
         };
-        let told = tell(observer, &step_event("joint", done, config.steps, &losses))
+        let told = tell(observer, &step_event(STAGE, done, config.steps, &losses))
             .and_then(|()| tell(observer, &event));
         if told.is_err() || done.is_multiple_of(CHECKPOINT_EVERY) {
             let values = variables
@@ -136,9 +140,7 @@ fn restore(variables: &[(&str, &Var)], state: JointState) -> Result<(usize, Adam
         name == saved && var.as_tensor().dims() == value.dims()
     };
     if variables.len() != state.values.len() || !variables.iter().zip(&state.values).all(fits) {
-        return Err(Error::scene(
-            "the saved state of the joint stage is of other weights; remove it to start anew",
-        ));
+        return Err(Error::StateOfOtherWeights);
     }
     for ((_, var), (_, value)) in variables.iter().zip(&state.values) {
         var.set(value)?;

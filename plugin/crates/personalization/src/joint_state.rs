@@ -8,8 +8,8 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
 use crate::concept_file::write_atomically;
+use crate::error::{Error, Result};
 use crate::optimizer::AdamWState;
-use crate::{Error, Result};
 
 /// The joint stage between two steps. Going on from it gives the same bits as never having stopped.
 #[derive(Debug, Clone)]

@@ -36,11 +36,18 @@
 pub mod error;
 
 pub mod config;
-pub mod observer;
 
+pub mod maps;
 pub mod mask;
 pub mod scene;
-pub mod token;
+
+pub mod learned;
+pub mod optimizer;
+
+pub mod joint_state;
+pub mod state;
+
+pub mod observer;
 
 pub mod attention;
 pub mod binarize;
@@ -48,15 +55,13 @@ mod parts;
 pub mod refine;
 
 pub mod loss;
-pub mod optimizer;
 
 pub mod e_step;
 pub mod m_step;
+pub mod token;
 
 pub mod em;
 pub mod joint;
-pub mod joint_state;
-pub mod state;
 
 pub mod concept_file;
 pub mod sampler;
@@ -64,7 +69,7 @@ pub mod sampler;
 pub mod metrics;
 pub mod overlay;
 
-pub use attention::{AttentionMaps, extract_attention};
+pub use attention::extract_attention;
 pub use binarize::binarize;
 pub use config::{
     Binarization, Combination, CrfStage, EmConfig, ExtractionConfig, Guard, JointConfig,
@@ -76,11 +81,13 @@ pub use em::{EmOutcome, EmStart, RoundRecord, em};
 pub use error::{Error, Result};
 pub use joint::joint_stage;
 pub use joint_state::JointState;
+pub use learned::LearnedConcepts;
 pub use m_step::m_step;
+pub use maps::AttentionMaps;
 pub use mask::{ImageMasks, SceneMasks};
 pub use observer::{Event, Observer, Silent};
 pub use refine::refine;
 pub use sampler::{SamplePrompts, sample};
 pub use scene::{Concept, Picture, PreparedScene, Role, Scene, ScenePicture};
 pub use state::EmState;
-pub use token::{LearnedConcepts, init_tokens};
+pub use token::init_tokens;

@@ -15,14 +15,20 @@ use stable_diffusion::tokenizer::Tokenizer;
 use stable_diffusion::unet::Watch;
 use stable_diffusion::{DiffusionModel, UNet};
 
+use crate::config::MStepConfig;
+use crate::error::{Error, Result};
+use crate::learned::LearnedConcepts;
 use crate::loss::cross_attention::concept_maps;
 use crate::loss::{cross_attention_loss, loss_layers, loss_resolution, masked_diffusion_loss};
-use crate::mask::{at_resolution, plane_tensor};
-use crate::observer::tell;
+use crate::mask::{ImageMasks, at_resolution, plane_tensor};
+use crate::observer::{Event, Observer, tell};
 use crate::optimizer::{AdamWState, clip_gradient_norm};
-use crate::{
-    Error, Event, ImageMasks, LearnedConcepts, MStepConfig, Observer, PreparedScene, Result,
-};
+use crate::scene::{PreparedScene, ScenePicture};
+
+/// Name of stage 2 in events.
+const TOKENS: &str = "tokens";
+/// Name of textual inversion in events.
+const INVERSION: &str = "inversion";
 
 /// What one step is about; everything random of it.
 #[derive(Debug)]
@@ -188,7 +194,7 @@ pub fn m_step(
             config,
             &draw,
         )?;
-        tell(observer, &step_event("tokens", done, n_steps, &losses))?;
+        tell(observer, &step_event(TOKENS, done, n_steps, &losses))?;
         let event = Event::Learned {
             step: learned.step,
             learned: &learned,
@@ -214,7 +220,7 @@ pub(crate) fn inversion(
         let draw = Draw::new(model, scene, config, (learned.seed, "inversion", done))?;
         let losses;
         (inverted, losses) = token_step(model, scene, None, &inverted, &tokenizer, config, &draw)?;
-        tell(observer, &step_event("inversion", done, n_steps, &losses))?;
+        tell(observer, &step_event(INVERSION, done, n_steps, &losses))?;
     }
     // Stage 2 counts its own steps and starts with fresh moments, as a new optimizer does.
     let optimizer = AdamWState::zeros(std::slice::from_ref(&inverted.rows))?;
@@ -225,7 +231,7 @@ pub(crate) fn inversion(
     })
 }
 
-/// One optimizer step on the rows.
+/// One optimizer step on the rows; without masks it is one of textual inversion.
 fn token_step(
     model: &DiffusionModel,
     scene: &PreparedScene<'_>,
@@ -235,6 +241,7 @@ fn token_step(
     config: &MStepConfig,
     draw: &Draw,
 ) -> Result<(LearnedConcepts, Losses)> {
+    let stage = if masks.is_some() { TOKENS } else { INVERSION };
     let rows = Var::from_tensor(&learned.rows)?;
     let context = LossContext {
         model,
@@ -246,7 +253,7 @@ fn token_step(
         config,
     };
     let losses = context.losses(rows.as_tensor(), draw)?;
-    let gradients = gradients_of(&losses.total, &[&rows])?;
+    let gradients = gradients_of(&losses.total, &[&rows], (stage, learned.step + 1))?;
     let (gradients, _) = clip_gradient_norm(&gradients, config.max_gradient_norm)?;
     let rates = [config.learning_rate];
     let (moved, optimizer) =
@@ -269,11 +276,16 @@ fn token_step(
 }
 
 /// Gradients of a finite loss; zeros for variables that it does not depend on.
-pub(crate) fn gradients_of(loss: &Tensor, variables: &[&Var]) -> Result<Vec<Tensor>> {
+///
+/// `at` is the stage and the step, from 1, that a loss which is not finite is reported for.
+pub(crate) fn gradients_of(
+    loss: &Tensor,
+    variables: &[&Var],
+    at: (&'static str, usize),
+) -> Result<Vec<Tensor>> {
     if !loss.to_scalar::<f32>()?.is_finite() {
-        return Err(Error::scene(
-            "the loss is no longer a finite number; lower the learning rate",
-        ));
+        let (stage, step) = at;
+        return Err(Error::NonFiniteLoss { stage, step });
     }
     let mut gradients = loss.backward()?;
     let gradient = |var: &&Var| match gradients.remove(var.as_tensor()) {
@@ -305,24 +317,22 @@ pub(crate) fn step_event(
 
 pub(crate) fn check_masks(scene: &PreparedScene<'_>, masks: &[ImageMasks]) -> Result<()> {
     let pictures = scene.scene.pictures();
-    let fits = |(masks, picture): (&ImageMasks, &crate::ScenePicture)| {
+    let fits = |(masks, picture): (&ImageMasks, &ScenePicture)| {
         masks.planes().len() == picture.concepts.len() && masks.size() == picture.picture.size()
     };
     if masks.len() != pictures.len() || !masks.iter().zip(pictures).all(fits) {
-        return Err(Error::scene(
-            "the masks do not fit: there has to be one per picture and concept, of its size",
-        ));
+        return Err(Error::MasksDoNotFit {
+            pictures: pictures.len(),
+        });
     }
-    let empty = |masks: &ImageMasks| {
-        masks
-            .planes()
-            .iter()
-            .any(|plane| plane.iter().all(|&v| v == 0))
-    };
-    if masks.iter().any(empty) {
-        return Err(Error::scene(
-            "a mask is empty; nothing can be learned from it",
-        ));
+    for (i, (masks, picture)) in masks.iter().zip(pictures).enumerate() {
+        let mut planes = masks.planes().iter().zip(&picture.concepts);
+        if let Some((_, &concept)) = planes.find(|(plane, _)| plane.iter().all(|&v| v == 0)) {
+            return Err(Error::EmptyMask {
+                token: scene.scene.concepts()[concept].token.clone(),
+                picture: i + 1,
+            });
+        }
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 
-use crate::{Error, Result};
+use crate::error::{Error, Result};
 
 /// Masks of one picture's concepts, in the order of its concepts: square planes of 0 and 1.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,10 +21,10 @@ impl ImageMasks {
     /// A plane of another length.
     pub fn new(size: usize, planes: Vec<Vec<u8>>) -> Result<Self> {
         if let Some(plane) = planes.iter().find(|plane| plane.len() != size * size) {
-            return Err(Error::scene(format!(
-                "a mask has {} pixels, {size}x{size} are needed",
-                plane.len()
-            )));
+            return Err(Error::MaskSize {
+                pixels: plane.len(),
+                size,
+            });
         }
         Ok(Self { size, planes })
     }
@@ -44,20 +44,18 @@ impl ImageMasks {
         let (left, top) = ((width - side) / 2, (height - side) / 2);
         let shrink = |(index, plane): (usize, &&[f32])| {
             if plane.len() != width * height {
-                return Err(Error::scene(format!(
-                    "mask {} does not have {width}x{height} pixels",
-                    index + 1
-                )));
+                return Err(Error::SoftMaskSize {
+                    mask: index + 1,
+                    width,
+                    height,
+                });
             }
             let source = |i: usize| i * side / size;
             let inside =
                 |i: usize| plane[(top + source(i / size)) * width + left + source(i % size)] > 0.5;
             let plane: Vec<u8> = (0..size * size).map(|i| u8::from(inside(i))).collect();
             if plane.iter().all(|&v| v == 0) {
-                return Err(Error::scene(format!(
-                    "mask {} is empty after cropping to a square; draw the concept, or leave the masks out",
-                    index + 1
-                )));
+                return Err(Error::EmptyAfterCrop { mask: index + 1 });
             }
             Ok(plane)
         };

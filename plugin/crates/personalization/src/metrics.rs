@@ -6,11 +6,14 @@ use stable_diffusion::DiffusionModel;
 use stable_diffusion::rng::Rng;
 
 use crate::attention::extract_one;
-use crate::mask::{at_resolution, iou};
-use crate::{
-    AttentionMaps, CrfStage, ExtractionConfig, ImageMasks, LearnedConcepts, PreparedScene, Result,
-    binarize, refine,
-};
+use crate::binarize::binarize;
+use crate::config::{CrfStage, ExtractionConfig};
+use crate::error::Result;
+use crate::learned::LearnedConcepts;
+use crate::maps::AttentionMaps;
+use crate::mask::{ImageMasks, at_resolution, iou};
+use crate::refine::refine;
+use crate::scene::PreparedScene;
 
 /// Seed of the evaluation streams.
 const EVALUATION_SEED: u64 = 12_345;

@@ -6,7 +6,12 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use stable_diffusion::UNet;
 
-use crate::{AttentionMaps, EmState, Error, ImageMasks, JointState, LearnedConcepts, Result};
+use crate::error::{Error, Result};
+use crate::joint_state::JointState;
+use crate::learned::LearnedConcepts;
+use crate::maps::AttentionMaps;
+use crate::mask::ImageMasks;
+use crate::state::EmState;
 
 /// Something happened.
 #[derive(Debug)]

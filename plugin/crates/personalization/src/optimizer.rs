@@ -13,7 +13,8 @@
 
 use candle_core::Tensor;
 
-use crate::{MStepConfig, Result};
+use crate::config::MStepConfig;
+use crate::error::Result;
 
 /// Moments of a list of parameters.
 #[derive(Debug, Clone)]

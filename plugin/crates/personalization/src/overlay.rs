@@ -1,6 +1,8 @@
 //! Masks and maps drawn over a picture, for people.
 
-use crate::{AttentionMaps, ImageMasks, Picture};
+use crate::maps::AttentionMaps;
+use crate::mask::ImageMasks;
+use crate::scene::Picture;
 
 /// Colors of the concepts, sRGB: Okabe and Ito's palette, told apart by color-blind people too.
 pub const PALETTE: [[u8; 3]; 7] = [

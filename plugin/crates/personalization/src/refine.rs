@@ -5,9 +5,11 @@
 
 use densecrf::{DenseCrf, unary_from_planes};
 
-use crate::config::Guard;
-use crate::mask::iou;
-use crate::{AttentionMaps, CrfStage, Error, ImageMasks, Result, Role};
+use crate::config::{CrfStage, Guard};
+use crate::error::{Error, Result};
+use crate::maps::AttentionMaps;
+use crate::mask::{ImageMasks, iou};
+use crate::scene::Role;
 
 /// Part of a map that stands in for a mask when nothing else is left.
 const HOTTEST: f64 = 0.05;
@@ -33,11 +35,12 @@ pub fn refine(
         |masks: &ImageMasks| masks.planes().len() == n_concepts && masks.size() == planes.size();
     let size = planes.size();
     if roles.len() != n_concepts || crf.n_pixels() != size * size || !previous.is_none_or(fits) {
-        return Err(Error::scene(format!(
-            "{n_concepts} masks of {size}x{size} do not fit {} concepts on a picture of {} pixels",
-            roles.len(),
-            crf.n_pixels()
-        )));
+        return Err(Error::MasksDoNotFitPicture {
+            masks: n_concepts,
+            size,
+            concepts: roles.len(),
+            pixels: crf.n_pixels(),
+        });
     }
     let labels = label_planes(planes, roles);
     let n_labels = labels.len() / (size * size);
@@ -111,11 +114,7 @@ impl Alternatives<'_> {
             return Ok(plane.to_vec());
         }
         let hottest = self.map.map(hottest_part);
-        hottest.ok_or_else(|| {
-            Error::scene(
-                "a mask is empty before and after the CRF; link the attention maps, or draw a mask",
-            )
-        })
+        hottest.ok_or(Error::EmptyRefinedMask)
     }
 }
 
@@ -130,7 +129,7 @@ fn hottest_part(map: &[f32]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::EmConfig;
+    use crate::config::EmConfig;
 
     fn stage(guard: Guard) -> CrfStage {
         CrfStage {

@@ -4,7 +4,9 @@ use candle_core::Tensor;
 use stable_diffusion::DiffusionModel;
 use stable_diffusion::generate::{GenerateConfig, generate};
 
-use crate::{Error, Event, LearnedConcepts, Observer, Result};
+use crate::error::{Error, Result};
+use crate::learned::LearnedConcepts;
+use crate::observer::{Event, Observer};
 
 /// Prompts for [`sample`].
 #[derive(Debug, Clone, Copy)]
@@ -31,10 +33,10 @@ pub fn sample(
     if let Some(learned) = learned
         && learned.rows.dim(1)? != width
     {
-        let found = learned.rows.dim(1)?;
-        return Err(Error::scene(format!(
-            "the concepts are {found} wide, this model's text encoder is {width} wide"
-        )));
+        return Err(Error::ConceptWidth {
+            found: learned.rows.dim(1)?,
+            wanted: width,
+        });
     }
     let unconditional = encode(model, learned, prompts.negative)?;
     let contexts = prompts

@@ -7,7 +7,8 @@ use image::{Rgb, Rgb32FImage};
 use stable_diffusion::DiffusionModel;
 use stable_diffusion::vae::LatentMoments;
 
-use crate::{CrfStage, Error, Result};
+use crate::config::CrfStage;
+use crate::error::{Error, Result};
 
 /// What a concept is to the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,12 +44,15 @@ impl Picture {
     /// A length that does not fit, or an empty picture.
     pub fn from_unit_f32(width: usize, height: usize, pixels: &[f32], size: usize) -> Result<Self> {
         if width * height == 0 || pixels.len() != 3 * width * height {
-            return Err(Error::scene(format!(
-                "a picture of {width}x{height} does not have {} values",
-                pixels.len()
-            )));
+            return Err(Error::PictureValues {
+                width,
+                height,
+                values: pixels.len(),
+            });
         }
-        let wrong = || Error::scene("a picture has more than 2^32 pixels along a side");
+        let wrong = || Error::PictureSide {
+            side: width.max(height).max(size),
+        };
         let (w, h) = (
             u32::try_from(width).map_err(|_| wrong())?,
             u32::try_from(height).map_err(|_| wrong())?,
@@ -131,9 +135,7 @@ impl Scene {
     /// backgrounds; a concept that no picture shows.
     pub fn new(concepts: Vec<Concept>, pictures: Vec<ScenePicture>) -> Result<Self> {
         if concepts.is_empty() || pictures.is_empty() {
-            return Err(Error::scene(
-                "a scene needs at least one concept and one picture",
-            ));
+            return Err(Error::EmptyScene);
         }
         for (i, concept) in concepts.iter().enumerate() {
             let token = &concept.token;
@@ -142,17 +144,19 @@ impl Scene {
                 || token.chars().any(char::is_whitespace)
                 || token[1..token.len() - 1].contains(['<', '>'])
             {
-                return Err(Error::scene(format!(
-                    "the token {token} is not of the form <name>, without spaces"
-                )));
+                return Err(Error::BadToken {
+                    token: token.clone(),
+                });
             }
             if concepts[..i].iter().any(|other| other.token == *token) {
-                return Err(Error::scene(format!(
-                    "the token {token} is used twice; every concept needs its own"
-                )));
+                return Err(Error::TokenTwice {
+                    token: token.clone(),
+                });
             }
             if !pictures.iter().any(|picture| picture.concepts.contains(&i)) {
-                return Err(Error::scene(format!("no picture shows {token}")));
+                return Err(Error::NotShown {
+                    token: token.clone(),
+                });
             }
         }
         for (number, picture) in pictures
@@ -166,11 +170,11 @@ impl Scene {
                 .filter(|&&c| concepts[c].role == Role::Background)
                 .count();
             if picture.concepts.is_empty() || backgrounds > 1 {
-                return Err(Error::scene(format!(
-                    "picture {number} shows {} concepts, {backgrounds} of them background; it needs at least one \
-                     concept and at most one background",
-                    picture.concepts.len()
-                )));
+                return Err(Error::PictureConcepts {
+                    picture: number,
+                    concepts: picture.concepts.len(),
+                    backgrounds,
+                });
             }
         }
         Ok(Self { concepts, pictures })
@@ -225,9 +229,10 @@ impl<'a> PreparedScene<'a> {
             let size = one.picture.size();
             if size != model.image_size() {
                 let wanted = model.image_size();
-                return Err(Error::scene(format!(
-                    "a picture has {size} pixels a side, the model works at {wanted}"
-                )));
+                return Err(Error::PictureSize {
+                    found: size,
+                    wanted,
+                });
             }
             let encode = |flipped| -> Result<LatentMoments> {
                 Ok(model

@@ -9,8 +9,12 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
 use crate::concept_file::write_atomically;
+use crate::error::{Error, Result};
+use crate::learned::LearnedConcepts;
+use crate::maps::AttentionMaps;
+use crate::mask::{ImageMasks, SceneMasks};
 use crate::optimizer::AdamWState;
-use crate::{AttentionMaps, Concept, Error, ImageMasks, LearnedConcepts, Result, Role, SceneMasks};
+use crate::scene::{Concept, Role};
 
 /// The alternation between two rounds. Going on from it gives the same bits as never having stopped.
 #[derive(Debug, Clone)]

@@ -1,119 +1,16 @@
-//! Learned tokens: how they start, and how prompts name them.
+//! Stage 1a: how tokens start.
 
 use candle_core::{DType, Device, Tensor};
 use stable_diffusion::DiffusionModel;
 use stable_diffusion::rng::Rng;
-use stable_diffusion::tokenizer::{TokenizedPrompt, Tokenizer};
 
+use crate::config::{MStepConfig, TokenConfig, TokenInit};
+use crate::error::Result;
+use crate::learned::LearnedConcepts;
 use crate::m_step::inversion;
+use crate::observer::Observer;
 use crate::optimizer::AdamWState;
-use crate::{Concept, Error, MStepConfig, Observer, PreparedScene, Result, TokenConfig, TokenInit};
-
-/// Learned rows with everything that is needed to learn on. A value: every stage returns a new one.
-#[derive(Debug, Clone)]
-pub struct LearnedConcepts {
-    /// The concepts, in the order of their rows.
-    pub concepts: Vec<Concept>,
-    /// V.
-    pub vectors_per_concept: usize,
-    /// v `[C·V, D]`, f32, not tracked.
-    pub rows: Tensor,
-    /// Where the rows started, `[C·V, D]`.
-    pub initial_rows: Tensor,
-    /// Optimizer steps so far; names the random streams of the next one.
-    pub step: usize,
-    /// Moments of the rows.
-    pub optimizer: AdamWState,
-    /// Seed of all streams.
-    pub seed: u64,
-    /// Fingerprint of the model that they were learned on.
-    pub base_fingerprint: String,
-}
-
-impl LearnedConcepts {
-    /// Placeholder strings of all rows: `<rex>`, then `<rex>_1`, … if there are several vectors per concept.
-    #[must_use]
-    pub fn placeholders(&self) -> Vec<String> {
-        let names = |concept: &Concept| {
-            let token = concept.token.clone();
-            (0..self.vectors_per_concept).map(move |k| {
-                if k == 0 {
-                    token.clone()
-                } else {
-                    format!("{token}_{k}")
-                }
-            })
-        };
-        self.concepts.iter().flat_map(names).collect()
-    }
-
-    /// How a concept stands in a prompt: all of its placeholders.
-    #[must_use]
-    pub fn text_of(&self, concept: usize) -> String {
-        let vectors = self.vectors_per_concept;
-        self.placeholders()[concept * vectors..(concept + 1) * vectors].join(" ")
-    }
-
-    /// The model's tokenizer with the placeholders.
-    ///
-    /// # Errors
-    /// A placeholder that the vocabulary has already.
-    pub fn tokenizer(&self, model: &DiffusionModel) -> Result<Tokenizer> {
-        Ok(model.tokenizer.with_placeholders(&self.placeholders())?)
-    }
-
-    /// `a photo of <a> and <b>` (BaS) for these concepts in this order.
-    #[must_use]
-    pub fn training_prompt(&self, concepts: &[usize]) -> String {
-        let texts: Vec<String> = concepts.iter().map(|&c| self.text_of(c)).collect();
-        format!("a photo of {}", texts.join(" and "))
-    }
-
-    /// Positions of these concepts' placeholders in a prompt, V per concept.
-    ///
-    /// # Errors
-    /// A concept that the prompt does not name.
-    pub fn positions(
-        &self,
-        tokenizer: &Tokenizer,
-        prompt: &TokenizedPrompt,
-        concepts: &[usize],
-    ) -> Result<Vec<usize>> {
-        let vectors = self.vectors_per_concept;
-        let rows = concepts
-            .iter()
-            .flat_map(|&c| c * vectors..(c + 1) * vectors);
-        let position = |row: usize| {
-            let id = (tokenizer.base_vocab_size() + row) as u32;
-            let found = prompt.positions_of(id).first().copied();
-            found.ok_or_else(|| {
-                Error::scene(format!(
-                    "the prompt does not name {}",
-                    self.placeholders()[row]
-                ))
-            })
-        };
-        rows.map(position).collect()
-    }
-
-    /// cos(v_c, its start) for every row, in [-1, 1]; and the norms |v_c|.
-    ///
-    /// # Errors
-    /// The tensor library fails.
-    pub fn drift(&self) -> Result<Vec<(f32, f32)>> {
-        let now = self.rows.to_vec2::<f32>()?;
-        let start = self.initial_rows.to_vec2::<f32>()?;
-        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
-        let one = |(now, start): (&Vec<f32>, &Vec<f32>)| {
-            let norm = dot(now, now).sqrt();
-            (
-                dot(now, start) / (norm * dot(start, start).sqrt()).max(1e-12),
-                norm,
-            )
-        };
-        Ok(now.iter().zip(&start).map(one).collect())
-    }
-}
+use crate::scene::PreparedScene;
 
 /// Stage 1a: rows for all concepts of the scene, and textual inversion if it is asked for.
 ///

@@ -408,7 +408,10 @@ fn given_masks_may_overlap_and_empty_ones_are_refused() {
         &mut Silent,
     )
     .unwrap_err();
-    assert!(refused.to_string().contains("a mask is empty"), "{refused}");
+    assert!(
+        refused.to_string().contains("in picture 1 is empty"),
+        "{refused}"
+    );
     let given = EmConfig {
         masks: MaskMode::Given,
         ..config

@@ -13,7 +13,7 @@
 use candle_core::Tensor;
 use stable_diffusion::unet::LayerAttention;
 
-use crate::Result;
+use crate::error::Result;
 
 /// Maxima below this one count as this one: a map of zeros has no direction.
 const SMALLEST_MAXIMUM: f64 = 1e-12;

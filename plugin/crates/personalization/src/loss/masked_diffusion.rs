@@ -13,7 +13,7 @@
 
 use candle_core::Tensor;
 
-use crate::Result;
+use crate::error::Result;
 
 /// L_mask, a scalar; differentiable in `prediction`.
 ///

@@ -1,0 +1,94 @@
+//! Learned tokens, and how prompts name them.
+
+use candle_core::Tensor;
+use stable_diffusion::DiffusionModel;
+use stable_diffusion::tokenizer::{TokenizedPrompt, Tokenizer};
+
+use crate::error::{Error, Result};
+use crate::optimizer::AdamWState;
+use crate::scene::Concept;
+
+/// Learned rows with everything that is needed to learn on. A value: every stage returns a new one.
+#[derive(Debug, Clone)]
+pub struct LearnedConcepts {
+    /// The concepts, in the order of their rows.
+    pub concepts: Vec<Concept>,
+    /// V.
+    pub vectors_per_concept: usize,
+    /// v `[C·V, D]`, f32, not tracked.
+    pub rows: Tensor,
+    /// Where the rows started, `[C·V, D]`.
+    pub initial_rows: Tensor,
+    /// Optimizer steps so far; names the random streams of the next one.
+    pub step: usize,
+    /// Moments of the rows.
+    pub optimizer: AdamWState,
+    /// Seed of all streams.
+    pub seed: u64,
+    /// Fingerprint of the model that they were learned on.
+    pub base_fingerprint: String,
+}
+
+impl LearnedConcepts {
+    /// Placeholder strings of all rows: `<rex>`, then `<rex>_1`, … if there are several vectors per concept.
+    #[must_use]
+    pub fn placeholders(&self) -> Vec<String> {
+        let names = |concept: &Concept| {
+            let token = concept.token.clone();
+            (0..self.vectors_per_concept).map(move |k| {
+                if k == 0 {
+                    token.clone()
+                } else {
+                    format!("{token}_{k}")
+                }
+            })
+        };
+        self.concepts.iter().flat_map(names).collect()
+    }
+
+    /// How a concept stands in a prompt: all of its placeholders.
+    #[must_use]
+    pub fn text_of(&self, concept: usize) -> String {
+        let vectors = self.vectors_per_concept;
+        self.placeholders()[concept * vectors..(concept + 1) * vectors].join(" ")
+    }
+
+    /// The model's tokenizer with the placeholders.
+    ///
+    /// # Errors
+    /// A placeholder that the vocabulary has already.
+    pub fn tokenizer(&self, model: &DiffusionModel) -> Result<Tokenizer> {
+        Ok(model.tokenizer.with_placeholders(&self.placeholders())?)
+    }
+
+    /// `a photo of <a> and <b>` (BaS) for these concepts in this order.
+    #[must_use]
+    pub fn training_prompt(&self, concepts: &[usize]) -> String {
+        let texts: Vec<String> = concepts.iter().map(|&c| self.text_of(c)).collect();
+        format!("a photo of {}", texts.join(" and "))
+    }
+
+    /// Positions of these concepts' placeholders in a prompt, V per concept.
+    ///
+    /// # Errors
+    /// A concept that the prompt does not name.
+    pub fn positions(
+        &self,
+        tokenizer: &Tokenizer,
+        prompt: &TokenizedPrompt,
+        concepts: &[usize],
+    ) -> Result<Vec<usize>> {
+        let vectors = self.vectors_per_concept;
+        let rows = concepts
+            .iter()
+            .flat_map(|&c| c * vectors..(c + 1) * vectors);
+        let position = |row: usize| {
+            let id = (tokenizer.base_vocab_size() + row) as u32;
+            let found = prompt.positions_of(id).first().copied();
+            found.ok_or_else(|| Error::NotInPrompt {
+                token: self.placeholders()[row].clone(),
+            })
+        };
+        rows.map(position).collect()
+    }
+}
