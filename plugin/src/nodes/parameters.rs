@@ -111,7 +111,7 @@ impl ExtractionParameters {
             (Extraction::Otsu, _) => Binarization::Otsu,
         };
         let (layers, normalization) = match self.extraction {
-            Extraction::Compete => (LayerChoice::NearestTo16, Normalization::MinMax),
+            Extraction::Compete => (LayerChoice::AboveBottleneck, Normalization::MinMax),
             Extraction::Paper => (LayerChoice::All, Normalization::Max),
             Extraction::Otsu => (LayerChoice::All, Normalization::MinMax),
         };

@@ -12,13 +12,12 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use stable_diffusion::DiffusionModel;
 use stable_diffusion::rng::Rng;
-use stable_diffusion::unet::{CrossAttentionLayer, LayerAttention, Watch};
+use stable_diffusion::unet::{LayerAttention, Watch};
 
-use crate::config::{Combination, ExtractionConfig, LayerChoice};
+use crate::config::{Combination, ExtractionConfig};
 use crate::error::Result;
 use crate::learned::LearnedConcepts;
 use crate::loss::cross_attention::concept_map;
-use crate::loss::nearest_width;
 use crate::maps::AttentionMaps;
 use crate::observer::{Event, Observer, tell};
 use crate::scene::PreparedScene;
@@ -98,7 +97,7 @@ pub(crate) fn extract_one(
         .text_encoder
         .encode(&prompt.ids, Some(&learned.rows))?
         .detach();
-    let layers = chosen_layers(model, config.layers);
+    let layers = config.layers.of(model.unet.cross_attention_layers());
     let n_timesteps = timesteps.len();
     let h = model.latent_size();
     let batch = (BATCH_AT_32 * 32 * 32 / (h * h)).clamp(1, BATCH_AT_32);
@@ -138,21 +137,6 @@ pub(crate) fn extract_one(
             .map(|c| combine(&layers, c, size, config.combination))
             .collect(),
     })
-}
-
-fn chosen_layers(model: &DiffusionModel, choice: LayerChoice) -> Vec<usize> {
-    let layers = model.unet.cross_attention_layers();
-    let width = nearest_width(layers.iter().map(|layer| layer.resolution), 16.0);
-    let chosen = |layer: &CrossAttentionLayer| match choice {
-        LayerChoice::All => true,
-        LayerChoice::NearestTo16 => layer.resolution == width,
-    };
-    layers
-        .iter()
-        .enumerate()
-        .filter(|(_, layer)| chosen(layer))
-        .map(|(i, _)| i)
-        .collect()
 }
 
 fn draw_timesteps(

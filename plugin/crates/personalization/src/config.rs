@@ -7,6 +7,7 @@ use densecrf::CrfConfig;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+use crate::layers::LayerChoice;
 
 /// How v_c starts (P Fig. 2).
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -34,15 +35,9 @@ pub struct TokenConfig {
     pub init_noise: f64,
 }
 
-/// Layers whose attention is read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LayerChoice {
-    /// All cross-attention layers (P).
-    All,
-    /// All whose width is the nearest to 16: latent / 4 in SD at 512 pixels, latent / 2 in the bundled model (measured).
-    NearestTo16,
-}
+/// The layers that the loss reads (BaS: 16×16 of the down and up blocks) and that the recommended E-step reads too
+/// (measured).
+const LAYERS: LayerChoice = LayerChoice::AboveBottleneck;
 
 /// How maps of several layers become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -160,6 +155,8 @@ pub struct MStepConfig {
     pub max_gradient_norm: f64,
     /// λ: 0.01 (BaS `--lambda_attention`).
     pub lambda_attention: f64,
+    /// Layers that the attention loss reads.
+    pub layers: LayerChoice,
     /// Chance that picture and masks are mirrored: 0.5 (BaS `flip_p`).
     pub flip_probability: f64,
     /// Noise draws per step: 1 (BaS).
@@ -177,6 +174,7 @@ impl MStepConfig {
             epsilon: 1e-8,
             max_gradient_norm: 1.0,
             lambda_attention: 0.01,
+            layers: LAYERS,
             flip_probability: 0.5,
             batch: 1,
         }
@@ -296,7 +294,7 @@ impl EmConfig {
         Self {
             extraction: ExtractionConfig {
                 n_timesteps: 20,
-                layers: LayerChoice::NearestTo16,
+                layers: LAYERS,
                 normalization: Normalization::MinMax,
                 binarization: Binarization::Compete {
                     tau: 0.4,

@@ -28,7 +28,7 @@
 //! | C, V, D | | concepts, vectors per concept, width of the text encoder |
 //! | S | | picture size in pixels; pictures are square |
 //! | h | | latent size |
-//! | R | | width of the attention layers in the loss: h / 4, 16 in SD |
+//! | R | | width of the attention layers that are read, [`LayerChoice`]: h / 4, 16 in SD |
 //! | v | `[C·V, D]` | learned rows |
 //! | A_c | `[S, S]` ≥ 0 | attention map |
 //! | B_c, M_c | `[S, S]` {0, 1} | thresholded and refined mask |
@@ -36,6 +36,7 @@
 pub mod error;
 
 pub mod config;
+pub mod layers;
 
 pub mod maps;
 pub mod mask;
@@ -73,14 +74,14 @@ pub use attention::extract_attention;
 pub use binarize::binarize;
 pub use config::{
     Binarization, Combination, CrfStage, EmConfig, ExtractionConfig, Guard, JointConfig,
-    JointScope, LayerChoice, MStepConfig, MaskMode, Normalization, PartMatching, TokenConfig,
-    TokenInit,
+    JointScope, MStepConfig, MaskMode, Normalization, PartMatching, TokenConfig, TokenInit,
 };
 pub use e_step::e_step;
 pub use em::{EmOutcome, EmStart, RoundRecord, em};
 pub use error::{Error, Result};
 pub use joint::joint_stage;
 pub use joint_state::JointState;
+pub use layers::LayerChoice;
 pub use learned::LearnedConcepts;
 pub use m_step::m_step;
 pub use maps::AttentionMaps;

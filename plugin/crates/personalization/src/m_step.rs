@@ -9,17 +9,19 @@
 //!
 //! Only the rows are variables. The U-Net and the text encoder are differentiated through, never for their weights.
 
+use std::collections::BTreeMap;
+
 use candle_core::{Tensor, Var};
 use stable_diffusion::rng::Rng;
 use stable_diffusion::tokenizer::Tokenizer;
-use stable_diffusion::unet::Watch;
+use stable_diffusion::unet::{LayerAttention, Watch};
 use stable_diffusion::{DiffusionModel, UNet};
 
 use crate::config::MStepConfig;
 use crate::error::{Error, Result};
 use crate::learned::LearnedConcepts;
 use crate::loss::cross_attention::concept_maps;
-use crate::loss::{cross_attention_loss, loss_layers, loss_resolution, masked_diffusion_loss};
+use crate::loss::{cross_attention_loss, masked_diffusion_loss};
 use crate::mask::{ImageMasks, at_resolution, plane_tensor};
 use crate::observer::{Event, Observer, tell};
 use crate::optimizer::{AdamWState, clip_gradient_norm};
@@ -123,7 +125,7 @@ impl LossContext<'_> {
         };
         let positions = self.learned.positions(self.tokenizer, &prompt, &concepts)?;
         let layers = if self.config.lambda_attention > 0.0 {
-            loss_layers(self.unet)
+            self.config.layers.of(self.unet.cross_attention_layers())
         } else {
             Vec::new()
         };
@@ -144,8 +146,7 @@ impl LossContext<'_> {
                 cross_attention: 0.0,
             });
         }
-        let maps = concept_maps(&observed.attention, self.learned.vectors_per_concept)?;
-        let cross_attention = cross_attention_loss(&maps, &self.small_masks(masks, draw)?)?;
+        let cross_attention = self.cross_attention(observed.attention, masks, draw)?;
         Ok(Losses {
             masked_diffusion: masked_diffusion.to_scalar()?,
             cross_attention: cross_attention.to_scalar()?,
@@ -153,9 +154,29 @@ impl LossContext<'_> {
         })
     }
 
+    /// L_attn, the mean over layers; those of one width R share their maps.
+    fn cross_attention(
+        &self,
+        attention: Vec<LayerAttention>,
+        masks: &ImageMasks,
+        draw: &Draw,
+    ) -> Result<Tensor> {
+        let n_layers = attention.len() as f64;
+        let mut by_width: BTreeMap<usize, Vec<LayerAttention>> = BTreeMap::new();
+        for layer in attention {
+            by_width.entry(layer.width).or_default().push(layer);
+        }
+        let loss = |(width, layers): (usize, Vec<LayerAttention>)| -> Result<Tensor> {
+            let maps = concept_maps(&layers, self.learned.vectors_per_concept)?;
+            let loss = cross_attention_loss(&maps, &self.small_masks(masks, draw, width)?)?;
+            Ok((loss * (layers.len() as f64 / n_layers))?)
+        };
+        let losses = by_width.into_iter().map(loss).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::stack(&losses, 0)?.sum_all()?)
+    }
+
     /// G `[R·R, C]` of the sampled concepts.
-    fn small_masks(&self, masks: &ImageMasks, draw: &Draw) -> Result<Tensor> {
-        let resolution = loss_resolution(self.unet);
+    fn small_masks(&self, masks: &ImageMasks, draw: &Draw, resolution: usize) -> Result<Tensor> {
         let small =
             |&c: &usize| at_resolution(&masks.planes()[c], masks.size(), resolution, draw.flipped);
         let planes: Vec<f32> = draw.subset.iter().flat_map(small).collect();

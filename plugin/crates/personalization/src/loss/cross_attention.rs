@@ -7,7 +7,7 @@
 //! ```
 //! | symbol | shape | meaning |
 //! | --- | --- | --- |
-//! | A_c | `[R · R]` in [0, 1] | attention map of a concept; layers of the down and up blocks of width R only |
+//! | A_c | `[R · R]` in [0, 1] | attention map of a concept; the layers of one width R |
 //! | G_c | `[R · R]` in {0, 1} | its mask |
 
 use candle_core::Tensor;

@@ -67,6 +67,21 @@ impl UNet {
         Network::new(config, w, None).map(drop)
     }
 
+    /// The cross-attention layers that a network of this configuration has, in the order in which they run; no weight
+    /// is needed.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the configuration contradicts itself.
+    pub fn layers_of(config: &UNetConfig) -> Result<Vec<CrossAttentionLayer>> {
+        let found = std::cell::RefCell::new(Vec::new());
+        WeightMap::shapes(|w| {
+            let (_, layers) = Network::new(config, w, None)?;
+            *found.borrow_mut() = layers;
+            Ok(())
+        })?;
+        Ok(found.into_inner())
+    }
+
     /// The parameters by diffusers' names.
     pub fn weights(&self) -> &WeightMap {
         &self.weights
