@@ -2,7 +2,7 @@
 //!
 //! | file | what it adapts |
 //! | --- | --- |
-//! | `session` | one device and one model cache per process |
+//! | `session` | one device per process, and the model that is in use |
 //! | `tensor_bridge` | candle tensors and tensors on wires |
 //! | `values` | the plugin's own values on wires: model, concepts |
 //! | `scene_input` | pictures and a list of concepts to a scene of the method |

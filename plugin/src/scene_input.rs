@@ -1,7 +1,8 @@
 //! Pictures on a wire and a list of concepts in a text box, to a scene of the method.
 
 use personalization::{Concept, Picture, Role, Scene, ScenePicture};
-use plugin_api::{NodeError, SharedTensor, port};
+use plugin_api::{Inputs, NodeError, SharedTensor, port};
+use stable_diffusion::DiffusionModel;
 
 use crate::tensor_bridge;
 
@@ -80,17 +81,17 @@ fn parse_pictures(line: &str, numbers: &str) -> Result<Vec<usize>, NodeError> {
     numbers.split(',').map(parse).collect()
 }
 
-/// The scene that the pictures and the list make, at the model's picture size.
+/// The scene that the input `images` and the list make, at the model's picture size.
 ///
 /// # Errors
 /// Values that are no pictures, or a list that names a picture which is not there.
 pub(crate) fn scene(
-    images: &SharedTensor,
+    inputs: &Inputs,
     concepts: &str,
-    size: usize,
+    model: &DiffusionModel,
 ) -> Result<Scene, NodeError> {
     let listed = parse_concepts(concepts)?;
-    let pictures = pictures(images, size)?;
+    let pictures = pictures(inputs.tensor("images")?, model.image_size())?;
     let n_pictures = pictures.len();
     if let Some(i) = listed
         .iter()

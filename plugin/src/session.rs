@@ -1,7 +1,7 @@
-//! What the library keeps between nodes: one device, and the models that are in use.
+//! What nodes share beside their wires: one device, and the model that is in use.
 
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 
 use candle_core::Device;
 use parking_lot::Mutex;
@@ -9,6 +9,7 @@ use plugin_api::NodeError;
 use stable_diffusion::{CheckpointSource, DiffusionModel};
 
 use crate::failure::from_model;
+use crate::values::{ModelValue, WeakModel};
 
 /// Two devices made separately are different devices to candle, so there is one per process.
 pub(crate) fn device() -> &'static Device {
@@ -45,27 +46,27 @@ pub(crate) fn checkpoint_source(name: &str) -> CheckpointSource {
     }
 }
 
-/// The last model, so that two loaders of one checkpoint share its memory.
-static LAST: Mutex<Option<(String, Arc<DiffusionModel>)>> = Mutex::new(None);
+/// The last model, so that two loaders of one checkpoint share its memory. It is freed with the last value that holds
+/// it: a host that drops its values has the memory back.
+static LAST: Mutex<Option<(String, WeakModel)>> = Mutex::new(None);
 
 /// Loads a checkpoint, or returns the one that is loaded already.
 ///
 /// # Errors
 /// The file is missing, truncated, or no Stable Diffusion 1.x / 2.x checkpoint.
-pub(crate) fn load_model(name: &str) -> Result<Arc<DiffusionModel>, NodeError> {
+pub(crate) fn load_model(name: &str) -> Result<ModelValue, NodeError> {
     let key = format!("{}\n{}", name.trim(), fingerprint(name));
     let mut last = LAST.lock();
     if let Some((loaded, model)) = &*last
         && *loaded == key
+        && let Some(model) = model.upgrade()
     {
-        return Ok(model.clone());
+        return Ok(model);
     }
-    // Freed before the next one is read: two models of full size need not fit.
-    *last = None;
     let model = DiffusionModel::load(&checkpoint_source(name), device())
         .map_err(|error| from_model("checkpoint", &error))?;
-    let model = Arc::new(model);
-    *last = Some((key, model.clone()));
+    let model = ModelValue::new(model);
+    *last = Some((key, model.downgrade()));
     Ok(model)
 }
 

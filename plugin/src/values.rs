@@ -1,19 +1,84 @@
 //! The plugin's own values on wires.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use abi_stable::std_types::RString;
-use personalization::LearnedConcepts;
+use personalization::{Encodings, LearnedConcepts, PreparedScene, Scene};
 use plugin_api::node::Opaque;
-use plugin_api::{SharedObject, Value, port};
+use plugin_api::{Inputs, NodeError, SharedObject, Value, port};
 use stable_diffusion::DiffusionModel;
 
-/// A model on a wire.
-pub(crate) struct ModelValue(pub(crate) Arc<DiffusionModel>);
+use crate::failure::from_method;
+
+/// A model on a wire, with the pictures that were encoded with it: all nodes of a graph share them.
+#[derive(Clone)]
+pub(crate) struct ModelValue {
+    pub(crate) model: Arc<DiffusionModel>,
+    encodings: Arc<Encodings>,
+}
+
+impl ModelValue {
+    /// A checkpoint with which nothing is encoded yet.
+    pub(crate) fn new(model: DiffusionModel) -> Self {
+        Self {
+            model: Arc::new(model),
+            encodings: Arc::default(),
+        }
+    }
+
+    /// The model of a node's input `model`.
+    ///
+    /// # Errors
+    /// An input that is no model.
+    pub(crate) fn of(inputs: &Inputs) -> Result<&Self, NodeError> {
+        inputs.object::<Self>("model")
+    }
+
+    /// A model that was tuned from this one. It encodes pictures as this one does.
+    pub(crate) fn tuned(&self, model: DiffusionModel) -> Self {
+        Self {
+            model: Arc::new(model),
+            encodings: self.encodings.clone(),
+        }
+    }
+
+    /// The scene with what its pictures cost once.
+    ///
+    /// # Errors
+    /// Pictures of another size than the model's.
+    pub(crate) fn prepare<'a>(&self, scene: &'a Scene) -> Result<PreparedScene<'a>, NodeError> {
+        PreparedScene::sharing(&self.model, scene, &self.encodings)
+            .map_err(|error| from_method("images", &error))
+    }
+
+    /// Who refers to this model's memory without keeping it.
+    pub(crate) fn downgrade(&self) -> WeakModel {
+        WeakModel {
+            model: Arc::downgrade(&self.model),
+            encodings: Arc::downgrade(&self.encodings),
+        }
+    }
+}
+
+/// A model for as long as a wire holds it.
+pub(crate) struct WeakModel {
+    model: Weak<DiffusionModel>,
+    encodings: Weak<Encodings>,
+}
+
+impl WeakModel {
+    /// The model, if anybody still holds it.
+    pub(crate) fn upgrade(&self) -> Option<ModelValue> {
+        Some(ModelValue {
+            model: self.model.upgrade()?,
+            encodings: self.encodings.upgrade()?,
+        })
+    }
+}
 
 impl Opaque for ModelValue {
     fn summary(&self) -> RString {
-        let fingerprint = &self.0.fingerprint;
+        let fingerprint = &self.model.fingerprint;
         format!(
             "diffusion model {}",
             &fingerprint[..fingerprint.len().min(12)]
@@ -38,8 +103,8 @@ impl Opaque for ConceptsValue {
 }
 
 /// Puts a model on a wire.
-pub(crate) fn model_value(model: Arc<DiffusionModel>) -> Value {
-    Value::Object(SharedObject::new(port::DIFFUSION_MODEL, ModelValue(model)))
+pub(crate) fn model_value(model: ModelValue) -> Value {
+    Value::Object(SharedObject::new(port::DIFFUSION_MODEL, model))
 }
 
 /// Puts concepts on a wire.

@@ -1,6 +1,6 @@
 //! AttentionMaskExtractor: where the model looks for every concept, and the masks that follow.
 
-use personalization::{PreparedScene, Scene, ScenePicture, binarize, extract_attention};
+use personalization::{Scene, ScenePicture, binarize, extract_attention};
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -53,7 +53,8 @@ impl Node for AttentionMaskExtractor {
         parameters: Parameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {
-        let model = &inputs.object::<ModelValue>("model")?.0;
+        let base = ModelValue::of(inputs)?;
+        let model = &*base.model;
         let learned = &inputs.object::<ConceptsValue>("concepts")?.0;
         let failed = |error: personalization::Error| from_method("images", &error);
         let pictures = scene_input::pictures(inputs.tensor("images")?, model.image_size())?;
@@ -66,8 +67,7 @@ impl Node for AttentionMaskExtractor {
             })
             .collect();
         let scene = Scene::new(learned.concepts.clone(), shown).map_err(failed)?;
-        let prepared =
-            PreparedScene::new(model, &scene, &parameters::crf(0.0, 1)).map_err(failed)?;
+        let prepared = base.prepare(&scene)?;
         let config = parameters.extraction.config(parameters.timesteps);
         let mut observer = HostObserver::new(host, model).with_scene(&scene, None);
         let maps = extract_attention(

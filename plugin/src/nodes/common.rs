@@ -2,7 +2,7 @@
 
 use personalization::{ImageMasks, Scene, SceneMasks, overlay};
 use plugin_api::parameter::MAX_SAFE_INTEGER;
-use plugin_api::{ErrorCode, Host, NodeError, SharedTensor, Value, port};
+use plugin_api::{ErrorCode, Host, Inputs, NodeError, SharedTensor, Value, port};
 use schemars::Schema;
 use serde_json::json;
 
@@ -75,15 +75,22 @@ pub(crate) fn overlay_value(scene: &Scene, masks: &[ImageMasks]) -> Result<Value
     ))
 }
 
-/// One mask per concept and picture of the scene, cropped and scaled as the pictures were.
+/// The masks of an optional input: one per concept and picture of the scene, cropped and scaled as the pictures were.
 ///
 /// # Errors
 /// A number of masks that does not fit the scene, values that are no mask, or an empty one.
-pub(crate) fn scene_masks(
+pub(crate) fn optional_masks(
+    inputs: &Inputs,
     input: &str,
-    tensor: &SharedTensor,
     scene: &Scene,
-) -> Result<SceneMasks, NodeError> {
+) -> Result<Option<SceneMasks>, NodeError> {
+    let tensor = inputs.optional_tensor(input)?;
+    tensor
+        .map(|tensor| scene_masks(input, tensor, scene))
+        .transpose()
+}
+
+fn scene_masks(input: &str, tensor: &SharedTensor, scene: &Scene) -> Result<SceneMasks, NodeError> {
     let (planes, [n, height, width]) = planes(input, tensor)?;
     let expected: usize = scene
         .pictures()

@@ -1,12 +1,12 @@
 //! ConceptTokenLearner: tokens, from their start or from where they stand, under masks if there are any.
 
-use personalization::{PreparedScene, init_tokens, m_step};
+use personalization::{init_tokens, m_step};
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::failure::from_method;
-use crate::nodes::common::{scene_masks, seed_schema};
+use crate::nodes::common::{optional_masks, seed_schema};
 use crate::nodes::parameters::{self, TokenParameters};
 use crate::observer::HostObserver;
 use crate::scene_input;
@@ -64,19 +64,12 @@ impl Node for ConceptTokenLearner {
         parameters: Parameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {
-        let model = &inputs.object::<ModelValue>("model")?.0;
-        let scene = scene_input::scene(
-            inputs.tensor("images")?,
-            &parameters.concept_list,
-            model.image_size(),
-        )?;
-        let masks = inputs.optional_tensor("masks")?;
-        let masks = masks
-            .map(|tensor| scene_masks("masks", tensor, &scene))
-            .transpose()?;
+        let base = ModelValue::of(inputs)?;
+        let model = &*base.model;
+        let scene = scene_input::scene(inputs, &parameters.concept_list, model)?;
+        let masks = optional_masks(inputs, "masks", &scene)?;
+        let prepared = base.prepare(&scene)?;
         let failed = |error: personalization::Error| from_method("concept_list", &error);
-        let prepared =
-            PreparedScene::new(model, &scene, &parameters::crf(0.0, 1)).map_err(failed)?;
         let mut observer = HostObserver::new(host, model)
             .with_scene(&scene, None)
             .with_samples(parameters.sample_every);

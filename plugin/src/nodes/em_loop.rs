@@ -1,10 +1,9 @@
 //! EmLoop: the whole method in one node.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use personalization::{
-    EmConfig, EmOutcome, EmStart, EmState, JointState, MaskMode, PreparedScene, em, joint_stage,
+    EmConfig, EmOutcome, EmStart, EmState, JointState, MaskMode, em, joint_stage,
 };
 use plugin_api::host::LogLevel;
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
@@ -13,7 +12,7 @@ use serde::Deserialize;
 use stable_diffusion::DiffusionModel;
 
 use crate::failure::from_method;
-use crate::nodes::common::{masks_value, overlay_value, planes_value, scene_masks, seed_schema};
+use crate::nodes::common::{masks_value, optional_masks, overlay_value, planes_value, seed_schema};
 use crate::nodes::parameters::{self, ExtractionParameters, Scope, TokenParameters};
 use crate::observer::{HostObserver, joint_file};
 use crate::scene_input;
@@ -162,20 +161,12 @@ impl Node for EmLoop {
         parameters: Parameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {
-        let model = &inputs.object::<ModelValue>("model")?.0;
-        let scene = scene_input::scene(
-            inputs.tensor("images")?,
-            &parameters.concept_list,
-            model.image_size(),
-        )?;
-        let masks = inputs.optional_tensor("masks")?;
-        let given = masks
-            .map(|tensor| scene_masks("masks", tensor, &scene))
-            .transpose()?;
-        let truth = inputs.optional_tensor("true_masks")?;
-        let truth = truth
-            .map(|tensor| scene_masks("true_masks", tensor, &scene))
-            .transpose()?;
+        let base = ModelValue::of(inputs)?;
+        let model = &*base.model;
+        let scene = scene_input::scene(inputs, &parameters.concept_list, model)?;
+        let given = optional_masks(inputs, "masks", &scene)?;
+        let truth = optional_masks(inputs, "true_masks", &scene)?;
+        let prepared = base.prepare(&scene)?;
         let config = parameters.config();
         if config.masks == MaskMode::Given && given.is_none() {
             return Err(NodeError::invalid_input(
@@ -184,7 +175,6 @@ impl Node for EmLoop {
             ));
         }
         let failed = |error: personalization::Error| from_method("concept_list", &error);
-        let prepared = PreparedScene::new(model, &scene, &config.crf).map_err(failed)?;
         let state_file = state_file(host);
         let mut observer = HostObserver::new(host, model)
             .with_scene(&scene, truth.as_deref())
@@ -215,7 +205,7 @@ impl Node for EmLoop {
             ..
         } = outcome;
         let (tuned, learned) = match &config.joint {
-            None => (model.clone(), learned),
+            None => (base.clone(), learned),
             Some(joint) => {
                 let (tuned, learned) = joint_stage(
                     model,
@@ -228,7 +218,7 @@ impl Node for EmLoop {
                     &mut observer,
                 )
                 .map_err(failed)?;
-                (Arc::new(tuned), learned)
+                (base.tuned(tuned), learned)
             }
         };
         let attention = maps.iter().flat_map(|maps| maps.maps.concat()).collect();

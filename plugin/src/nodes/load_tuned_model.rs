@@ -1,7 +1,6 @@
 //! LoadTunedModel: what SaveConcepts wrote of a tuned model, put back on its checkpoint.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
 use schemars::JsonSchema;
@@ -67,11 +66,12 @@ impl Node for LoadTunedModel {
         parameters: Parameters,
         _host: &Host,
     ) -> Result<Outputs, NodeError> {
-        let model = &inputs.object::<ModelValue>("model")?.0;
-        let tuned = model
+        let base = ModelValue::of(inputs)?;
+        let tuned = base
+            .model
             .with_tuned_weights(Path::new(parameters.path.trim()))
             .map_err(|error| from_model("path", &error))?;
-        Ok(vec![model_value(Arc::new(tuned))])
+        Ok(vec![model_value(base.tuned(tuned))])
     }
 }
 

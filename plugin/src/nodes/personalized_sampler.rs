@@ -108,7 +108,7 @@ impl Node for PersonalizedSampler {
         parameters: Parameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {
-        let model = &inputs.object::<ModelValue>("model")?.0;
+        let model = &*ModelValue::of(inputs)?.model;
         let learned = inputs
             .optional_object::<ConceptsValue>("concepts")?
             .map(|value| &value.0);

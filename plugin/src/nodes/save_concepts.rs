@@ -132,7 +132,7 @@ impl Node for SaveConcepts {
                 folder: &base,
                 prefix: &prefix,
             };
-            base.save_tuned(&model.0, parameters.tuned_unet, &metadata, host)?;
+            base.save_tuned(&model.model, parameters.tuned_unet, &metadata, host)?;
         }
         Ok(Vec::new())
     }

@@ -266,7 +266,7 @@ fn evaluate(
     seconds: &mut Seconds,
 ) -> Result<SceneReport> {
     let (scene, truth) = load(root, index, model.image_size()).with_context(|| index.id.clone())?;
-    let prepared = PreparedScene::new(model, &scene, &config.crf)?;
+    let prepared = PreparedScene::new(model, &scene)?;
     let start = match config.masks {
         MaskMode::Given => EmStart::Masks(vec![truth.clone()]),
         _ => EmStart::Fresh,

@@ -20,7 +20,7 @@ use crate::learned::LearnedConcepts;
 use crate::loss::cross_attention::concept_map;
 use crate::maps::AttentionMaps;
 use crate::observer::{Event, Observer, tell};
-use crate::scene::PreparedScene;
+use crate::prepared::PreparedScene;
 
 /// Noisy latents in one pass, at a latent size of 32; fewer at larger ones, so that memory stays about the same.
 const BATCH_AT_32: usize = 10;

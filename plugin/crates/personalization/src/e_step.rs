@@ -10,8 +10,8 @@ use crate::learned::LearnedConcepts;
 use crate::maps::AttentionMaps;
 use crate::mask::{ImageMasks, SceneMasks};
 use crate::observer::Observer;
+use crate::prepared::PreparedScene;
 use crate::refine::refine;
-use crate::scene::PreparedScene;
 
 /// New masks of every picture, with the maps that they came from.
 ///
@@ -38,7 +38,7 @@ pub fn e_step(
         let planes = binarize(maps, &roles, extraction)?;
         let previous = previous.map(|masks| &masks[picture]);
         masks.push(refine(
-            scene.crf(picture),
+            &*scene.crf(picture, &crf.crf)?,
             &planes,
             &roles,
             Some(maps),

@@ -18,7 +18,8 @@ use crate::m_step::{check_masks, m_step};
 use crate::maps::AttentionMaps;
 use crate::mask::SceneMasks;
 use crate::observer::{Event, Observer, tell};
-use crate::scene::{PreparedScene, Role};
+use crate::prepared::PreparedScene;
+use crate::scene::Role;
 use crate::state::EmState;
 use crate::token::init_tokens;
 

@@ -16,7 +16,7 @@ use crate::m_step::{Draw, LossContext, check_masks, gradients_of, step_event};
 use crate::mask::ImageMasks;
 use crate::observer::{Event, Observer, tell};
 use crate::optimizer::{AdamWState, clip_gradient_norm};
-use crate::scene::PreparedScene;
+use crate::prepared::PreparedScene;
 
 /// Alpha of new LoRA factors is their rank: the product counts once.
 fn alpha_of(rank: usize) -> f64 {

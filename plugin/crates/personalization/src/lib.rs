@@ -40,6 +40,7 @@ pub mod layers;
 
 pub mod maps;
 pub mod mask;
+pub mod prepared;
 pub mod scene;
 
 pub mod learned;
@@ -87,8 +88,9 @@ pub use m_step::m_step;
 pub use maps::AttentionMaps;
 pub use mask::{ImageMasks, SceneMasks};
 pub use observer::{Event, Observer, Silent};
+pub use prepared::{Encodings, PreparedScene};
 pub use refine::refine;
 pub use sampler::{SamplePrompts, sample};
-pub use scene::{Concept, Picture, PreparedScene, Role, Scene, ScenePicture};
+pub use scene::{Concept, Picture, Role, Scene, ScenePicture};
 pub use state::EmState;
 pub use token::init_tokens;

@@ -25,7 +25,8 @@ use crate::loss::{cross_attention_loss, masked_diffusion_loss};
 use crate::mask::{ImageMasks, at_resolution, plane_tensor};
 use crate::observer::{Event, Observer, tell};
 use crate::optimizer::{AdamWState, clip_gradient_norm};
-use crate::scene::{PreparedScene, ScenePicture};
+use crate::prepared::PreparedScene;
+use crate::scene::ScenePicture;
 
 /// Name of stage 2 in events.
 const TOKENS: &str = "tokens";

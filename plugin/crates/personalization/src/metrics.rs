@@ -12,8 +12,8 @@ use crate::error::Result;
 use crate::learned::LearnedConcepts;
 use crate::maps::AttentionMaps;
 use crate::mask::{ImageMasks, at_resolution, iou};
+use crate::prepared::PreparedScene;
 use crate::refine::refine;
-use crate::scene::PreparedScene;
 
 /// Seed of the evaluation streams.
 const EVALUATION_SEED: u64 = 12_345;
@@ -72,7 +72,7 @@ pub fn extraction(
     )?;
     let roles = scene.scene.roles(picture);
     let masks = refine(
-        scene.crf(picture),
+        &*scene.crf(picture, &crf.crf)?,
         &binarize(&maps, &roles, config)?,
         &roles,
         Some(&maps),

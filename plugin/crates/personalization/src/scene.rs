@@ -1,13 +1,9 @@
 //! What is learned from: pictures, and the concepts that each of them shows.
 
 use candle_core::{Device, Tensor};
-use densecrf::DenseCrf;
 use image::imageops::{FilterType, crop_imm, resize};
 use image::{Rgb, Rgb32FImage};
-use stable_diffusion::DiffusionModel;
-use stable_diffusion::vae::LatentMoments;
 
-use crate::config::CrfStage;
 use crate::error::{Error, Result};
 
 /// What a concept is to the others.
@@ -200,85 +196,6 @@ impl Scene {
             .iter()
             .map(|&c| self.concepts[c].role)
             .collect()
-    }
-}
-
-/// A scene with everything that depends on its pictures only: computed once, used in every step.
-#[derive(Debug)]
-pub struct PreparedScene<'a> {
-    /// The scene.
-    pub scene: &'a Scene,
-    pictures: Vec<PreparedPicture>,
-}
-
-/// What a picture costs once.
-#[derive(Debug)]
-struct PreparedPicture {
-    /// Of the picture and of its mirror image.
-    moments: [LatentMoments; 2],
-    crf: DenseCrf,
-}
-
-impl<'a> PreparedScene<'a> {
-    /// Encodes every picture and its mirror image, and builds the CRF's lattices.
-    ///
-    /// # Errors
-    /// Pictures of another size than the model's, or those of the VAE and of the CRF.
-    pub fn new(model: &DiffusionModel, scene: &'a Scene, crf: &CrfStage) -> Result<Self> {
-        let prepare = |one: &ScenePicture| {
-            let size = one.picture.size();
-            if size != model.image_size() {
-                let wanted = model.image_size();
-                return Err(Error::PictureSize {
-                    found: size,
-                    wanted,
-                });
-            }
-            let encode = |flipped| -> Result<LatentMoments> {
-                Ok(model
-                    .vae
-                    .moments(&one.picture.tensor(flipped, &model.device)?)?)
-            };
-            let moments = [encode(false)?, encode(true)?];
-            Ok(PreparedPicture {
-                moments,
-                crf: DenseCrf::new(size, size, one.picture.rgb8(), &crf.crf)?,
-            })
-        };
-        Ok(Self {
-            scene,
-            pictures: scene
-                .pictures()
-                .iter()
-                .map(prepare)
-                .collect::<Result<_>>()?,
-        })
-    }
-
-    /// z = scaling · (mean + std · noise), `[B, 4, h, h]`, for noise `[B, 4, h, h]`.
-    pub(crate) fn latents(
-        &self,
-        model: &DiffusionModel,
-        picture: usize,
-        flipped: bool,
-        noise: &Tensor,
-    ) -> Result<Tensor> {
-        let moments = &self.pictures[picture].moments[usize::from(flipped)];
-        let z = noise
-            .broadcast_mul(&moments.std)?
-            .broadcast_add(&moments.mean)?;
-        Ok(model.vae.scaled(&z)?)
-    }
-
-    /// Scaled mean of the posterior, `[1, 4, h, h]`.
-    pub(crate) fn mean_latents(&self, model: &DiffusionModel, picture: usize) -> Result<Tensor> {
-        Ok(model.vae.scaled(&self.pictures[picture].moments[0].mean)?)
-    }
-
-    /// The picture's CRF.
-    #[must_use]
-    pub fn crf(&self, picture: usize) -> &DenseCrf {
-        &self.pictures[picture].crf
     }
 }
 

@@ -10,7 +10,7 @@ use crate::learned::LearnedConcepts;
 use crate::m_step::inversion;
 use crate::observer::Observer;
 use crate::optimizer::AdamWState;
-use crate::scene::PreparedScene;
+use crate::prepared::PreparedScene;
 
 /// Stage 1a: rows for all concepts of the scene, and textual inversion if it is asked for.
 ///

@@ -82,7 +82,7 @@ fn short() -> EmConfig {
 }
 
 fn run(model: &DiffusionModel, scene: &Scene, config: &EmConfig) -> EmOutcome {
-    let prepared = PreparedScene::new(model, scene, &config.crf).unwrap();
+    let prepared = PreparedScene::new(model, scene).unwrap();
     em(model, &prepared, EmStart::Fresh, config, 7, &mut Silent).unwrap()
 }
 
@@ -105,7 +105,7 @@ fn the_same_seed_gives_the_same_bits_and_another_one_does_not() {
     assert_eq!(bits(&first.learned.rows), bits(&second.learned.rows));
     assert_eq!(first.masks, second.masks);
     assert_ne!(bits(&first.learned.rows), bits(&first.learned.initial_rows));
-    let prepared = PreparedScene::new(&model, &scene, &config.crf).unwrap();
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
     let other = em(&model, &prepared, EmStart::Fresh, &config, 8, &mut Silent).unwrap();
     assert_ne!(bits(&first.learned.rows), bits(&other.learned.rows));
 }
@@ -115,7 +115,7 @@ fn baseline_and_em_see_the_same_training_noise() {
     let (model, config) = (model(), short());
     let scene = scene(&model);
     let losses = |masks| {
-        let prepared = PreparedScene::new(&model, &scene, &config.crf).unwrap();
+        let prepared = PreparedScene::new(&model, &scene).unwrap();
         let mut seen = Vec::new();
         let config = EmConfig { masks, ..config };
         em(
@@ -147,7 +147,7 @@ fn a_run_that_goes_on_from_its_saved_state_gives_the_same_bits() {
     let (model, config) = (model(), short());
     let scene = scene(&model);
     let whole = run(&model, &scene, &config);
-    let prepared = PreparedScene::new(&model, &scene, &config.crf).unwrap();
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
     let file = tempfile::tempdir()
         .unwrap()
         .keep()
@@ -193,7 +193,7 @@ fn a_run_that_goes_on_from_its_saved_state_gives_the_same_bits() {
 fn a_stop_is_honored_within_one_step() {
     let (model, config) = (model(), short());
     let scene = scene(&model);
-    let prepared = PreparedScene::new(&model, &scene, &config.crf).unwrap();
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
     let mut steps = 0;
     let stopped = em(
         &model,
@@ -225,7 +225,7 @@ fn a_token_of_one_piece_starts_as_its_word() {
     };
     let scene = Scene::new(vec![concept("<a>", "a", Role::Object)], vec![one]).unwrap();
     let config = EmConfig::paper();
-    let prepared = PreparedScene::new(&model, &scene, &config.crf).unwrap();
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
     let learned = init_tokens(
         &model,
         &prepared,
@@ -250,7 +250,7 @@ fn inversion_moves_the_tokens_and_starts_a_new_optimizer() {
     let (model, mut config) = (model(), short());
     config.tokens.init = TokenInit::Inversion { steps: 2 };
     let scene = scene(&model);
-    let prepared = PreparedScene::new(&model, &scene, &config.crf).unwrap();
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
     let learned = init_tokens(
         &model,
         &prepared,
@@ -269,7 +269,7 @@ fn the_joint_stage_changes_its_own_weights_and_no_others() {
     let (model, config) = (model(), short());
     let scene = scene(&model);
     let outcome = run(&model, &scene, &config);
-    let prepared = PreparedScene::new(&model, &scene, &config.crf).unwrap();
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
     let base = model.unet.weights().clone();
     for scope in [
         JointScope::Full,
@@ -326,7 +326,7 @@ fn a_joint_stage_that_was_stopped_goes_on_with_the_same_bits() {
     let (model, config) = (model(), short());
     let scene = scene(&model);
     let EmOutcome { learned, masks, .. } = run(&model, &scene, &config);
-    let prepared = PreparedScene::new(&model, &scene, &config.crf).unwrap();
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
     let scope = JointScope::Lora { rank: 2 };
     let joint = JointConfig {
         steps: 4,
@@ -372,7 +372,7 @@ fn a_joint_stage_that_was_stopped_goes_on_with_the_same_bits() {
 fn given_masks_may_overlap_and_empty_ones_are_refused() {
     let (model, config) = (model(), short());
     let scene = scene(&model);
-    let prepared = PreparedScene::new(&model, &scene, &config.crf).unwrap();
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
     let size = model.image_size();
     let full = |n: usize, v: u8| {
         personalization::ImageMasks::new(size, vec![vec![v; size * size]; n]).unwrap()
