@@ -1,6 +1,6 @@
 //! AttentionMaskExtractor: where the model looks for every concept, and the masks that follow.
 
-use personalization::{Scene, ScenePicture, binarize, extract_attention};
+use personalization::{ExtractionConfig, Scene, ScenePicture, binarize, extract_attention};
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -20,8 +20,11 @@ pub(crate) struct AttentionMaskExtractor;
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct Parameters {
     /// Random timesteps that are averaged: 50 in the paper, 20 are enough between rounds.
-    #[serde(default = "parameters::fifty")]
-    #[schemars(range(min = 1, max = 1000))]
+    #[serde(default = "parameters::first_timesteps")]
+    #[schemars(range(
+        min = ExtractionConfig::TIMESTEPS.least,
+        max = ExtractionConfig::TIMESTEPS.most
+    ))]
     timesteps: usize,
     #[serde(flatten)]
     extraction: ExtractionParameters,

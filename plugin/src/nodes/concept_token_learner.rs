@@ -1,6 +1,6 @@
 //! ConceptTokenLearner: tokens, from their start or from where they stand, under masks if there are any.
 
-use personalization::{init_tokens, m_step};
+use personalization::{EmConfig, init_tokens, m_step};
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -25,13 +25,13 @@ pub(crate) struct Parameters {
     #[schemars(extend("x-multiline" = true))]
     concept_list: String,
     /// Optimizer steps under the masks; without masks the tokens are only started.
-    #[serde(default = "parameters::twenty")]
-    #[schemars(range(min = 0, max = 100_000))]
+    #[serde(default = "parameters::steps_per_round")]
+    #[schemars(range(min = EmConfig::STEPS.least, max = EmConfig::STEPS.most))]
     steps: usize,
     #[serde(flatten)]
     tokens: TokenParameters,
     /// Steps between two sample pictures of every object concept; 0 paints none. On a CPU only small models paint any.
-    #[serde(default = "parameters::hundred")]
+    #[serde(default = "parameters::sample_every")]
     #[schemars(range(min = 0, max = 100_000))]
     sample_every: usize,
     /// Same seed, same bits on a CPU. Concepts that are linked keep the seed they started with.

@@ -2,8 +2,7 @@
 
 use densecrf::{Appearance, CrfConfig, DenseCrf, Smoothness};
 use personalization::{
-    AttentionMaps, Concept, CrfStage, EmConfig, Guard, ImageMasks, Role, Scene, ScenePicture,
-    refine,
+    AttentionMaps, Concept, CrfStage, Guard, ImageMasks, Role, Scene, ScenePicture, refine,
 };
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, SharedTensor, port};
 use schemars::JsonSchema;
@@ -11,7 +10,7 @@ use serde::Deserialize;
 
 use crate::failure::from_method;
 use crate::nodes::common::{masks_value, overlay_value, planes, show_masks};
-use crate::nodes::parameters;
+use crate::nodes::parameters::{self, RECOMMENDED};
 use crate::scene_input;
 
 /// See the module.
@@ -26,31 +25,31 @@ pub(crate) struct Parameters {
     last_is_background: bool,
     /// Iterations of the mean field.
     #[serde(default = "parameters::crf_iterations")]
-    #[schemars(range(min = 1, max = 100))]
+    #[schemars(range(min = CrfStage::ITERATIONS.least, max = CrfStage::ITERATIONS.most))]
     iterations: usize,
     /// Weight of the kernel that removes specks.
     #[serde(default = "smoothness_weight")]
-    #[schemars(range(min = 0.01, max = 100.0), extend("x-step" = 0.5))]
+    #[schemars(range(min = CrfStage::WEIGHT.least, max = CrfStage::WEIGHT.most), extend("x-step" = 0.5))]
     smoothness_weight: f64,
     /// Its reach in pixels.
     #[serde(default = "smoothness_xy")]
-    #[schemars(range(min = 0.1, max = 1000.0), extend("x-step" = 0.5))]
+    #[schemars(range(min = CrfStage::XY_STD.least, max = CrfStage::XY_STD.most), extend("x-step" = 0.5))]
     smoothness_xy: f64,
     /// Weight of the kernel that follows edges.
     #[serde(default = "appearance_weight")]
-    #[schemars(range(min = 0.01, max = 100.0), extend("x-step" = 0.5))]
+    #[schemars(range(min = CrfStage::WEIGHT.least, max = CrfStage::WEIGHT.most), extend("x-step" = 0.5))]
     appearance_weight: f64,
     /// Its reach in pixels.
     #[serde(default = "appearance_xy")]
-    #[schemars(range(min = 0.1, max = 1000.0), extend("x-step" = 1.0))]
+    #[schemars(range(min = CrfStage::XY_STD.least, max = CrfStage::XY_STD.most), extend("x-step" = 1.0))]
     appearance_xy: f64,
     /// How different colors may be, in steps of 0 to 255.
     #[serde(default = "appearance_rgb")]
-    #[schemars(range(min = 0.1, max = 255.0), extend("x-step" = 0.5))]
+    #[schemars(range(min = CrfStage::RGB_STD.least, max = CrfStage::RGB_STD.most), extend("x-step" = 0.5))]
     appearance_rgb: f64,
     /// A refined mask whose IoU with the unrefined one is smaller is refused; 0 refuses none.
     #[serde(default)]
-    #[schemars(range(min = 0.0, max = 1.0), extend("x-step" = 0.05))]
+    #[schemars(range(min = CrfStage::GUARD_IOU.least, max = CrfStage::GUARD_IOU.most), extend("x-step" = 0.05))]
     guard: f64,
 }
 
@@ -58,19 +57,19 @@ fn yes() -> bool {
     true
 }
 fn smoothness_weight() -> f64 {
-    7.0
+    RECOMMENDED.crf.crf.smoothness.weight.into()
 }
 fn smoothness_xy() -> f64 {
-    3.0
+    RECOMMENDED.crf.crf.smoothness.xy_std.into()
 }
 fn appearance_weight() -> f64 {
-    10.0
+    RECOMMENDED.crf.crf.appearance.weight.into()
 }
 fn appearance_xy() -> f64 {
-    50.0
+    RECOMMENDED.crf.crf.appearance.xy_std.into()
 }
 fn appearance_rgb() -> f64 {
-    5.0
+    RECOMMENDED.crf.crf.appearance.rgb_std.into()
 }
 
 impl Parameters {
@@ -95,7 +94,7 @@ impl Parameters {
         CrfStage {
             crf,
             guard,
-            ..EmConfig::recommended().crf
+            ..RECOMMENDED.crf
         }
     }
 }

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use personalization::{
-    EmConfig, EmOutcome, EmStart, EmState, JointState, MaskMode, em, joint_stage,
+    CrfStage, EmConfig, EmOutcome, EmStart, EmState, ExtractionConfig, JointConfig, JointScope,
+    JointState, MaskMode, em, joint_stage,
 };
 use plugin_api::host::LogLevel;
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
@@ -46,46 +47,61 @@ pub(crate) struct Parameters {
     #[serde(default = "em_masks")]
     mode: Masks,
     /// Optimizer steps on the tokens; the paper says usually 400.
-    #[serde(default = "parameters::four_hundred")]
-    #[schemars(range(min = 0, max = 100_000))]
+    #[serde(default = "parameters::steps")]
+    #[schemars(range(min = EmConfig::STEPS.least, max = EmConfig::STEPS.most))]
     steps: usize,
     /// Optimizer steps between two estimates of the masks.
-    #[serde(default = "parameters::twenty")]
-    #[schemars(range(min = 1, max = 100_000))]
+    #[serde(default = "parameters::steps_per_round")]
+    #[schemars(range(
+        min = EmConfig::STEPS_PER_ROUND.least,
+        max = EmConfig::STEPS_PER_ROUND.most
+    ))]
     steps_per_round: usize,
     #[serde(flatten)]
     tokens: TokenParameters,
     #[serde(flatten)]
     extraction: ExtractionParameters,
     /// Random timesteps of the first estimate.
-    #[serde(default = "parameters::fifty")]
-    #[schemars(range(min = 1, max = 1000))]
+    #[serde(default = "parameters::first_timesteps")]
+    #[schemars(range(
+        min = ExtractionConfig::TIMESTEPS.least,
+        max = ExtractionConfig::TIMESTEPS.most
+    ))]
     first_timesteps: usize,
     /// Random timesteps of every later estimate.
-    #[serde(default = "parameters::twenty")]
-    #[schemars(range(min = 1, max = 1000))]
+    #[serde(default = "parameters::timesteps")]
+    #[schemars(range(
+        min = ExtractionConfig::TIMESTEPS.least,
+        max = ExtractionConfig::TIMESTEPS.most
+    ))]
     timesteps: usize,
     /// A refined mask whose IoU with the unrefined one is smaller is refused; 0 refuses none.
     #[serde(default)]
-    #[schemars(range(min = 0.0, max = 1.0), extend("x-step" = 0.05))]
+    #[schemars(
+        range(min = CrfStage::GUARD_IOU.least, max = CrfStage::GUARD_IOU.most),
+        extend("x-step" = 0.05)
+    )]
     crf_guard: f64,
     /// Steps of the joint stage, which trains weights and tokens under the last masks; 0 leaves it out.
-    #[serde(default = "parameters::four_hundred")]
-    #[schemars(range(min = 0, max = 100_000))]
+    #[serde(default = "joint_steps")]
+    #[schemars(range(min = JointConfig::STEPS.least, max = JointConfig::STEPS.most))]
     joint_steps: usize,
     /// Learning rate of the joint stage: 2e-6 for a whole Stable Diffusion U-Net (Break-A-Scene), about 1e-4 for LoRA.
     #[serde(default = "joint_rate")]
-    #[schemars(range(min = 1e-8, max = 1.0), extend("x-step" = 0.00001))]
+    #[schemars(
+        range(min = JointConfig::LEARNING_RATE.least, max = JointConfig::LEARNING_RATE.most),
+        extend("x-step" = 0.00001)
+    )]
     joint_learning_rate: f64,
     /// What the joint stage trains.
     #[serde(default = "lora")]
     joint_scope: Scope,
     /// Rank of the LoRA factors.
     #[serde(default = "rank")]
-    #[schemars(range(min = 1, max = 256))]
+    #[schemars(range(min = JointConfig::RANK.least, max = JointConfig::RANK.most))]
     lora_rank: usize,
     /// Steps between two sample pictures of every object concept; 0 paints none. On a CPU only small models paint any.
-    #[serde(default = "parameters::hundred")]
+    #[serde(default = "parameters::sample_every")]
     #[schemars(range(min = 0, max = 100_000))]
     sample_every: usize,
     /// Same seed, same bits on a CPU.
@@ -97,14 +113,20 @@ pub(crate) struct Parameters {
 fn em_masks() -> Masks {
     Masks::Em
 }
+fn joint_steps() -> usize {
+    JointConfig::lora().steps
+}
 fn joint_rate() -> f64 {
-    1e-4
+    JointConfig::lora().learning_rate
 }
 fn lora() -> Scope {
     Scope::Lora
 }
 fn rank() -> usize {
-    8
+    match JointConfig::lora().scope {
+        JointScope::Lora { rank } => rank,
+        JointScope::Full | JointScope::KeyValue => JointConfig::RANK.least,
+    }
 }
 
 impl Parameters {
@@ -123,12 +145,13 @@ impl Parameters {
                 Masks::Baseline => MaskMode::Baseline,
                 Masks::Given => MaskMode::Given,
             },
-            joint: self.joint_scope.config(
-                self.joint_steps,
-                self.joint_learning_rate,
-                self.lora_rank,
-            ),
         }
+    }
+
+    /// The joint stage, if it is not left out.
+    fn joint(&self) -> Option<JointConfig> {
+        self.joint_scope
+            .config(self.joint_steps, self.joint_learning_rate, self.lora_rank)
     }
 }
 
@@ -204,7 +227,7 @@ impl Node for EmLoop {
             maps,
             ..
         } = outcome;
-        let (tuned, learned) = match &config.joint {
+        let (tuned, learned) = match &parameters.joint() {
             None => (base.clone(), learned),
             Some(joint) => {
                 let (tuned, learned) = joint_stage(

@@ -2,7 +2,7 @@
 
 use personalization::{
     Binarization, CrfStage, EmConfig, ExtractionConfig, Guard, JointConfig, JointScope,
-    LayerChoice, MStepConfig, Normalization, TokenConfig, TokenInit,
+    MStepConfig, Normalization, TokenConfig, TokenInit,
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -12,22 +12,31 @@ use serde::Deserialize;
 pub(crate) struct TokenParameters {
     /// Learning rate of the tokens.
     #[serde(default = "learning_rate")]
-    #[schemars(range(min = 1e-7, max = 1.0), extend("x-step" = 0.0001))]
+    #[schemars(
+        range(min = MStepConfig::LEARNING_RATE.least, max = MStepConfig::LEARNING_RATE.most),
+        extend("x-step" = 0.0001)
+    )]
     learning_rate: f64,
     /// Weight of the cross-attention loss.
     #[serde(default = "lambda")]
-    #[schemars(range(min = 0.0, max = 10.0), extend("x-step" = 0.01))]
+    #[schemars(
+        range(min = MStepConfig::LAMBDA.least, max = MStepConfig::LAMBDA.most),
+        extend("x-step" = 0.01)
+    )]
     attention_weight: f64,
     /// How a new token starts.
     #[serde(default = "class")]
     start: Start,
     /// Steps of textual inversion, if it starts with that.
-    #[serde(default = "four_hundred")]
-    #[schemars(range(min = 1, max = 100_000))]
+    #[serde(default = "steps")]
+    #[schemars(range(
+        min = TokenConfig::INVERSION_STEPS.least,
+        max = TokenConfig::INVERSION_STEPS.most
+    ))]
     inversion_steps: usize,
     /// Rows of the token table per concept.
-    #[serde(default = "one")]
-    #[schemars(range(min = 1, max = 16))]
+    #[serde(default = "vectors")]
+    #[schemars(range(min = TokenConfig::VECTORS.least, max = TokenConfig::VECTORS.most))]
     vectors_per_concept: usize,
 }
 
@@ -44,7 +53,6 @@ impl TokenParameters {
         TokenConfig {
             init,
             vectors_per_concept: self.vectors_per_concept,
-            init_noise: 0.0,
         }
     }
 
@@ -53,7 +61,7 @@ impl TokenParameters {
         MStepConfig {
             learning_rate: self.learning_rate,
             lambda_attention: self.attention_weight,
-            ..MStepConfig::break_a_scene()
+            ..RECOMMENDED.m_step
         }
     }
 }
@@ -76,9 +84,12 @@ pub(crate) struct ExtractionParameters {
     /// How attention becomes masks.
     #[serde(default = "compete")]
     extraction: Extraction,
-    /// Threshold on the normalized attention.
-    #[serde(default = "tau")]
-    #[schemars(range(min = 0.01, max = 0.99), extend("x-step" = 0.05))]
+    /// Threshold on the normalized attention; 0 stands for that of the choice above.
+    #[serde(default)]
+    #[schemars(
+        range(min = 0.0, max = ExtractionConfig::TAU.most),
+        extend("x-step" = 0.05)
+    )]
     threshold: f64,
 }
 
@@ -97,28 +108,27 @@ enum Extraction {
 impl ExtractionParameters {
     /// The configuration, with as many timesteps in the first estimate as in every later one.
     pub(crate) fn config(&self, n_timesteps: usize) -> ExtractionConfig {
-        let tau = self.threshold as f32;
-        let base = match self.extraction {
-            Extraction::Compete => EmConfig::recommended().extraction,
-            Extraction::Paper | Extraction::Otsu => EmConfig::paper().extraction,
+        let (base, normalization) = match self.extraction {
+            Extraction::Compete => (RECOMMENDED.extraction, RECOMMENDED.extraction.normalization),
+            Extraction::Paper => (PAPER.extraction, PAPER.extraction.normalization),
+            Extraction::Otsu => (PAPER.extraction, Normalization::MinMax),
         };
-        let binarization = match (self.extraction, base.binarization) {
-            (Extraction::Compete, Binarization::Compete { parts, .. }) => {
-                Binarization::Compete { tau, parts }
-            }
-            (Extraction::Compete, other) => other,
-            (Extraction::Paper, _) => Binarization::Threshold { tau },
-            (Extraction::Otsu, _) => Binarization::Otsu,
+        let tau = |own: f32| match self.threshold {
+            threshold if threshold > 0.0 => threshold as f32,
+            _ => own,
         };
-        let (layers, normalization) = match self.extraction {
-            Extraction::Compete => (LayerChoice::AboveBottleneck, Normalization::MinMax),
-            Extraction::Paper => (LayerChoice::All, Normalization::Max),
-            Extraction::Otsu => (LayerChoice::All, Normalization::MinMax),
+        let binarization = match base.binarization {
+            _ if self.extraction == Extraction::Otsu => Binarization::Otsu,
+            Binarization::Threshold { tau: own } => Binarization::Threshold { tau: tau(own) },
+            Binarization::Compete { tau: own, parts } => Binarization::Compete {
+                tau: tau(own),
+                parts,
+            },
+            Binarization::Otsu => Binarization::Otsu,
         };
         ExtractionConfig {
             n_timesteps_initial: n_timesteps,
             n_timesteps,
-            layers,
             normalization,
             binarization,
             ..base
@@ -161,7 +171,7 @@ impl Scope {
 
 /// The CRF with what a user may change; a guard of 0 refuses nothing.
 pub(crate) fn crf(guard_iou: f64, iterations: usize) -> CrfStage {
-    let base = EmConfig::recommended().crf;
+    let base = RECOMMENDED.crf;
     let guard = if guard_iou > 0.0 {
         Guard::MinIou(guard_iou as f32)
     } else {
@@ -174,39 +184,46 @@ pub(crate) fn crf(guard_iou: f64, iterations: usize) -> CrfStage {
     CrfStage { crf, guard, ..base }
 }
 
+/// The configuration that widgets start with.
+pub(crate) const RECOMMENDED: EmConfig = EmConfig::recommended();
+const PAPER: EmConfig = EmConfig::paper();
+
+/// Steps between two sample pictures: a picture takes about as long as ten steps.
+const SAMPLE_EVERY: usize = 100;
+
 pub(crate) fn concepts() -> String {
     "<rex> dog\n<vw> car\n<table> table (background)".to_owned()
 }
 fn learning_rate() -> f64 {
-    5e-4
+    RECOMMENDED.m_step.learning_rate
 }
 fn lambda() -> f64 {
-    0.01
+    RECOMMENDED.m_step.lambda_attention
 }
 fn compete() -> Extraction {
     Extraction::Compete
 }
-fn tau() -> f64 {
-    0.4
-}
 fn class() -> Start {
     Start::Class
 }
-fn one() -> usize {
-    1
+fn vectors() -> usize {
+    RECOMMENDED.tokens.vectors_per_concept
 }
-pub(crate) fn hundred() -> usize {
-    100
+pub(crate) fn sample_every() -> usize {
+    SAMPLE_EVERY
 }
-pub(crate) fn fifty() -> usize {
-    50
+pub(crate) fn first_timesteps() -> usize {
+    RECOMMENDED.extraction.n_timesteps_initial
 }
-pub(crate) fn twenty() -> usize {
-    20
+pub(crate) fn timesteps() -> usize {
+    RECOMMENDED.extraction.n_timesteps
 }
-pub(crate) fn four_hundred() -> usize {
-    400
+pub(crate) fn steps_per_round() -> usize {
+    RECOMMENDED.e_step_every
+}
+pub(crate) fn steps() -> usize {
+    RECOMMENDED.steps
 }
 pub(crate) fn crf_iterations() -> usize {
-    10
+    RECOMMENDED.crf.crf.iterations
 }

@@ -199,7 +199,6 @@ fn config(arguments: &Arguments) -> EmConfig {
     EmConfig {
         masks,
         steps: arguments.steps,
-        joint: None,
         ..base
     }
 }

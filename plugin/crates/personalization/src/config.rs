@@ -6,7 +6,7 @@
 use densecrf::CrfConfig;
 use serde::Serialize;
 
-use crate::error::{Error, Result};
+use crate::bounds::Bounds;
 use crate::layers::LayerChoice;
 
 /// How v_c starts (P Fig. 2).
@@ -31,13 +31,18 @@ pub struct TokenConfig {
     pub init: TokenInit,
     /// V, at least 1.
     pub vectors_per_concept: usize,
-    /// Gaussian noise on the start, in units of the table's deviation; breaks the tie of equal class words.
-    pub init_noise: f64,
 }
 
 /// The layers that the loss reads (BaS: 16×16 of the down and up blocks) and that the recommended E-step reads too
 /// (measured).
 const LAYERS: LayerChoice = LayerChoice::AboveBottleneck;
+
+impl TokenConfig {
+    /// Of V; 16 leaves room for four concepts in a prompt of 77 tokens.
+    pub const VECTORS: Bounds<usize> = Bounds::new(1, 16);
+    /// Of the steps of textual inversion.
+    pub const INVERSION_STEPS: Bounds<usize> = Bounds::new(1, 100_000);
+}
 
 /// How maps of several layers become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -111,6 +116,13 @@ pub struct ExtractionConfig {
     pub binarization: Binarization,
 }
 
+impl ExtractionConfig {
+    /// Of the random timesteps of one E-step.
+    pub const TIMESTEPS: Bounds<usize> = Bounds::new(1, 1000);
+    /// Of τ.
+    pub const TAU: Bounds<f64> = Bounds::new(0.01, 0.99);
+}
+
 /// When a refined mask is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -131,6 +143,21 @@ pub struct CrfStage {
     pub guard: Guard,
     /// A mask with a smaller share of the pixels is empty: 0.002.
     pub min_area: f64,
+}
+
+impl CrfStage {
+    /// Of the iterations of the mean field.
+    pub const ITERATIONS: Bounds<usize> = Bounds::new(1, 100);
+    /// Of the weight of either kernel.
+    pub const WEIGHT: Bounds<f64> = Bounds::new(0.01, 100.0);
+    /// Of the reach of either kernel, in pixels.
+    pub const XY_STD: Bounds<f64> = Bounds::new(0.1, 1000.0);
+    /// Of the difference of colors, in steps of 0 to 255.
+    pub const RGB_STD: Bounds<f64> = Bounds::new(0.1, 255.0);
+    /// Of the IoU that [`Guard::MinIou`] asks for.
+    pub const GUARD_IOU: Bounds<f64> = Bounds::new(0.0, 1.0);
+    /// Of the least area.
+    pub const MIN_AREA: Bounds<f64> = Bounds::new(0.0, 1.0);
 }
 
 fn crf_constants<S: serde::Serializer>(
@@ -164,6 +191,23 @@ pub struct MStepConfig {
 }
 
 impl MStepConfig {
+    /// Of the tokens' learning rate.
+    pub const LEARNING_RATE: Bounds<f64> = Bounds::new(1e-7, 1.0);
+    /// Of ω.
+    pub const WEIGHT_DECAY: Bounds<f64> = Bounds::new(0.0, 1.0);
+    /// Of β₁ and β₂: at 1 moments never leave 0.
+    pub const BETA: Bounds<f64> = Bounds::new(0.0, 0.999_999);
+    /// Of ε.
+    pub const EPSILON: Bounds<f64> = Bounds::new(1e-12, 1.0);
+    /// Of the largest norm of the gradient.
+    pub const GRADIENT_NORM: Bounds<f64> = Bounds::new(1e-6, 1e6);
+    /// Of λ.
+    pub const LAMBDA: Bounds<f64> = Bounds::new(0.0, 10.0);
+    /// Of the chance of a mirror image.
+    pub const FLIP: Bounds<f64> = Bounds::new(0.0, 1.0);
+    /// Of the noise draws per step.
+    pub const BATCH: Bounds<usize> = Bounds::new(1, 64);
+
     /// Break-A-Scene's constants, which P names as its base.
     #[must_use]
     pub const fn break_a_scene() -> Self {
@@ -210,6 +254,13 @@ pub struct JointConfig {
 }
 
 impl JointConfig {
+    /// Of the steps.
+    pub const STEPS: Bounds<usize> = Bounds::new(0, 100_000);
+    /// Of both learning rates.
+    pub const LEARNING_RATE: Bounds<f64> = Bounds::new(1e-8, 1.0);
+    /// Of the rank of LoRA factors.
+    pub const RANK: Bounds<usize> = Bounds::new(1, 256);
+
     /// Break-A-Scene's second phase, with the text encoder frozen.
     #[must_use]
     pub const fn break_a_scene() -> Self {
@@ -218,6 +269,17 @@ impl JointConfig {
             learning_rate: 2e-6,
             token_learning_rate: 2e-6,
             scope: JointScope::Full,
+        }
+    }
+
+    /// Low-rank factors instead of the whole U-Net: a small file that other programs load. Rate and rank are ours.
+    #[must_use]
+    pub const fn lora() -> Self {
+        Self {
+            learning_rate: 1e-4,
+            token_learning_rate: 1e-4,
+            scope: JointScope::Lora { rank: 8 },
+            ..Self::break_a_scene()
         }
     }
 }
@@ -234,7 +296,7 @@ pub enum MaskMode {
     Given,
 }
 
-/// The whole method.
+/// Stages 1 and 2. Stage 3 has a configuration of its own, [`JointConfig`], as it is a function of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct EmConfig {
     /// Stage 1a.
@@ -247,15 +309,18 @@ pub struct EmConfig {
     pub m_step: MStepConfig,
     /// M-steps in all: "usually 400" (P).
     pub steps: usize,
-    /// M-steps between two E-steps.
+    /// M-steps between two E-steps; P gives no number, so both configurations' are ours.
     pub e_step_every: usize,
     /// Where masks come from.
     pub masks: MaskMode,
-    /// Stage 3, if wanted.
-    pub joint: Option<JointConfig>,
 }
 
 impl EmConfig {
+    /// Of the M-steps.
+    pub const STEPS: Bounds<usize> = Bounds::new(0, 100_000);
+    /// Of the M-steps between two E-steps.
+    pub const STEPS_PER_ROUND: Bounds<usize> = Bounds::new(1, 100_000);
+
     /// The paper, read literally; where it gives no number, the number of its base or of its sources.
     #[must_use]
     pub const fn paper() -> Self {
@@ -263,7 +328,6 @@ impl EmConfig {
             tokens: TokenConfig {
                 init: TokenInit::Class,
                 vectors_per_concept: 1,
-                init_noise: 0.0,
             },
             extraction: ExtractionConfig {
                 n_timesteps_initial: 50,
@@ -283,7 +347,6 @@ impl EmConfig {
             steps: 400,
             e_step_every: 50,
             masks: MaskMode::Em,
-            joint: Some(JointConfig::break_a_scene()),
         }
     }
 
@@ -308,102 +371,5 @@ impl EmConfig {
             e_step_every: 20,
             ..paper
         }
-    }
-
-    /// Checks every number.
-    ///
-    /// # Errors
-    /// The first one out of range.
-    pub fn validate(&self) -> Result<()> {
-        let check = |ok: bool, what: &'static str, value: String, range: &'static str| {
-            if ok {
-                Ok(())
-            } else {
-                Err(Error::Config { what, value, range })
-            }
-        };
-        let positive = |value: f64| value.is_finite() && value > 0.0;
-        let tau = match self.extraction.binarization {
-            Binarization::Threshold { tau } | Binarization::Compete { tau, .. } => tau,
-            Binarization::Otsu => 0.5,
-        };
-        let [lo, hi] = self.extraction.timestep_range;
-        let m = &self.m_step;
-        self.crf.crf.validate()?;
-        check(
-            tau > 0.0 && tau < 1.0,
-            "the threshold",
-            tau.to_string(),
-            "it lies between 0 and 1",
-        )?;
-        check(
-            (0.0..1.0).contains(&lo) && hi > lo && hi <= 1.0,
-            "the timestep range",
-            format!("{lo}..{hi}"),
-            "it is a part of 0..1",
-        )?;
-        for n in [
-            self.extraction.n_timesteps,
-            self.extraction.n_timesteps_initial,
-        ] {
-            check(
-                n >= 1,
-                "the number of timesteps",
-                n.to_string(),
-                "at least 1 is needed",
-            )?;
-        }
-        let vectors = self.tokens.vectors_per_concept;
-        check(
-            (1..=16).contains(&vectors),
-            "vectors per concept",
-            vectors.to_string(),
-            "1 to 16 are possible",
-        )?;
-        check(
-            self.e_step_every >= 1,
-            "the steps per round",
-            self.e_step_every.to_string(),
-            "at least 1 is needed",
-        )?;
-        check(
-            positive(m.learning_rate),
-            "the learning rate",
-            m.learning_rate.to_string(),
-            "it is above 0",
-        )?;
-        check(
-            m.lambda_attention >= 0.0,
-            "lambda",
-            m.lambda_attention.to_string(),
-            "it is at least 0",
-        )?;
-        check(
-            m.batch >= 1,
-            "the batch size",
-            m.batch.to_string(),
-            "at least 1 is needed",
-        )?;
-        let Some(joint) = self.joint else {
-            return Ok(());
-        };
-        let rate = joint.learning_rate;
-        check(
-            positive(rate),
-            "the joint learning rate",
-            rate.to_string(),
-            "it is above 0",
-        )?;
-        let rank = if let JointScope::Lora { rank } = joint.scope {
-            rank
-        } else {
-            1
-        };
-        check(
-            rank >= 1,
-            "the LoRA rank",
-            rank.to_string(),
-            "at least 1 is needed",
-        )
     }
 }

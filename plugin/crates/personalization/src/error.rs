@@ -175,14 +175,16 @@ pub enum Error {
     #[error("no concept file is named")]
     NoConceptFile,
     /// A constant outside of its range.
-    #[error("{what} is {value}; {range}")]
+    #[error("{what} is {value}; {least} to {most} is possible")]
     Config {
         /// Which constant.
         what: &'static str,
         /// What it is.
         value: String,
-        /// What it can be.
-        range: &'static str,
+        /// The least that it can be.
+        least: String,
+        /// The most that it can be.
+        most: String,
     },
     /// A prompt that names a token nobody learned.
     #[error(

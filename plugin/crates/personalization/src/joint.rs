@@ -35,7 +35,7 @@ const ROWS: &str = "rows";
 /// Trains weights and tokens for `config.steps` steps with a new optimizer, or goes on from a saved state.
 ///
 /// # Errors
-/// Masks that do not fit, a state of other weights, a loss that is no longer finite, or a stop.
+/// A configuration out of range, masks that do not fit, a state of other weights, a loss that is no longer finite, or a stop.
 #[expect(clippy::too_many_arguments, reason = "one value per noun of the stage")]
 pub fn joint_stage(
     model: &DiffusionModel,
@@ -47,6 +47,7 @@ pub fn joint_stage(
     resume: Option<JointState>,
     observer: &mut dyn Observer,
 ) -> Result<(DiffusionModel, LearnedConcepts)> {
+    config.validate()?;
     check_masks(scene, masks)?;
     let tokenizer = learned.tokenizer(model)?;
     let trained = Trained::start(model, config, learned.seed)?;

@@ -35,6 +35,7 @@
 
 pub mod error;
 
+pub mod bounds;
 pub mod config;
 pub mod layers;
 

@@ -31,20 +31,12 @@ pub fn init_tokens(
     for concept in &concepts {
         let ids = model.tokenizer.word_ids(&concept.class_word)?;
         for vector in 0..config.vectors_per_concept {
-            let mut row = match config.init {
+            rows.push(match config.init {
                 TokenInit::Class | TokenInit::Inversion { .. } => {
                     table.word_row(&ids, vector, config.vectors_per_concept)
                 }
                 TokenInit::Random => table.random_row(&mut rng),
-            };
-            if config.init_noise > 0.0 {
-                let scale = config.init_noise as f32 * table.mean_deviation();
-                let noise = rng.normals(row.len());
-                row.iter_mut()
-                    .zip(noise)
-                    .for_each(|(v, noise)| *v += scale * noise);
-            }
-            rows.push(row);
+            });
         }
     }
     let (n, width) = (rows.len(), table.width);
@@ -127,9 +119,5 @@ impl TokenTable {
         let mean = f64::from(self.mean(d));
         let square = self.column(d).map(|v| (v - mean).powi(2)).sum::<f64>();
         (square / (self.n_rows() - 1).max(1) as f64).sqrt() as f32
-    }
-
-    fn mean_deviation(&self) -> f32 {
-        (0..self.width).map(|d| self.deviation(d)).sum::<f32>() / self.width as f32
     }
 }

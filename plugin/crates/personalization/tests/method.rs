@@ -76,7 +76,6 @@ fn short() -> EmConfig {
         steps: 4,
         e_step_every: 2,
         extraction,
-        joint: None,
         ..recommended
     }
 }
