@@ -280,9 +280,62 @@ mod tests {
 
     #[test]
     fn bicubic_is_pytorchs() {
-        // torch.nn.functional.interpolate(x, size=(4, 4), mode="bicubic") of [[0, 1], [2, 4]], clamped.
-        let ours = upsample_bicubic(&[0.0, 1.0, 2.0, 4.0], 2, 2, 4);
-        assert!((ours[0] - 0.0).abs() < 1e-6 && ours[15] > 4.0, "{ours:?}");
+        // torch.nn.functional.interpolate(x, size, mode="bicubic", align_corners=False) of PyTorch 2.15.
+        let of_2x2 = [
+            -0.305_282_6,
+            -0.008_270_264,
+            0.480_926_5,
+            0.777_938_84,
+            0.323_760_99,
+            0.731_018_07,
+            1.401_794_4,
+            1.809_051_5,
+            1.359_832_8,
+            1.948_669_4,
+            2.918_518,
+            3.507_354_7,
+            1.988_876_3,
+            2.687_958,
+            3.839_386,
+            4.538_467_4,
+        ];
+        let of_3x2 = [
+            -0.305_915_56,
+            -0.058_965_52,
+            0.669_250_97,
+            2.294_677_7,
+            3.465_420_5,
+            0.060_128_424,
+            0.469_337_17,
+            1.246_000_8,
+            2.296_984_7,
+            2.988_640_5,
+            0.856_000_13,
+            1.618_000_3,
+            2.5,
+            2.302,
+            1.952_000_4,
+            1.651_872_8,
+            2.766_664_3,
+            3.754_000_4,
+            2.307_015_7,
+            0.915_359_2,
+            2.017_916_7,
+            3.294_967_4,
+            4.330_751,
+            2.309_323_5,
+            0.438_580_48,
+        ];
+        let check = |ours: Vec<f32>, pytorchs: &[f32]| {
+            assert_eq!(ours.len(), pytorchs.len());
+            for (ours, pytorchs) in ours.iter().zip(pytorchs) {
+                // Ours has no values below 0.
+                assert!((ours - pytorchs.max(0.0)).abs() < 1e-5, "{ours} {pytorchs}");
+            }
+        };
+        check(upsample_bicubic(&[0.0, 1.0, 2.0, 4.0], 2, 2, 4), &of_2x2);
+        let wide = [0.0, 1.0, 3.0, 2.0, 4.0, 1.0];
+        check(upsample_bicubic(&wide, 3, 2, 5), &of_3x2);
         let flat = upsample_bicubic(&[3.0; 4], 2, 2, 7);
         assert!(flat.iter().all(|v| (v - 3.0).abs() < 1e-5));
     }
