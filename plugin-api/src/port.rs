@@ -2,7 +2,6 @@
 //!
 //! `IMAGE` and `MASK` are laid out as ComfyUI lays them out, so that nodes of other plugins link too.
 
-use crate::tensor::TensorError;
 use crate::{NodeError, SharedTensor};
 
 /// Pictures: `[B, H, W, 3]`, `f32` in [0, 1], sRGB.
@@ -36,23 +35,6 @@ pub fn mask_size(input: &str, tensor: &SharedTensor) -> Result<[usize; 3], NodeE
         [b, h, w] if b * h * w > 0 => Ok([b, h, w]),
         ref other => Err(wrong(input, "masks as [batch, height, width]", other)),
     }
-}
-
-/// Values of an `IMAGE` or a `MASK`, all checked to be finite.
-///
-/// # Errors
-/// NaN or infinity, or memory that cannot be read.
-pub fn finite_values(input: &str, tensor: &SharedTensor) -> Result<Vec<f32>, NodeError> {
-    let values = tensor
-        .to_vec()
-        .map_err(|error: TensorError| NodeError::invalid_input(input, error.to_string()))?;
-    if values.iter().any(|v| !v.is_finite()) {
-        return Err(NodeError::invalid_input(
-            input,
-            format!("the input {input} holds NaN or infinite values; check the node that made it"),
-        ));
-    }
-    Ok(values)
 }
 
 fn wrong(input: &str, expected: &str, got: &[usize]) -> NodeError {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::Tensor;
+use personalization::m_step::INVERSION;
 use personalization::metrics::mask_ious;
 use personalization::{
     AttentionMaps, Event, ImageMasks, LearnedConcepts, Observer, Role, SamplePrompts, Scene,
@@ -30,10 +31,11 @@ pub(crate) struct HostObserver<'a> {
     scene: Option<&'a Scene>,
     truth: Option<&'a [ImageMasks]>,
     state_file: Option<PathBuf>,
-    /// Optimizer steps so far over all stages: the x of curves.
+    /// The stages with optimizer steps and how many each has, in their order.
+    stages: Vec<(&'static str, usize)>,
+    /// The x of curves: optimizer steps so far over all stages.
     step: usize,
     stage: &'static str,
-    stage_start: usize,
     last_iou: Option<f32>,
     /// Optimizer steps between two samples; 0 for none.
     sample_every: usize,
@@ -47,9 +49,9 @@ impl<'a> HostObserver<'a> {
             scene: None,
             truth: None,
             state_file: None,
+            stages: Vec::new(),
             step: 0,
             stage: "",
-            stage_start: 0,
             last_iou: None,
             sample_every: 0,
         }
@@ -62,6 +64,11 @@ impl<'a> HostObserver<'a> {
             truth,
             ..self
         }
+    }
+
+    /// Draws the curves of these stages one behind the other, wherever a run that is resumed enters them.
+    pub(crate) fn with_stages(self, stages: Vec<(&'static str, usize)>) -> Self {
+        Self { stages, ..self }
     }
 
     /// Keeps the state of the alternation in a file.
@@ -139,10 +146,8 @@ impl<'a> HostObserver<'a> {
         masked: f32,
         attention: f32,
     ) {
-        if stage != self.stage {
-            (self.stage, self.stage_start) = (stage, self.step);
-        }
-        self.step = self.stage_start.max(self.step + 1);
+        self.stage = stage;
+        self.step = steps_before(&self.stages, stage) + step;
         let iou = self
             .last_iou
             .map(|iou| format!("  mask IoU {iou:.2}"))
@@ -153,7 +158,7 @@ impl<'a> HostObserver<'a> {
         self.host.progress(stage, step, total, &text);
         let x = self.step as f64;
         self.host.metric("masked diffusion loss", x, masked.into());
-        if stage != "inversion" {
+        if stage != INVERSION {
             self.host
                 .metric("cross-attention loss", x, attention.into());
         }
@@ -242,6 +247,12 @@ impl<'a> HostObserver<'a> {
     }
 }
 
+/// Steps of all stages before this one; 0 for one that is not among them.
+fn steps_before(stages: &[(&str, usize)], stage: &str) -> usize {
+    let index = stages.iter().position(|(name, _)| *name == stage);
+    stages[..index.unwrap_or(0)].iter().map(|(_, n)| n).sum()
+}
+
 /// `[n, 3, H, W]` in [0, 1] as one picture `[H, n W, 3]`.
 fn side_by_side(pictures: &Tensor) -> Result<SharedTensor, String> {
     let row = pictures
@@ -311,5 +322,23 @@ impl Observer for HostObserver<'_> {
         } else {
             ControlFlow::Continue(())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use personalization::joint;
+    use personalization::m_step::TOKENS;
+
+    use super::*;
+
+    #[test]
+    fn a_curve_goes_on_where_a_run_is_resumed() {
+        let stages = [(INVERSION, 30), (TOKENS, 400), (joint::STAGE, 100)];
+        // The first event of a resumed run may be of any stage.
+        assert_eq!(steps_before(&stages, INVERSION), 0);
+        assert_eq!(steps_before(&stages, TOKENS), 30);
+        assert_eq!(steps_before(&stages, joint::STAGE), 430);
+        assert_eq!(steps_before(&[], TOKENS), 0);
     }
 }

@@ -72,7 +72,8 @@ impl Node for ConceptTokenLearner {
         let failed = |error: personalization::Error| from_method("concept_list", &error);
         let mut observer = HostObserver::new(host, model)
             .with_scene(&scene, None)
-            .with_samples(parameters.sample_every);
+            .with_samples(parameters.sample_every)
+            .with_stages(parameters.tokens.stages(parameters.steps, 0));
         let config = parameters.tokens.m_step();
         let started = match inputs.optional_object::<ConceptsValue>("concepts")? {
             Some(ConceptsValue(learned)) if learned.concepts == scene.concepts() => learned.clone(),

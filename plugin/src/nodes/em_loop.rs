@@ -202,6 +202,11 @@ impl Node for EmLoop {
         let mut observer = HostObserver::new(host, model)
             .with_scene(&scene, truth.as_deref())
             .with_samples(parameters.sample_every)
+            .with_stages(
+                parameters
+                    .tokens
+                    .stages(parameters.steps, parameters.joint_steps),
+            )
             .with_state_file(state_file.clone());
         let resume_joint = state_file
             .as_deref()

@@ -1,8 +1,9 @@
 //! Parameters that several nodes share, and what they mean to the method. Defaults are the recommended configuration.
 
+use personalization::m_step::{INVERSION, TOKENS};
 use personalization::{
     Binarization, CrfStage, EmConfig, ExtractionConfig, Guard, JointConfig, JointScope,
-    MStepConfig, Normalization, TokenConfig, TokenInit,
+    MStepConfig, Normalization, TokenConfig, TokenInit, joint,
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -54,6 +55,19 @@ impl TokenParameters {
             init,
             vectors_per_concept: self.vectors_per_concept,
         }
+    }
+
+    /// The stages of learning with so many steps under masks and, maybe, of the joint stage.
+    pub(crate) fn stages(&self, steps: usize, joint_steps: usize) -> Vec<(&'static str, usize)> {
+        let inversion_steps = match self.start {
+            Start::Inversion => self.inversion_steps,
+            Start::Class | Start::Random => 0,
+        };
+        vec![
+            (INVERSION, inversion_steps),
+            (TOKENS, steps),
+            (joint::STAGE, joint_steps),
+        ]
     }
 
     /// How they learn.

@@ -1,6 +1,6 @@
 //! Every way in which the input can be wrong, one sentence each.
 
-/// What the caller got wrong, or that the caller asked to stop.
+/// What the caller got wrong.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CrfError {
@@ -100,13 +100,5 @@ pub enum CrfError {
         pixel: usize,
         /// What stood there.
         value: f32,
-    },
-    /// The observer broke off.
-    #[error("inference was stopped after {done} of {iterations} iterations")]
-    Stopped {
-        /// Iterations finished.
-        done: usize,
-        /// Iterations asked for.
-        iterations: usize,
     },
 }

@@ -1,7 +1,5 @@
 //! Mean field (Krähenbühl and Koltun 2011, algorithm 1) for the Potts model.
 
-use std::ops::ControlFlow;
-
 use rayon::prelude::*;
 
 use crate::softmax::softmax;
@@ -113,30 +111,14 @@ impl DenseCrf {
         n_labels: usize,
         iterations: usize,
     ) -> Result<Marginals, CrfError> {
-        self.infer_observed(unary, n_labels, iterations, &mut |_| {
-            ControlFlow::Continue(())
-        })
-    }
-
-    /// [`infer`](Self::infer), telling `on_iteration` how many iterations are done after each; it may stop there.
-    ///
-    /// # Errors
-    /// As [`infer`](Self::infer), and [`CrfError::Stopped`] if the observer broke off.
-    pub fn infer_observed(
-        &self,
-        unary: &[f32],
-        n_labels: usize,
-        iterations: usize,
-        on_iteration: &mut dyn FnMut(usize) -> ControlFlow<()>,
-    ) -> Result<Marginals, CrfError> {
         self.check_unary(unary, n_labels)?;
         // Labels lie side by side, padded to a width that vector registers like.
         let q = match n_labels {
-            1..=4 => self.mean_field::<4>(unary, iterations, on_iteration),
-            5..=8 => self.mean_field::<8>(unary, iterations, on_iteration),
-            9..=16 => self.mean_field::<16>(unary, iterations, on_iteration),
-            _ => self.mean_field::<MAX_LABELS>(unary, iterations, on_iteration),
-        }?;
+            1..=4 => self.mean_field::<4>(unary, iterations),
+            5..=8 => self.mean_field::<8>(unary, iterations),
+            9..=16 => self.mean_field::<16>(unary, iterations),
+            _ => self.mean_field::<MAX_LABELS>(unary, iterations),
+        };
         Ok(Marginals { q, n_labels })
     }
 
@@ -163,12 +145,7 @@ impl DenseCrf {
         check_finite(unary, self.n_pixels)
     }
 
-    fn mean_field<const LANES: usize>(
-        &self,
-        unary: &[f32],
-        iterations: usize,
-        on_iteration: &mut dyn FnMut(usize) -> ControlFlow<()>,
-    ) -> Result<Vec<f32>, CrfError> {
+    fn mean_field<const LANES: usize>(&self, unary: &[f32], iterations: usize) -> Vec<f32> {
         let evidence = evidence_from_unary::<LANES>(unary, self.n_pixels);
         let mut q: Vec<[f32; LANES]> = evidence
             .par_iter()
@@ -176,7 +153,7 @@ impl DenseCrf {
             .map(softmax)
             .collect();
         let mut messages: Vec<_> = self.kernels.iter().map(Lattice::zeros::<LANES>).collect();
-        for done in 1..=iterations {
+        for _ in 0..iterations {
             for (kernel, messages) in self.kernels.iter().zip(&mut messages) {
                 kernel.splat_and_blur(&q, messages);
             }
@@ -192,9 +169,6 @@ impl DenseCrf {
                 .enumerate()
                 .with_min_len(PIXELS_PER_TASK)
                 .for_each(update);
-            if on_iteration(done).is_break() {
-                return Err(CrfError::Stopped { done, iterations });
-            }
         }
         let mut planes = vec![0.0; unary.len()];
         planes
@@ -205,7 +179,7 @@ impl DenseCrf {
                     *value = q[label];
                 }
             });
-        Ok(planes)
+        planes
     }
 }
 

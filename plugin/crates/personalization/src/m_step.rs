@@ -28,10 +28,10 @@ use crate::optimizer::{AdamWState, clip_gradient_norm};
 use crate::prepared::PreparedScene;
 use crate::scene::ScenePicture;
 
-/// Name of stage 2 in events.
-const TOKENS: &str = "tokens";
-/// Name of textual inversion in events.
-const INVERSION: &str = "inversion";
+/// Name of stage 2 in events and errors.
+pub const TOKENS: &str = "tokens";
+/// Name of textual inversion in events and errors.
+pub const INVERSION: &str = "inversion";
 
 /// What one step is about; everything random of it.
 #[derive(Debug)]

@@ -119,11 +119,13 @@ struct Found {
 /// The next `<token>` or `embedding:token` of a text.
 fn next_token(text: &str) -> Option<Found> {
     const PREFIX: &str = "embedding:";
-    let bracket = text.find('<').and_then(|at| {
-        let end = at + text[at..].find('>')? + 1;
-        // `a < b` is no token.
+    // `a < b` is no token, and hides none behind it.
+    let bracket = text.match_indices('<').find_map(|(at, _)| {
+        let name = &text[at + 1..at + 1 + text[at + 1..].find('>')?];
+        let is_name = !name.is_empty() && !name.contains(|c: char| c == '<' || c.is_whitespace());
+        let end = at + name.len() + 2;
         let token = text[at..end].to_owned();
-        (!token.contains(char::is_whitespace) && end > at + 2).then_some(Found { at, end, token })
+        is_name.then_some(Found { at, end, token })
     });
     let prefixed = text.find(PREFIX).map(|at| {
         let name = &text[at + PREFIX.len()..];
@@ -158,6 +160,9 @@ mod tests {
         );
         assert_eq!(token("embedding:<rex>").as_deref(), Some("<rex>"));
         assert_eq!(token("1 < 2"), None);
+        assert_eq!(token("1 < 2 of <rex>").as_deref(), Some("<rex>"));
+        assert_eq!(token("<> <<rex>>").as_deref(), Some("<rex>"));
+        assert_eq!(token("<rex> and 1 < 2").as_deref(), Some("<rex>"));
         assert_eq!(token("plain"), None);
     }
 

@@ -167,25 +167,3 @@ fn every_label_count_up_to_the_limit_fits() {
         assert_eq!(marginals.labels(), vec![n_labels as u8 - 1; 30]);
     }
 }
-
-#[test]
-fn the_observer_counts_and_stops() {
-    let crf = DenseCrf::new(4, 4, &[7; 48], &CrfConfig::cutler()).unwrap();
-    let mut seen = Vec::new();
-    let stopped = crf.infer_observed(&[0.5; 32], 2, 10, &mut |done| {
-        seen.push(done);
-        if done == 3 {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        }
-    });
-    assert_eq!(
-        stopped,
-        Err(CrfError::Stopped {
-            done: 3,
-            iterations: 10
-        })
-    );
-    assert_eq!(seen, [1, 2, 3]);
-}
