@@ -161,6 +161,23 @@ fn watching_changes_nothing_and_probabilities_sum_to_one() {
 }
 
 #[test]
+fn features_are_the_planes_of_the_way_up() {
+    let unet = small::unet();
+    let (latents, context) = (random(&[2, 4, 16, 16], 1), random(&[1, 10, 24], 2));
+    let features = |n_up| unet.features(&latents, &[3.0, 700.0], &context, n_up);
+    for (n_up, [channels, side]) in [(1, [32, 8]), (2, [32, 16]), (3, [16, 16])] {
+        assert_eq!(features(n_up).unwrap().dims(), [2, channels, side, side]);
+    }
+    for n_up in [0, 4] {
+        let error = features(n_up).unwrap_err();
+        assert!(
+            matches!(error, Error::Argument { what: "n_up", .. }),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn samples_of_a_batch_do_not_see_each_other() {
     let unet = small::unet();
     // Odd sides are rounded on the way down and restored on the way up.

@@ -136,6 +136,36 @@ impl UNet {
         })
     }
 
+    /// The plane that the `n_up`-th up level gives, `[B, C, h', w']`: what the network sees in the picture, coarse for
+    /// the first levels. Later levels are not computed; `n_up` is at least 1 and at most the number of levels.
+    ///
+    /// # Errors
+    /// As [`Self::forward`], and when there is no such level.
+    pub fn features(
+        &self,
+        latents: &Tensor,
+        timesteps: &[f32],
+        context: &Tensor,
+        n_up: usize,
+    ) -> Result<Tensor> {
+        let watch = Watch::NOTHING;
+        self.check(latents, timesteps, context, watch)?;
+        let n_levels = self.network.up.len();
+        if n_up == 0 || n_up > n_levels {
+            return Err(Error::argument(
+                "n_up",
+                format!("{n_up} of {n_levels} levels"),
+            ));
+        }
+        let mut pass = Pass {
+            context,
+            watch,
+            attention: Vec::new(),
+        };
+        self.network
+            .rise(&self.config, latents, timesteps, &mut pass, n_up)
+    }
+
     fn check(
         &self,
         latents: &Tensor,
@@ -165,14 +195,17 @@ impl UNet {
             );
             return Err(Error::argument("context", reason));
         }
-        let (Watch::All(positions) | Watch::Layers(_, positions)) = watch;
-        if let Some(position) = positions.iter().find(|&&position| position >= n_tokens) {
+        if let Some(position) = watch
+            .all_positions()
+            .iter()
+            .find(|&&position| position >= n_tokens)
+        {
             return Err(Error::argument(
                 "position",
                 format!("{position} of {n_tokens} tokens"),
             ));
         }
-        if let Watch::Layers(layers, _) = watch
+        if let Some(layers) = watch.layers()
             && let Some(layer) = layers.iter().find(|&&layer| layer >= self.layers.len())
         {
             return Err(Error::argument(
@@ -254,6 +287,19 @@ impl Network {
         timesteps: &[f32],
         pass: &mut Pass<'_>,
     ) -> Result<Tensor> {
+        let x = self.rise(config, latents, timesteps, pass, self.up.len())?;
+        self.conv_out.forward(&self.norm_out.forward_silu(&x)?)
+    }
+
+    /// Down, through the middle, and `n_up` levels up.
+    fn rise(
+        &self,
+        config: &UNetConfig,
+        latents: &Tensor,
+        timesteps: &[f32],
+        pass: &mut Pass<'_>,
+        n_up: usize,
+    ) -> Result<Tensor> {
         let time = timestep_embedding(config, timesteps)?.to_device(latents.device())?;
         let time = ops::silu(&self.time_1.forward(&time.to_dtype(latents.dtype())?)?)?;
         // Every residual block starts from the same activation.
@@ -265,10 +311,10 @@ impl Network {
             x = level.forward(x, &time, pass, &mut skips)?;
         }
         x = self.middle.forward(&x, &time, pass)?;
-        for level in &self.up {
+        for level in &self.up[..n_up] {
             x = level.forward(x, &time, pass, &mut skips)?;
         }
-        self.conv_out.forward(&self.norm_out.forward_silu(&x)?)
+        Ok(x)
     }
 }
 

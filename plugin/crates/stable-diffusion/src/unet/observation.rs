@@ -37,6 +37,9 @@ pub struct LayerAttention {
     pub width: usize,
     /// softmax(Q·Kᵀ/sqrt(d)) at the watched positions, `[B, heads, h·w, P]`, in [0, 1], differentiable.
     pub probabilities: Tensor,
+    /// softmax(Q·Kᵀ/sqrt(d)) of the self-attention in front of this layer, the mean over heads, `[B, h·w, h·w]`: how
+    /// much each pixel of the plane looks at each other one. Only of [`Watch::WithSelfAttention`].
+    pub self_attention: Option<Tensor>,
 }
 
 /// A prediction and the attention that led to it.
@@ -55,16 +58,38 @@ pub enum Watch<'a> {
     All(&'a [usize]),
     /// In the layers of these indices, these positions of the prompt.
     Layers(&'a [usize], &'a [usize]),
+    /// The same, and the self-attention in front of these layers.
+    WithSelfAttention(&'a [usize], &'a [usize]),
 }
 
 impl<'a> Watch<'a> {
     pub(super) const NOTHING: Self = Self::Layers(&[], &[]);
 
-    pub(super) fn positions(self, layer: usize) -> Option<&'a [usize]> {
+    /// The watched positions of the prompt.
+    pub(super) fn all_positions(self) -> &'a [usize] {
+        let (Self::All(positions)
+        | Self::Layers(_, positions)
+        | Self::WithSelfAttention(_, positions)) = self;
+        positions
+    }
+
+    /// The watched layers, if they are named one by one.
+    pub(super) fn layers(self) -> Option<&'a [usize]> {
         match self {
-            Self::All(positions) => Some(positions),
-            Self::Layers(layers, positions) => layers.contains(&layer).then_some(positions),
+            Self::All(_) => None,
+            Self::Layers(layers, _) | Self::WithSelfAttention(layers, _) => Some(layers),
         }
+    }
+
+    /// Positions to watch in this layer.
+    pub(super) fn positions(self, layer: usize) -> Option<&'a [usize]> {
+        let is_watched = self.layers().is_none_or(|layers| layers.contains(&layer));
+        is_watched.then(|| self.all_positions())
+    }
+
+    /// Whether to watch the self-attention in front of this layer.
+    pub(super) fn sees_self_attention(self, layer: usize) -> bool {
+        matches!(self, Self::WithSelfAttention(layers, _) if layers.contains(&layer))
     }
 }
 

@@ -111,11 +111,19 @@ impl Block {
     ) -> Result<Tensor> {
         let h = self.norm_1.forward(x)?;
         let [q, k, v] = self.self_attention.project(&h, &h)?;
-        let attended = ops::attention(&q, &k, &v, self.self_attention.n_heads, Mask::None)?;
+        let n_heads = self.self_attention.n_heads;
+        let (attended, self_attention) = if pass.watch.sees_self_attention(self.layer) {
+            let all: Vec<usize> = (0..height * width).collect();
+            let (attended, seen) = ops::observed_attention(&q, &k, &v, n_heads, &all)?;
+            (attended, Some(seen.mean(1)?))
+        } else {
+            (ops::attention(&q, &k, &v, n_heads, Mask::None)?, None)
+        };
         let x = (x + self.self_attention.out.forward(&attended)?)?;
 
         let h = self.norm_2.forward(&x)?;
-        let x = (&x + self.attend_to_context(&h, [height, width], pass)?)?;
+        let attended = self.attend_to_context(&h, [height, width], self_attention, pass)?;
+        let x = (&x + attended)?;
 
         let h = ops::geglu(&self.widen.forward(&self.norm_3.forward(&x)?)?)?;
         Ok((x + self.narrow.forward(&h)?)?)
@@ -125,6 +133,7 @@ impl Block {
         &self,
         x: &Tensor,
         [height, width]: [usize; 2],
+        self_attention: Option<Tensor>,
         pass: &mut Pass<'_>,
     ) -> Result<Tensor> {
         let attention = &self.cross_attention;
@@ -140,6 +149,7 @@ impl Block {
                     height,
                     width,
                     probabilities,
+                    self_attention,
                 });
                 attended
             }
