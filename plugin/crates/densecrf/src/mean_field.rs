@@ -122,6 +122,63 @@ impl DenseCrf {
         Ok(Marginals { q, n_labels })
     }
 
+    /// The free energy that mean field lowers, per pixel in nats:
+    ///
+    /// ```text
+    /// F(Q) = 1/n Σ_i [ Σ_l Q_i(l) (ln Q_i(l) + U_i(l))  +  ½ Σ_l (1 - Q_i(l)) Σ_k w_k (K̃_k Q)_i(l) ]
+    /// ```
+    ///
+    /// The first part is the distance from the unary energies, the second what neighbors disagree on; an upper bound
+    /// on -ln Z of the normalized kernels, self-messages included.
+    ///
+    /// # Errors
+    /// As [`infer`](Self::infer), for `unary` and for marginals of another size.
+    pub fn free_energy(&self, unary: &[f32], marginals: &Marginals) -> Result<f64, CrfError> {
+        let Marginals { q, n_labels } = marginals;
+        self.check_unary(unary, *n_labels)?;
+        self.check_unary(q, *n_labels)?;
+        Ok(match n_labels {
+            1..=4 => self.energy_of::<4>(unary, q),
+            5..=8 => self.energy_of::<8>(unary, q),
+            9..=16 => self.energy_of::<16>(unary, q),
+            _ => self.energy_of::<MAX_LABELS>(unary, q),
+        })
+    }
+
+    fn energy_of<const LANES: usize>(&self, unary: &[f32], planes: &[f32]) -> f64 {
+        let n = self.n_pixels;
+        let mut q = vec![[0.0; LANES]; n];
+        for (label, plane) in planes.chunks_exact(n).enumerate() {
+            for (q, &value) in q.iter_mut().zip(plane) {
+                q[label] = value;
+            }
+        }
+        let messages: Vec<_> = self
+            .kernels
+            .iter()
+            .map(|kernel| {
+                let mut messages = kernel.zeros::<LANES>();
+                kernel.splat_and_blur(&q, &mut messages);
+                messages
+            })
+            .collect();
+        let of_pixel = |(pixel, q): (usize, &[f32; LANES])| {
+            let mut message = [0.0; LANES];
+            for (kernel, messages) in self.kernels.iter().zip(&messages) {
+                kernel.slice_onto(pixel, messages, &mut message);
+            }
+            let n_labels = unary.len() / n;
+            let of_label = |l: usize| {
+                let (q, u) = (f64::from(q[l]), f64::from(unary[l * n + pixel]));
+                let entropy = if q > 0.0 { q * q.ln() } else { 0.0 };
+                entropy + q * u + 0.5 * (1.0 - q) * f64::from(message[l])
+            };
+            (0..n_labels).map(of_label).sum::<f64>()
+        };
+        // One after the other, so that the sum is the same for any number of threads.
+        q.iter().enumerate().map(of_pixel).sum::<f64>() / n as f64
+    }
+
     fn check_unary(&self, unary: &[f32], n_labels: usize) -> Result<(), CrfError> {
         if n_labels == 0 {
             return Err(CrfError::NoLabels);

@@ -1,8 +1,6 @@
 //! What holds for every picture and every set of planes.
 
-use std::ops::ControlFlow;
-
-use densecrf::{CrfConfig, CrfError, DenseCrf, MAX_LABELS, Marginals, unary_from_planes};
+use densecrf::{CrfConfig, DenseCrf, MAX_LABELS, Marginals, unary_from_planes};
 use proptest::prelude::*;
 
 use crate::scene::{Scene, max_difference};
