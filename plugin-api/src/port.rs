@@ -15,6 +15,10 @@ pub const CONCEPTS: &str = "CONCEPTS";
 /// Attention maps of the concepts: `[B, H, W]`, `f32` >= 0, not normalized, in the order of the masks.
 pub const ATTENTION_MAPS: &str = "ATTENTION_MAPS";
 
+/// Evidence and posterior of every picture, an object of the plugin: what an extraction hands on to the CRF and to the
+/// next extraction.
+pub const EVIDENCE: &str = "EVIDENCE";
+
 /// Batch, height and width of an `IMAGE`.
 ///
 /// # Errors

@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use personalization::m_step::INVERSION;
 use personalization::metrics::mask_ious;
 use personalization::{
-    AttentionMaps, Event, ImageMasks, LearnedConcepts, Observer, Role, SamplePrompts, Scene,
+    Concept, Event, ImageMasks, LearnedConcepts, Observation, Observer, Role, SamplePrompts, Scene,
     overlay, sample,
 };
 use plugin_api::host::LogLevel;
@@ -169,7 +169,8 @@ impl<'a> HostObserver<'a> {
         round: usize,
         picture: usize,
         masks: &ImageMasks,
-        maps: Option<&AttentionMaps>,
+        observation: Option<&Observation>,
+        energy: Option<f64>,
     ) {
         let Some(scene) = self.scene else { return };
         let shown = &scene.pictures()[picture];
@@ -194,10 +195,17 @@ impl<'a> HostObserver<'a> {
             let token = &scene.concepts()[concept].token;
             let cut = overlay::cut_out(&shown.picture, &masks.planes()[index]);
             self.preview(&cut, size, &format!("mask of {token}"), &label);
-            if let Some(maps) = maps {
-                let heat = overlay::heat_over(&shown.picture, maps, index);
-                self.preview(&heat, size, &format!("attention of {token}"), &label);
-            }
+        }
+        if let Some(seen) = observation {
+            self.show_observation(picture, seen, &label);
+        }
+        if let Some(energy) = energy {
+            let series = if number.is_empty() {
+                "energy".to_owned()
+            } else {
+                format!("energy of picture {}", picture + 1)
+            };
+            self.host.metric(&series, self.step as f64, energy);
         }
         let Some(truth) = self.truth.map(|truth| &truth[picture]) else {
             return;
@@ -212,6 +220,23 @@ impl<'a> HostObserver<'a> {
             );
         }
         self.last_iou = Some(ious.iter().sum::<f32>() / ious.len() as f32);
+    }
+
+    /// Where the model looks for every concept of a picture and, where it was asked, what the noise says.
+    pub(crate) fn show_observation(&self, picture: usize, seen: &Observation, label: &str) {
+        let Some(scene) = self.scene else { return };
+        let shown = &scene.pictures()[picture];
+        let size = shown.picture.size();
+        let Observation { maps, evidence } = seen;
+        for (index, &concept) in shown.concepts.iter().enumerate() {
+            let Concept { token, role, .. } = &scene.concepts()[concept];
+            let heat = overlay::heat_over(&shown.picture, &maps.maps[index]);
+            self.preview(&heat, size, &format!("attention of {token}"), label);
+            if let Some(evidence) = evidence.as_ref().filter(|_| *role == Role::Object) {
+                let heat = overlay::heat_over(&shown.picture, &evidence.at_size(index, size));
+                self.preview(&heat, size, &format!("evidence of {token}"), label);
+            }
+        }
     }
 
     fn preview(&self, rgb: &[u8], size: usize, series: &str, label: &str) {
@@ -293,8 +318,9 @@ impl Observer for HostObserver<'_> {
                 round,
                 picture,
                 masks,
-                maps,
-            } => self.on_masks(round, picture, masks, maps),
+                observation,
+                energy,
+            } => self.on_masks(round, picture, masks, observation, energy),
             Event::Denoised { step, total, clean } => self.on_denoised(step, total, clean),
             Event::JointCheckpoint(state) => {
                 if let Some(path) = self.state_file.as_deref().map(joint_file)

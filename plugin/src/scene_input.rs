@@ -56,9 +56,9 @@ fn parse_line(line: &str) -> Result<ListedConcept, NodeError> {
         Some((name, word)) => (format!("<{}>", name.trim()), word.trim()),
         None => (format!("<{}>", rest.replace(' ', "-")), rest),
     };
-    if word.is_empty() || token == "<>" {
+    if token == "<>" {
         return Err(wrong(format!(
-            "the line \"{line}\" has no class word; write for example: <rex> dog"
+            "the line \"{line}\" has neither a token nor a class word; write for example: <rex> dog"
         )));
     }
     Ok(ListedConcept {
@@ -160,6 +160,8 @@ mod tests {
             read(" <rex>  dog \n\n<vw> car @1, 3"),
             [object("<rex>", "dog", &[]), object("<vw>", "car", &[0, 2])]
         );
+        // A token alone: what it is has to be found.
+        assert_eq!(read("<a>"), [object("<a>", "", &[])]);
         let sea = ("<sea>".into(), "sea".into(), Role::Background, vec![1]);
         assert_eq!(read("<sea> sea (background) @2"), [sea]);
     }
@@ -168,7 +170,7 @@ mod tests {
     fn lists_that_cannot_be_read_say_how_to_write_them() {
         for (text, part) in [
             ("", "one concept per line"),
-            ("<rex>", "no class word"),
+            ("<>", "neither a token nor a class word"),
             ("<a> dog\n<a> cat", "listed twice"),
             ("dog @0", "picture numbers from 1"),
             ("dog @x", "picture numbers from 1"),

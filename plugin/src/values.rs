@@ -3,7 +3,7 @@
 use std::sync::{Arc, Weak};
 
 use abi_stable::std_types::RString;
-use personalization::{Encodings, LearnedConcepts, PreparedScene, Scene};
+use personalization::{Encodings, Evidence, LearnedConcepts, Posterior, PreparedScene, Scene};
 use plugin_api::node::Opaque;
 use plugin_api::{Inputs, NodeError, SharedObject, Value, port};
 use stable_diffusion::DiffusionModel;
@@ -100,6 +100,34 @@ impl Opaque for ConceptsValue {
             .collect();
         format!("{} after {} steps", tokens.join(", "), self.0.step).into()
     }
+}
+
+/// What extractions found out on a wire, picture by picture.
+#[derive(Default)]
+pub(crate) struct EvidenceValue {
+    /// Sums so far; empty where the labeling asks for none.
+    pub(crate) evidence: Vec<Evidence>,
+    /// The unary energy of the CRF; empty where masks say it.
+    pub(crate) posteriors: Vec<Posterior>,
+}
+
+impl Opaque for EvidenceValue {
+    fn summary(&self) -> RString {
+        let draws = self
+            .evidence
+            .first()
+            .map_or(0.0, |evidence| evidence.n_draws);
+        format!(
+            "evidence of {} pictures, {draws} draws each",
+            self.evidence.len()
+        )
+        .into()
+    }
+}
+
+/// Puts evidence on a wire.
+pub(crate) fn evidence_value(value: EvidenceValue) -> Value {
+    Value::Object(SharedObject::new(port::EVIDENCE, value))
 }
 
 /// Puts a model on a wire.

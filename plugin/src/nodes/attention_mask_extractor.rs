@@ -1,6 +1,6 @@
-//! AttentionMaskExtractor: where the model looks for every concept, and the masks that follow.
+//! AttentionMaskExtractor: where the model looks for every concept, what explains the noise, and the masks that follow.
 
-use personalization::{ExtractionConfig, Scene, ScenePicture, binarize, extract_attention};
+use personalization::{ExtractionConfig, ImageMasks, Labels, Scene, ScenePicture, label, observe};
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -10,7 +10,7 @@ use crate::nodes::common::{masks_value, overlay_value, planes_value, show_masks}
 use crate::nodes::parameters::{self, ExtractionParameters};
 use crate::observer::HostObserver;
 use crate::scene_input;
-use crate::values::{ConceptsValue, ModelValue};
+use crate::values::{ConceptsValue, EvidenceValue, ModelValue, evidence_value};
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -38,15 +38,17 @@ impl Node for AttentionMaskExtractor {
             "AttentionMaskExtractor",
             "Attention Mask Extractor",
             "Conceptloom/masks",
-            "Averages the cross-attention of every concept over random timesteps and thresholds it: the E-step of the \
-             method before the CRF",
+            "Where the model looks for every concept and under which of them it predicts the noise best, over random \
+             timesteps, and the masks that follow: the E-step of the method before the CRF",
         )
         .input("model", port::DIFFUSION_MODEL, "The model to look with")
         .input("images", port::IMAGE, "The pictures; every one shows all concepts")
         .input("concepts", port::CONCEPTS, "The tokens to look for")
+        .optional_input("evidence", port::EVIDENCE, "Of the round before, to which this one's is added")
         .output("masks", port::MASK, "Binary masks, picture after picture, concept after concept")
         .output("attention", port::ATTENTION_MAPS, "The maps before the threshold")
         .output("overlay", port::IMAGE, "The pictures with their masks in color")
+        .output("evidence", port::EVIDENCE, "For DenseCrfRefine, and for the extraction of the next round")
         .aliases(&["daam", "cross attention", "segment"])
     }
 
@@ -73,26 +75,51 @@ impl Node for AttentionMaskExtractor {
         let prepared = base.prepare(&scene)?;
         let config = parameters.extraction.config(parameters.timesteps);
         let mut observer = HostObserver::new(host, model).with_scene(&scene, None);
-        let maps = extract_attention(
+        let earlier = inputs.optional_object::<EvidenceValue>("evidence")?;
+        let earlier = earlier.map_or(&[][..], |value| &value.evidence);
+        let observations = observe(
             model,
             &prepared,
             learned,
             &config,
             parameters.timesteps,
+            earlier,
             &mut observer,
         )
         .map_err(failed)?;
-        let masks = maps
-            .iter()
-            .enumerate()
-            .map(|(picture, maps)| binarize(maps, &scene.roles(picture), &config));
-        let masks = masks.collect::<Result<Vec<_>, _>>().map_err(failed)?;
+        let labels = observations.iter().enumerate().map(|(picture, seen)| {
+            let roles = scene.roles(picture);
+            label(
+                &seen.maps,
+                seen.evidence.as_ref(),
+                &roles,
+                learned.is_blank(),
+                &config,
+            )
+        });
+        let labels = labels.collect::<Result<Vec<Labels>, _>>().map_err(failed)?;
+        for (picture, seen) in observations.iter().enumerate() {
+            observer.show_observation(picture, seen, &format!("picture {}", picture + 1));
+        }
+        let masks: Vec<ImageMasks> = labels.iter().map(|labels| labels.masks.clone()).collect();
         show_masks(host, &scene, &masks);
-        let attention = maps.iter().flat_map(|maps| maps.maps.concat()).collect();
+        let maps = observations.iter().map(|seen| &seen.maps);
+        let attention = maps.flat_map(|maps| maps.maps.concat()).collect();
+        let found = EvidenceValue {
+            evidence: observations
+                .into_iter()
+                .filter_map(|seen| seen.evidence)
+                .collect(),
+            posteriors: labels
+                .into_iter()
+                .filter_map(|labels| labels.posterior)
+                .collect(),
+        };
         Ok(vec![
             masks_value(&masks)?,
             planes_value(attention, model.image_size())?,
             overlay_value(&scene, &masks)?,
+            evidence_value(found),
         ])
     }
 }

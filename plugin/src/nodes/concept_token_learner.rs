@@ -19,8 +19,9 @@ pub(crate) struct ConceptTokenLearner;
 /// Parameters of the node.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct Parameters {
-    /// One concept per line: an optional `<token>`, then its class word. Add `(background)` for what lies behind
-    /// everything else, and `@1,3` for a concept that is only in pictures 1 and 3.
+    /// One concept per line: an optional `<token>`, then its class word, or a token alone, whose thing is then found
+    /// without words. Add `(background)` for what lies behind everything else, and `@1,3` for a concept that is only
+    /// in pictures 1 and 3.
     #[serde(default = "parameters::concepts")]
     #[schemars(extend("x-multiline" = true))]
     concept_list: String,

@@ -2,7 +2,8 @@
 
 use densecrf::{Appearance, CrfConfig, DenseCrf, Smoothness};
 use personalization::{
-    AttentionMaps, Concept, CrfStage, Guard, ImageMasks, Role, Scene, ScenePicture, refine,
+    AttentionMaps, Concept, CrfStage, Guard, ImageMasks, Labels, Posterior, Role, Scene,
+    ScenePicture, refine,
 };
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, SharedTensor, port};
 use schemars::JsonSchema;
@@ -12,6 +13,7 @@ use crate::failure::from_method;
 use crate::nodes::common::{masks_value, overlay_value, planes, show_masks};
 use crate::nodes::parameters::{self, RECOMMENDED};
 use crate::scene_input;
+use crate::values::EvidenceValue;
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -112,6 +114,7 @@ impl Node for DenseCrfRefine {
         .input("images", port::IMAGE, "The pictures, of the size of the masks")
         .input("masks", port::MASK, "As many masks for every picture, picture after picture")
         .optional_input("attention", port::ATTENTION_MAPS, "Stands in where a mask and its predecessor are empty")
+        .optional_input("evidence", port::EVIDENCE, "Of the extraction: how sure it is of every pixel, instead of the masks")
         .optional_input("previous", port::MASK, "Masks before these; kept where a refined one is empty")
         .output("masks", port::MASK, "Refined masks")
         .output("overlay", port::IMAGE, "The pictures with their masks in color")
@@ -155,6 +158,7 @@ impl Node for DenseCrfRefine {
         {
             *last = Role::Background;
         }
+        let posteriors = posteriors(inputs, pictures.len(), per_picture, height)?;
         let stage = parameters.stage();
         let failed = |error: personalization::Error| from_method("masks", &error);
         let mut refined = Vec::with_capacity(pictures.len());
@@ -178,18 +182,21 @@ impl Node for DenseCrfRefine {
                 .map_err(failed)?;
             let crf = DenseCrf::new(height, height, picture.rgb8(), &stage.crf)
                 .map_err(|error| failed(error.into()))?;
-            let planes = all.masks(i).map_err(failed)?;
-            refined.push(
-                refine(
-                    &crf,
-                    &planes,
-                    &roles,
-                    maps.as_ref(),
-                    previous.as_ref(),
-                    &stage,
-                )
-                .map_err(failed)?,
-            );
+            let labels = Labels {
+                masks: all.masks(i).map_err(failed)?,
+                posterior: posteriors.get(i).cloned(),
+            };
+            let found = refine(
+                &crf,
+                &labels,
+                &roles,
+                maps.as_ref(),
+                previous.as_ref(),
+                &stage,
+            )
+            .map_err(failed)?;
+            host.metric("energy", i as f64, found.energy);
+            refined.push(found.masks);
             host.progress("crf", i + 1, pictures.len(), "");
         }
         let concept = |(i, role): (usize, &Role)| Concept {
@@ -210,6 +217,29 @@ impl Node for DenseCrfRefine {
             overlay_value(&scene, &refined)?,
         ])
     }
+}
+
+/// Posteriors of an optional input, one per picture, or none.
+fn posteriors(
+    inputs: &Inputs,
+    n_pictures: usize,
+    per_picture: usize,
+    size: usize,
+) -> Result<Vec<Posterior>, NodeError> {
+    let value = inputs.optional_object::<EvidenceValue>("evidence")?;
+    let posteriors = value.map_or(&[][..], |value| &value.posteriors);
+    let fits = |one: &Posterior| one.size == size && one.planes.len() == per_picture;
+    if !posteriors.is_empty() && (posteriors.len() != n_pictures || !posteriors.iter().all(fits)) {
+        return Err(NodeError::invalid_input(
+            "evidence",
+            format!(
+                "the evidence is of {} pictures, the masks are {per_picture} of {size}x{size} for each of \
+                 {n_pictures}; link both from one extraction",
+                posteriors.len()
+            ),
+        ));
+    }
+    Ok(posteriors.to_vec())
 }
 
 /// Planes of all pictures.

@@ -38,8 +38,9 @@ enum Masks {
 /// Parameters of the node.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct Parameters {
-    /// One concept per line: an optional `<token>`, then its class word. Add `(background)` for what lies behind
-    /// everything else, and `@1,3` for a concept that is only in pictures 1 and 3.
+    /// One concept per line: an optional `<token>`, then its class word, or a token alone, whose thing is then found
+    /// without words. Add `(background)` for what lies behind everything else, and `@1,3` for a concept that is only
+    /// in pictures 1 and 3.
     #[serde(default = "parameters::concepts")]
     #[schemars(extend("x-multiline" = true))]
     concept_list: String,
@@ -163,8 +164,8 @@ impl Node for EmLoop {
             "EmLoop",
             "EM Loop",
             "Conceptloom/learn",
-            "Learns a token and a mask for every concept of the pictures: tokens under masks, masks from attention, in \
-             turns; then tokens and weights together",
+            "Learns a token and a mask for every concept of the pictures: tokens under masks, masks from attention and \
+             noise, in turns; then tokens and weights together",
         )
         .input("model", port::DIFFUSION_MODEL, "The model to learn on; it is not changed")
         .input("images", port::IMAGE, "One or several pictures of the concepts")
@@ -229,7 +230,7 @@ impl Node for EmLoop {
         let EmOutcome {
             learned,
             masks,
-            maps,
+            observations,
             ..
         } = outcome;
         let (tuned, learned) = match &parameters.joint() {
@@ -249,7 +250,8 @@ impl Node for EmLoop {
                 (base.tuned(tuned), learned)
             }
         };
-        let attention = maps.iter().flat_map(|maps| maps.maps.concat()).collect();
+        let maps = observations.iter().map(|seen| &seen.maps);
+        let attention = maps.flat_map(|maps| maps.maps.concat()).collect();
         Ok(vec![
             concepts_value(learned),
             model_value(tuned),

@@ -2,8 +2,8 @@
 
 use personalization::m_step::{INVERSION, TOKENS};
 use personalization::{
-    Binarization, CrfStage, EmConfig, ExtractionConfig, Guard, JointConfig, JointScope,
-    MStepConfig, Normalization, TokenConfig, TokenInit, joint,
+    CrfStage, EmConfig, ExtractionConfig, Guard, JointConfig, JointScope, Labeling, MStepConfig,
+    Pooling, PosteriorConfig, TokenConfig, TokenInit, joint,
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -92,59 +92,73 @@ enum Start {
     Inversion,
 }
 
-/// How attention becomes masks.
+/// How observations become masks.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct ExtractionParameters {
-    /// How attention becomes masks.
-    #[serde(default = "compete")]
+    /// How observations become masks.
+    #[serde(default = "likelihood")]
     extraction: Extraction,
-    /// Threshold on the normalized attention; 0 stands for that of the choice above.
+    /// Threshold on the normalized attention of `attention` and `paper`; 0 stands for that of the choice above.
     #[serde(default)]
     #[schemars(
         range(min = 0.0, max = ExtractionConfig::TAU.most),
         extend("x-step" = 0.05)
     )]
     threshold: f64,
+    /// Over what the evidence of `likelihood` is summed.
+    #[serde(default = "parts")]
+    regions: Regions,
 }
 
-/// How attention becomes masks.
+/// How observations become masks.
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 enum Extraction {
-    /// Tokens compete for pixels; layers of 16×16, min-max (recommended).
-    Compete,
+    /// Attention says where things are, the error of the predicted noise says which is which (recommended).
+    Likelihood,
+    /// Tokens compete for pixels by attention alone.
+    Attention,
     /// Every token for itself; all layers, divided by the maximum (the paper, read literally).
     Paper,
-    /// Every token for itself with Otsu's threshold.
-    Otsu,
+}
+
+/// Over what evidence is summed.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Regions {
+    /// Parts of the foreground; every object owns one at least.
+    Parts,
+    /// Every pixel for itself.
+    Pixels,
 }
 
 impl ExtractionParameters {
     /// The configuration, with as many timesteps in the first estimate as in every later one.
     pub(crate) fn config(&self, n_timesteps: usize) -> ExtractionConfig {
-        let (base, normalization) = match self.extraction {
-            Extraction::Compete => (RECOMMENDED.extraction, RECOMMENDED.extraction.normalization),
-            Extraction::Paper => (PAPER.extraction, PAPER.extraction.normalization),
-            Extraction::Otsu => (PAPER.extraction, Normalization::MinMax),
+        let base = match self.extraction {
+            Extraction::Likelihood => RECOMMENDED.extraction,
+            Extraction::Attention => EmConfig::attention().extraction,
+            Extraction::Paper => EmConfig::paper().extraction,
         };
         let tau = |own: f32| match self.threshold {
             threshold if threshold > 0.0 => threshold as f32,
             _ => own,
         };
-        let binarization = match base.binarization {
-            _ if self.extraction == Extraction::Otsu => Binarization::Otsu,
-            Binarization::Threshold { tau: own } => Binarization::Threshold { tau: tau(own) },
-            Binarization::Compete { tau: own, parts } => Binarization::Compete {
-                tau: tau(own),
-                parts,
-            },
-            Binarization::Otsu => Binarization::Otsu,
+        let labeling = match base.labeling {
+            Labeling::Threshold { tau: own } => Labeling::Threshold { tau: tau(own) },
+            Labeling::Compete { tau: own } => Labeling::Compete { tau: tau(own) },
+            Labeling::Posterior(posterior) => Labeling::Posterior(PosteriorConfig {
+                pooling: match self.regions {
+                    Regions::Parts => Pooling::Parts,
+                    Regions::Pixels => Pooling::Pixels,
+                },
+                ..posterior
+            }),
         };
         ExtractionConfig {
             n_timesteps_initial: n_timesteps,
             n_timesteps,
-            normalization,
-            binarization,
+            labeling,
             ..base
         }
     }
@@ -199,8 +213,7 @@ pub(crate) fn crf(guard_iou: f64, iterations: usize) -> CrfStage {
 }
 
 /// The configuration that widgets start with.
-pub(crate) const RECOMMENDED: EmConfig = EmConfig::recommended();
-const PAPER: EmConfig = EmConfig::paper();
+pub(crate) const RECOMMENDED: EmConfig = EmConfig::likelihood();
 
 /// Steps between two sample pictures: a picture takes about as long as ten steps.
 const SAMPLE_EVERY: usize = 100;
@@ -214,8 +227,11 @@ fn learning_rate() -> f64 {
 fn lambda() -> f64 {
     RECOMMENDED.m_step.lambda_attention
 }
-fn compete() -> Extraction {
-    Extraction::Compete
+fn likelihood() -> Extraction {
+    Extraction::Likelihood
+}
+fn parts() -> Regions {
+    Regions::Parts
 }
 fn class() -> Start {
     Start::Class

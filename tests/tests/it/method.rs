@@ -184,21 +184,20 @@ fn one_round_wired_by_hand_gives_the_bits_of_the_loop() {
             json!({"model": ["1", 0], "images": ["2", 0], "concept_list": CONCEPTS, "seed": 11});
         node("ConceptTokenLearner", with(inputs, more))
     };
-    let extractor = |concepts: &str, timesteps: usize| {
+    let extractor = |concepts: &str, timesteps: usize, more: Value| {
         let inputs = json!({"model": ["1", 0], "images": ["2", 0], "concepts": [concepts, 0], "timesteps": timesteps});
-        node("AttentionMaskExtractor", inputs)
+        node("AttentionMaskExtractor", with(inputs, more))
     };
     let crf = |extractor: &str, more: Value| {
-        let inputs =
-            json!({"images": ["2", 0], "masks": [extractor, 0], "attention": [extractor, 1]});
+        let inputs = json!({"images": ["2", 0], "masks": [extractor, 0], "attention": [extractor, 1], "evidence": [extractor, 3]});
         node("DenseCrfRefine", with(inputs, more))
     };
     let by_hand = json!({
         "10": learner(json!({"steps": 0})),
-        "11": extractor("10", 4),
+        "11": extractor("10", 4, json!({})),
         "12": crf("11", json!({})),
         "13": learner(json!({"steps": 3, "masks": ["12", 0], "concepts": ["10", 0]})),
-        "14": extractor("13", 3),
+        "14": extractor("13", 3, json!({"evidence": ["11", 3]})),
         "15": crf("14", json!({"previous": ["12", 0]})),
         "16": node("SaveConcepts", json!({"concepts": ["13", 0]})),
         "17": node("MaskToImage", json!({"mask": ["15", 0]})),
@@ -211,6 +210,66 @@ fn one_round_wired_by_hand_gives_the_bits_of_the_loop() {
     assert!(
         results(&place, "out") == results(&place, "by-hand"),
         "the bits differ"
+    );
+}
+
+/// Shares of the picture inside of the saved masks.
+fn areas(place: &Place, n: usize) -> Vec<f64> {
+    let area = |i: usize| {
+        let mask = pixels(&place.read(&format!("out/mask_{i:05}.png")));
+        mask.iter().filter(|&&v| v > 127).count() as f64 / mask.len() as f64
+    };
+    (1..=n).map(area).collect()
+}
+
+#[test]
+fn two_of_one_class_are_told_apart_and_the_energy_falls() {
+    let place = Place::with_conceptloom();
+    let scenes = "plugin/crates/sprites/scenes/hard/scenes";
+    let picture = std::fs::read(repository().join(scenes).join("same_class_000.png")).unwrap();
+    place.write("two-dogs.png", picture);
+    let mut workflow = em_loop(json!({
+        "concept_list": "<a> dog\n<b> dog\n<sea> sea (background)", "steps": 80, "steps_per_round": 20,
+        "first_timesteps": 100, "timesteps": 20, "seed": 0, "sample_every": 0,
+    }));
+    workflow["2"] = node("LoadImage", json!({"image": "two-dogs.png"}));
+    place.run(&workflow, &[]).succeeded();
+    let areas = areas(&place, 3);
+    assert!(
+        areas[0] > 0.05 && areas[1] > 0.05 && areas[2] > 0.5,
+        "{areas:?}"
+    );
+    let run = place.json("out/run.json");
+    let metrics = run["metrics"].as_array().unwrap();
+    let energy = metrics
+        .iter()
+        .find(|curve| curve["series"] == "energy")
+        .unwrap();
+    let points = energy["points"].as_array().unwrap();
+    assert_eq!(points.len(), 5);
+    let (first, last) = (
+        points[0][1].as_f64().unwrap(),
+        points[4][1].as_f64().unwrap(),
+    );
+    assert!(last < first, "{first} {last}");
+}
+
+#[test]
+fn tokens_without_words_find_the_things_of_a_picture() {
+    let place = Place::with_conceptloom();
+    let list = "<a>\n<b>\n<c> (background)";
+    let few =
+        json!({"concept_list": list, "first_timesteps": 20, "steps": 2, "steps_per_round": 2});
+    place.run(&em_loop(few), &[]).succeeded();
+    let areas = areas(&place, 3);
+    let is_thing = |area: f64| (0.02..0.4).contains(&area);
+    assert!(
+        is_thing(areas[0]) && is_thing(areas[1]) && areas[2] > 0.5,
+        "{areas:?}"
+    );
+    assert!(
+        (areas.iter().sum::<f64>() - 1.0).abs() < 1e-9,
+        "every pixel is one thing: {areas:?}"
     );
 }
 

@@ -1,159 +1,69 @@
-//! Attention maps of the concepts: the E-step up to its soft maps (P Eq. 2 and §3.2; METHOD of DAAM and DiffuMask).
+//! Attention maps of the concepts (P Eq. 2 and §3.2; METHOD of DAAM and DiffuMask).
 //!
 //! ```text
 //! A_c = mean over layers of bicubic( mean over timesteps, heads and positions of softmax(Q Kᵀ / √d) )
 //! ```
-//!
-//! The prompt names all concepts of the picture. Every timestep gets its own latent of the posterior and its own
-//! noise; one conditional pass through the U-Net, no guidance, no gradient.
 
 use std::collections::BTreeMap;
 
 use candle_core::Tensor;
-use stable_diffusion::DiffusionModel;
-use stable_diffusion::rng::Rng;
-use stable_diffusion::unet::{LayerAttention, Watch};
+use stable_diffusion::unet::LayerAttention;
 
-use crate::config::{Combination, ExtractionConfig};
+use crate::config::Combination;
 use crate::error::Result;
-use crate::learned::LearnedConcepts;
 use crate::loss::cross_attention::concept_map;
 use crate::maps::AttentionMaps;
-use crate::observer::{Event, Observer, tell};
-use crate::prepared::PreparedScene;
 
-/// Noisy latents in one pass, at a latent size of 32; fewer at larger ones, so that memory stays about the same.
-const BATCH_AT_32: usize = 10;
-
-/// Maps of every picture of the scene, from `n_timesteps` random timesteps each.
-///
-/// The stream is named by the seed and the learned step, apart from the training stream: runs with and without
-/// E-steps see the same training noise.
-///
-/// # Errors
-/// Those of the model, or a stop.
-pub fn extract_attention(
-    model: &DiffusionModel,
-    scene: &PreparedScene<'_>,
-    learned: &LearnedConcepts,
-    config: &ExtractionConfig,
-    n_timesteps: usize,
-    observer: &mut dyn Observer,
-) -> Result<Vec<AttentionMaps>> {
-    let n_pictures = scene.scene.pictures().len();
-    let mut all = Vec::with_capacity(n_pictures);
-    for picture in 0..n_pictures {
-        let mut rng = Rng::new(
-            learned.seed,
-            &format!("e-step, picture {picture}"),
-            learned.step as u64,
-        );
-        let mut on_pass = |done: usize| {
-            let (done, total) = (picture * n_timesteps + done, n_pictures * n_timesteps);
-            tell(
-                observer,
-                &Event::Progress {
-                    stage: "attention",
-                    done,
-                    total,
-                },
-            )
-        };
-        let timesteps = draw_timesteps(model, config, n_timesteps, &mut rng);
-        all.push(extract_one(
-            model,
-            scene,
-            learned,
-            config,
-            picture,
-            &timesteps,
-            &mut rng,
-            &mut on_pass,
-        )?);
-    }
-    Ok(all)
+/// Sums of one picture's maps over the passes so far.
+#[derive(Debug)]
+pub(crate) struct AttentionSums {
+    n_concepts: usize,
+    vectors_per_concept: usize,
+    n_draws: usize,
+    layers: BTreeMap<usize, LayerSum>,
 }
 
-/// Maps of one picture at given timesteps; latents and noise come from `rng`.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "one value per noun of the definition; a struct would name them again"
-)]
-pub(crate) fn extract_one(
-    model: &DiffusionModel,
-    scene: &PreparedScene<'_>,
-    learned: &LearnedConcepts,
-    config: &ExtractionConfig,
-    picture: usize,
-    timesteps: &[usize],
-    rng: &mut Rng,
-    on_pass: &mut dyn FnMut(usize) -> Result<()>,
-) -> Result<AttentionMaps> {
-    let concepts = &scene.scene.pictures()[picture].concepts;
-    let tokenizer = learned.tokenizer(model)?;
-    let prompt = tokenizer.encode(&learned.training_prompt(concepts))?;
-    let positions = learned.positions(&tokenizer, &prompt, concepts)?;
-    let context = model
-        .text_encoder
-        .encode(&prompt.ids, Some(&learned.rows))?
-        .detach();
-    let layers = config.layers.of(model.unet.cross_attention_layers());
-    let n_timesteps = timesteps.len();
-    let h = model.latent_size();
-    let batch = (BATCH_AT_32 * 32 * 32 / (h * h)).clamp(1, BATCH_AT_32);
-    let mut sums: BTreeMap<usize, LayerSum> = BTreeMap::new();
-    let mut done = 0;
-    for timesteps in timesteps.chunks(batch) {
-        let shape = [timesteps.len(), model.config.unet.in_channels, h, h];
-        let latents = scene.latents(model, picture, false, &rng.normal(&shape, &model.device)?)?;
-        let noise = rng.normal(&shape, &model.device)?;
-        let noisy = model
-            .noise_schedule
-            .add_noise(&latents, &noise, timesteps)?;
-        let t: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
-        let observed = model.unet.forward_observed(
-            &noisy,
-            &t,
-            &context,
-            Watch::Layers(&layers, &positions),
-        )?;
-        for layer in &observed.attention {
-            let sum = sums
-                .entry(layer.layer)
-                .or_insert_with(|| LayerSum::empty(layer, concepts.len()));
-            sum.add(layer, learned.vectors_per_concept)?;
+impl AttentionSums {
+    pub(crate) fn new(n_concepts: usize, vectors_per_concept: usize) -> Self {
+        Self {
+            n_concepts,
+            vectors_per_concept,
+            n_draws: 0,
+            layers: BTreeMap::new(),
         }
-        done += timesteps.len();
-        on_pass(done)?;
     }
-    let size = model.image_size();
-    let layers: Vec<LayerSum> = sums
-        .into_values()
-        .map(|sum| sum.divided_by(n_timesteps))
-        .collect();
-    Ok(AttentionMaps {
-        size,
-        maps: (0..concepts.len())
-            .map(|c| combine(&layers, c, size, config.combination))
-            .collect(),
-    })
-}
 
-fn draw_timesteps(
-    model: &DiffusionModel,
-    config: &ExtractionConfig,
-    n: usize,
-    rng: &mut Rng,
-) -> Vec<usize> {
-    let total = model.noise_schedule.n_timesteps();
-    let [lo, hi] = config
-        .timestep_range
-        .map(|part| (part * total as f64).round() as usize);
-    let hi = hi.clamp(lo + 1, total);
-    (0..n).map(|_| lo + rng.below(hi - lo)).collect()
+    /// Adds what the watched layers of one pass saw.
+    pub(crate) fn add(&mut self, layers: &[LayerAttention], n_draws: usize) -> Result<()> {
+        for layer in layers {
+            let sum = self
+                .layers
+                .entry(layer.layer)
+                .or_insert_with(|| LayerSum::empty(layer, self.n_concepts));
+            sum.add(layer, self.vectors_per_concept)?;
+        }
+        self.n_draws += n_draws;
+        Ok(())
+    }
+
+    /// The maps at picture size.
+    pub(crate) fn maps(self, size: usize, how: Combination) -> AttentionMaps {
+        let layers: Vec<LayerSum> = self
+            .layers
+            .into_values()
+            .map(|sum| sum.divided_by(self.n_draws))
+            .collect();
+        AttentionMaps {
+            size,
+            maps: (0..self.n_concepts)
+                .map(|c| combine(&layers, c, size, how))
+                .collect(),
+        }
+    }
 }
 
 /// Sum over timesteps of one layer's maps.
+#[derive(Debug)]
 struct LayerSum {
     width: usize,
     height: usize,

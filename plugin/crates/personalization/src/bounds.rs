@@ -4,10 +4,11 @@
 use std::fmt::Display;
 
 use crate::config::{
-    Binarization, CrfStage, EmConfig, ExtractionConfig, Guard, JointConfig, JointScope,
-    MStepConfig, PartMatching, TokenConfig, TokenInit,
+    CrfStage, EmConfig, ExtractionConfig, Guard, JointConfig, JointScope, Labeling, MStepConfig,
+    PosteriorConfig, TokenConfig, TokenInit,
 };
 use crate::error::{Error, Result};
+use crate::regions::RegionConfig;
 
 /// The least and the largest value of a number, both possible.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,18 +88,38 @@ impl ExtractionConfig {
         let [start, end] = self.timestep_range;
         SHARE.check("the start of the timestep range", start)?;
         Bounds::new(start, 1.0).check("the end of the timestep range", end)?;
-        match self.binarization {
-            Binarization::Otsu => Ok(()),
-            Binarization::Threshold { tau } => Self::TAU.check_f32("the threshold", tau),
-            Binarization::Compete { tau, parts } => {
-                Self::TAU.check_f32("the threshold", tau)?;
-                let Some(PartMatching { speck, least_ratio }) = parts else {
-                    return Ok(());
-                };
-                SHARE.check_f32("the area of a speck", speck)?;
-                SHARE.check_f32("the least ratio of areas", least_ratio)
+        match self.labeling {
+            Labeling::Threshold { tau } | Labeling::Compete { tau } => {
+                Self::TAU.check_f32("the threshold", tau)
             }
+            Labeling::Posterior(posterior) => posterior.validate(),
         }
+    }
+}
+
+impl PosteriorConfig {
+    /// Checks every number.
+    ///
+    /// # Errors
+    /// The first one out of range.
+    pub fn validate(&self) -> Result<()> {
+        Self::BLUR.check_f32("the blur of the likelihoods", self.blur)?;
+        Self::KEEP.check("what is kept of earlier rounds", self.keep)?;
+        self.regions.validate()
+    }
+}
+
+impl RegionConfig {
+    /// Checks every number.
+    ///
+    /// # Errors
+    /// The first one out of range.
+    pub fn validate(&self) -> Result<()> {
+        Self::SHARE.check_f32("the floor of the foreground", self.floor)?;
+        Self::SHARE.check_f32("the prominence of a part", self.prominence)?;
+        Self::SHARE.check_f32("the rim of a part", self.rim)?;
+        Self::SOFTNESS.check_f32("the softness of a part's rim", self.softness)?;
+        Self::SHARE.check("the least area of a part", self.speck)
     }
 }
 
@@ -177,7 +198,7 @@ mod tests {
     #[test]
     fn the_named_configurations_are_in_range() {
         EmConfig::paper().validate().unwrap();
-        EmConfig::recommended().validate().unwrap();
+        EmConfig::likelihood().validate().unwrap();
         JointConfig::break_a_scene().validate().unwrap();
         JointConfig::lora().validate().unwrap();
     }
@@ -185,7 +206,7 @@ mod tests {
     #[test]
     fn a_number_out_of_range_is_named() {
         let change = |f: &dyn Fn(&mut EmConfig)| {
-            let mut config = EmConfig::recommended();
+            let mut config = EmConfig::likelihood();
             f(&mut config);
             config.validate().unwrap_err().to_string()
         };
@@ -194,7 +215,7 @@ mod tests {
             change(&|c| c.tokens.init = TokenInit::Inversion { steps: 0 }),
             change(&|c| c.extraction.n_timesteps = 0),
             change(&|c| c.extraction.timestep_range = [0.5, 0.2]),
-            change(&|c| c.extraction.binarization = Binarization::Threshold { tau: f32::NAN }),
+            change(&|c| c.extraction.labeling = Labeling::Threshold { tau: f32::NAN }),
             change(&|c| c.crf.guard = Guard::MinIou(1.5)),
             change(&|c| c.crf.min_area = -0.1),
             change(&|c| c.crf.crf.iterations = 0),

@@ -114,6 +114,8 @@ pub fn load_concepts(paths: &[&Path], device: &Device) -> Result<LearnedConcepts
         initial_rows: rows.clone(),
         optimizer: AdamWState::zeros(std::slice::from_ref(&rows))?,
         rows,
+        // What was saved has learned.
+        from_words: true,
         step: number("steps") as usize,
         seed: number("seed"),
         base_fingerprint: first

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::bounds::Bounds;
 use crate::layers::LayerChoice;
+use crate::regions::RegionConfig;
 
 /// How v_c starts (P Fig. 2).
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -64,37 +65,92 @@ pub enum Normalization {
     MinMax,
 }
 
-/// How maps become masks.
+/// How maps become labels.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Binarization {
+pub enum Labeling {
     /// B_c = \[A_c > τ\], every concept for itself (P; DM's thresholds are 0.35 to 0.55).
     Threshold {
         /// τ in (0, 1).
         tau: f32,
     },
-    /// Otsu's threshold of every map.
-    Otsu,
     /// Concepts compete for pixels: foreground is where any object's map exceeds τ; a foreground pixel belongs to
     /// the object whose map, scaled to unit sum, is largest there; the background concept is the rest.
     Compete {
         /// τ in (0, 1).
         tau: f32,
-        /// Whether and when objects get connected parts of the foreground as a whole.
-        parts: Option<PartMatching>,
     },
+    /// The posterior of attention and noise (ours): see [`crate::posterior`].
+    Posterior(PosteriorConfig),
 }
 
-/// If the foreground falls into just as many connected parts as there are objects, pixels need not compete: every
-/// object gets one part whole, by the matching with the largest mean share A_c / Σ A_c (ours: it separates words that
-/// attend to the same places). Anything else, objects that touch or parts that are broken, leaves it to the pixels.
+/// What says that there is something in front of the background.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Foreground {
+    /// The background's map is low; objects' maps, where the picture has no background concept.
+    BackgroundMap,
+    /// An object's map is high.
+    ObjectMaps,
+}
+
+/// What says which object something is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cue {
+    /// Whose map is highest.
+    Attention,
+    /// Under whose prompt the noise is predicted best.
+    Noise,
+    /// Both: prior and likelihood.
+    AttentionAndNoise,
+}
+
+/// Over what evidence is summed before it is decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pooling {
+    /// Every pixel for itself, with blurred likelihoods.
+    Pixels,
+    /// Parts of the foreground: see [`crate::regions`].
+    Parts,
+}
+
+/// The posterior of attention and noise.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct PartMatching {
-    /// Parts below this share of the picture's area are specks and do not count; in (0, 1).
-    pub speck: f32,
-    /// The smallest part has at least this share of the largest one's area, in \[0, 1\]: a fragment beside two objects
-    /// that touch is no object.
-    pub least_ratio: f32,
+pub struct PosteriorConfig {
+    /// What is foreground.
+    pub foreground: Foreground,
+    /// What decides among the objects.
+    pub cue: Cue,
+    /// Over what.
+    pub pooling: Pooling,
+    /// Constants of the parts, and of the rim of the foreground.
+    pub regions: RegionConfig,
+    /// Standard deviation in latent cells of the blur of per-pixel likelihoods, at least 0.
+    pub blur: f32,
+    /// What is left of the sums of earlier rounds when one begins: 1 forgets nothing; in \[0, 1\].
+    pub keep: f64,
+}
+
+impl PosteriorConfig {
+    /// Of the blur, in latent cells.
+    pub const BLUR: Bounds<f64> = Bounds::new(0.0, 16.0);
+    /// Of the part of the sums that is kept.
+    pub const KEEP: Bounds<f64> = Bounds::new(0.0, 1.0);
+
+    /// Everything that proved to help (measured; the figures have a row without each).
+    #[must_use]
+    pub const fn likelihood() -> Self {
+        Self {
+            foreground: Foreground::BackgroundMap,
+            cue: Cue::AttentionAndNoise,
+            pooling: Pooling::Parts,
+            regions: RegionConfig::measured(),
+            blur: 1.0,
+            keep: 1.0,
+        }
+    }
 }
 
 /// The E-step up to the binary masks.
@@ -112,8 +168,8 @@ pub struct ExtractionConfig {
     pub combination: Combination,
     /// Scaling.
     pub normalization: Normalization,
-    /// Threshold.
-    pub binarization: Binarization,
+    /// From maps to labels.
+    pub labeling: Labeling,
 }
 
 impl ExtractionConfig {
@@ -336,7 +392,7 @@ impl EmConfig {
                 layers: LayerChoice::All,
                 combination: Combination::Flat,
                 normalization: Normalization::Max,
-                binarization: Binarization::Threshold { tau: 0.5 },
+                labeling: Labeling::Threshold { tau: 0.5 },
             },
             crf: CrfStage {
                 crf: CrfConfig::cutler(),
@@ -350,26 +406,36 @@ impl EmConfig {
         }
     }
 
-    /// The reading in which tokens compete for pixels, which is what makes the alternation improve masks (measured).
+    /// Attention alone, in the reading in which tokens compete for pixels; without that the alternation does not
+    /// improve masks (measured).
     #[must_use]
-    pub const fn recommended() -> Self {
+    pub const fn attention() -> Self {
         let paper = Self::paper();
         Self {
             extraction: ExtractionConfig {
                 n_timesteps: 20,
                 layers: LAYERS,
                 normalization: Normalization::MinMax,
-                binarization: Binarization::Compete {
-                    tau: 0.4,
-                    parts: Some(PartMatching {
-                        speck: 0.002,
-                        least_ratio: 0.25,
-                    }),
-                },
+                labeling: Labeling::Compete { tau: 0.4 },
                 ..paper.extraction
             },
             e_step_every: 20,
             ..paper
+        }
+    }
+
+    /// The E-step by likelihood (ours, the default): attention says where things are, the noise says which is which.
+    #[must_use]
+    pub const fn likelihood() -> Self {
+        let attention = Self::attention();
+        Self {
+            extraction: ExtractionConfig {
+                n_timesteps_initial: 100,
+                timestep_range: [0.02, 0.98],
+                labeling: Labeling::Posterior(PosteriorConfig::likelihood()),
+                ..attention.extraction
+            },
+            ..attention
         }
     }
 }

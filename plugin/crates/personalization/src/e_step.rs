@@ -1,19 +1,39 @@
-//! The E-step: attention, thresholds, CRF, for every picture of the scene.
+//! The E-step: observation, labels, CRF, for every picture of the scene.
 
 use stable_diffusion::DiffusionModel;
 
-use crate::attention::extract_attention;
-use crate::binarize::binarize;
 use crate::config::{CrfStage, ExtractionConfig};
 use crate::error::Result;
+use crate::evidence::{Evidence, Observation};
+use crate::labels::label;
 use crate::learned::LearnedConcepts;
-use crate::maps::AttentionMaps;
-use crate::mask::{ImageMasks, SceneMasks};
+use crate::mask::ImageMasks;
+use crate::observation::observe;
 use crate::observer::Observer;
 use crate::prepared::PreparedScene;
 use crate::refine::refine;
 
-/// New masks of every picture, with the maps that they came from.
+/// What an E-step finds out about one picture.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Estimate {
+    /// M_c.
+    pub masks: ImageMasks,
+    /// What they were concluded from.
+    pub observation: Observation,
+    /// Free energy of the CRF, in nats per pixel.
+    pub energy: f64,
+}
+
+/// What the rounds before left for an E-step.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Earlier<'a> {
+    /// Masks by picture; kept where a new one is empty.
+    pub masks: Option<&'a [ImageMasks]>,
+    /// Evidence by picture, to which is added.
+    pub evidence: &'a [Evidence],
+}
+
+/// New masks of every picture.
 ///
 /// # Errors
 /// Those of its three parts, or a stop.
@@ -28,23 +48,36 @@ pub fn e_step(
     extraction: &ExtractionConfig,
     crf: &CrfStage,
     n_timesteps: usize,
-    previous: Option<&[ImageMasks]>,
+    earlier: Earlier<'_>,
     observer: &mut dyn Observer,
-) -> Result<(SceneMasks, Vec<AttentionMaps>)> {
-    let maps = extract_attention(model, scene, learned, extraction, n_timesteps, observer)?;
-    let mut masks = Vec::with_capacity(maps.len());
-    for (picture, maps) in maps.iter().enumerate() {
+) -> Result<Vec<Estimate>> {
+    let observations = observe(
+        model,
+        scene,
+        learned,
+        extraction,
+        n_timesteps,
+        earlier.evidence,
+        observer,
+    )?;
+    let estimate = |(picture, observation): (usize, Observation)| {
+        let Observation { maps, evidence } = &observation;
         let roles = scene.scene.roles(picture);
-        let planes = binarize(maps, &roles, extraction)?;
-        let previous = previous.map(|masks| &masks[picture]);
-        masks.push(refine(
-            &*scene.crf(picture, &crf.crf)?,
-            &planes,
+        let labels = label(
+            maps,
+            evidence.as_ref(),
             &roles,
-            Some(maps),
-            previous,
-            crf,
-        )?);
-    }
-    Ok((masks, maps))
+            learned.is_blank(),
+            extraction,
+        )?;
+        let lattice = scene.crf(picture, &crf.crf)?;
+        let previous = earlier.masks.map(|masks| &masks[picture]);
+        let refined = refine(&lattice, &labels, &roles, Some(maps), previous, crf)?;
+        Ok(Estimate {
+            masks: refined.masks,
+            energy: refined.energy,
+            observation,
+        })
+    };
+    observations.into_iter().enumerate().map(estimate).collect()
 }

@@ -9,17 +9,15 @@
 
 use stable_diffusion::DiffusionModel;
 
-use crate::binarize::gives_whole_parts;
-use crate::config::{EmConfig, ExtractionConfig, MaskMode};
-use crate::e_step::e_step;
+use crate::config::{EmConfig, MaskMode};
+use crate::e_step::{Earlier, Estimate, e_step};
 use crate::error::{Error, Result};
+use crate::evidence::Observation;
 use crate::learned::LearnedConcepts;
 use crate::m_step::{check_masks, m_step};
-use crate::maps::AttentionMaps;
 use crate::mask::SceneMasks;
 use crate::observer::{Event, Observer, tell};
 use crate::prepared::PreparedScene;
-use crate::scene::Role;
 use crate::state::EmState;
 use crate::token::init_tokens;
 
@@ -43,6 +41,8 @@ pub struct RoundRecord {
     pub step: usize,
     /// The masks.
     pub masks: SceneMasks,
+    /// Free energy of each picture's CRF, in nats per pixel; empty if the masks were given.
+    pub energies: Vec<f64>,
 }
 
 /// The result of [`em`].
@@ -52,8 +52,8 @@ pub struct EmOutcome {
     pub learned: LearnedConcepts,
     /// The last masks.
     pub masks: SceneMasks,
-    /// The maps that they came from, one per picture; empty if the masks were given.
-    pub maps: Vec<AttentionMaps>,
+    /// What they were concluded from, one per picture; empty if the masks were given.
+    pub observations: Vec<Observation>,
     /// All rounds of this call, the first one included.
     pub rounds: Vec<RoundRecord>,
 }
@@ -101,13 +101,12 @@ pub fn em(
     Ok(EmOutcome {
         learned: state.learned,
         masks: state.masks,
-        maps: state.maps,
+        observations: state.observations,
         rounds,
     })
 }
 
-/// The E-step of a later round. Where masks were whole parts, only whole parts replace them: once words are told
-/// apart, a round in which their maps run together must not undo it.
+/// The E-step of a later round, from what the rounds before left.
 fn re_estimate(
     model: &DiffusionModel,
     scene: &PreparedScene<'_>,
@@ -115,38 +114,35 @@ fn re_estimate(
     config: &EmConfig,
     observer: &mut dyn Observer,
 ) -> Result<()> {
-    let extraction = &config.extraction;
-    let (masks, maps) = e_step(
+    let evidence = state.take_evidence();
+    let earlier = Earlier {
+        masks: Some(&state.masks),
+        evidence: &evidence,
+    };
+    let estimates = e_step(
         model,
         scene,
         &state.learned,
-        extraction,
+        &config.extraction,
         &config.crf,
-        extraction.n_timesteps,
-        Some(&state.masks),
+        config.extraction.n_timesteps,
+        earlier,
         observer,
     )?;
-    if state.maps.is_empty() {
-        (state.masks, state.maps) = (masks, maps);
-        return Ok(());
-    }
-    for (picture, (masks, maps)) in masks.into_iter().zip(maps).enumerate() {
-        let roles = scene.scene.roles(picture);
-        if !runs_together(&state.maps[picture], &maps, &roles, extraction) {
-            (state.masks[picture], state.maps[picture]) = (masks, maps);
-        }
-    }
+    take_over(state, estimates);
     Ok(())
 }
 
-/// Whether objects that had connected parts of their own no longer have them.
-fn runs_together(
-    old: &AttentionMaps,
-    new: &AttentionMaps,
-    roles: &[Role],
-    extraction: &ExtractionConfig,
-) -> bool {
-    gives_whole_parts(old, roles, extraction) && !gives_whole_parts(new, roles, extraction)
+/// What an E-step found takes the place of what was known.
+fn take_over(state: &mut EmState, estimates: Vec<Estimate>) {
+    state.masks.clear();
+    state.observations.clear();
+    state.energies.clear();
+    for estimate in estimates {
+        state.masks.push(estimate.masks);
+        state.observations.push(estimate.observation);
+        state.energies.push(estimate.energy);
+    }
 }
 
 fn first_state(
@@ -170,29 +166,30 @@ fn first_state(
         EmStart::Fresh => None,
     };
     let learned = init_tokens(model, scene, &config.tokens, &config.m_step, seed, observer)?;
-    let (masks, maps) = match masks {
-        Some(masks) => (masks, Vec::new()),
-        None => {
-            let n = config.extraction.n_timesteps_initial;
-            e_step(
-                model,
-                scene,
-                &learned,
-                &config.extraction,
-                &config.crf,
-                n,
-                None,
-                observer,
-            )?
-        }
-    };
-    check_masks(scene, &masks)?;
-    let state = EmState {
+    let mut state = EmState {
         learned,
-        masks,
-        maps,
+        masks: Vec::new(),
+        observations: Vec::new(),
+        energies: Vec::new(),
         round: 0,
     };
+    match masks {
+        Some(masks) => state.masks = masks,
+        None => {
+            let estimates = e_step(
+                model,
+                scene,
+                &state.learned,
+                &config.extraction,
+                &config.crf,
+                config.extraction.n_timesteps_initial,
+                Earlier::default(),
+                observer,
+            )?;
+            take_over(&mut state, estimates);
+        }
+    }
+    check_masks(scene, &state.masks)?;
     record(&state, rounds, observer)?;
     Ok(state)
 }
@@ -203,19 +200,23 @@ fn record(
     observer: &mut dyn Observer,
 ) -> Result<()> {
     for (picture, masks) in state.masks.iter().enumerate() {
-        let maps = state.maps.get(picture);
         tell(
             observer,
             &Event::Masks {
                 round: state.round,
                 picture,
                 masks,
-                maps,
+                observation: state.observations.get(picture),
+                energy: state.energies.get(picture).copied(),
             },
         )?;
     }
-    let (round, step, masks) = (state.round, state.learned.step, state.masks.clone());
-    rounds.push(RoundRecord { round, step, masks });
+    rounds.push(RoundRecord {
+        round: state.round,
+        step: state.learned.step,
+        masks: state.masks.clone(),
+        energies: state.energies.clone(),
+    });
     Ok(())
 }
 
@@ -247,35 +248,5 @@ impl Observer for StepOffset<'_> {
             }
             _ => self.inner.on_event(event),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_whole_parts_replace_whole_parts() {
-        let maps = |planes: [[f32; 4]; 3]| AttentionMaps {
-            size: 2,
-            maps: planes.iter().map(|plane| plane.to_vec()).collect(),
-        };
-        let rest = [0.1; 4];
-        let apart = maps([[1.0, 0.0, 0.0, 0.2], [0.2, 0.0, 0.0, 1.0], rest]);
-        let moved = maps([[0.0, 0.9, 0.0, 0.0], [0.0, 0.3, 0.8, 0.0], rest]);
-        let touching = maps([[1.0, 0.0, 0.8, 0.2], [0.2, 0.0, 0.0, 1.0], rest]);
-        let roles = [Role::Object, Role::Object, Role::Background];
-        let recommended = EmConfig::recommended().extraction;
-        let is_kept = |old, new| runs_together(old, new, &roles, &recommended);
-        assert!(is_kept(&apart, &touching));
-        assert!(!is_kept(&apart, &moved));
-        assert!(!is_kept(&touching, &touching));
-        assert!(!is_kept(&touching, &apart));
-        assert!(!runs_together(
-            &apart,
-            &touching,
-            &roles,
-            &EmConfig::paper().extraction
-        ));
     }
 }

@@ -19,6 +19,8 @@ pub struct LearnedConcepts {
     pub rows: Tensor,
     /// Where the rows started, `[C·V, D]`.
     pub initial_rows: Tensor,
+    /// Whether every row started from a word; a random row says nothing before it has learned.
+    pub from_words: bool,
     /// Optimizer steps so far; names the random streams of the next one.
     pub step: usize,
     /// Moments of the rows.
@@ -30,6 +32,12 @@ pub struct LearnedConcepts {
 }
 
 impl LearnedConcepts {
+    /// Whether the tokens say nothing yet: attention and noise would be those of chance.
+    #[must_use]
+    pub fn is_blank(&self) -> bool {
+        !self.from_words && self.step == 0
+    }
+
     /// Placeholder strings of all rows: `<rex>`, then `<rex>_1`, … if there are several vectors per concept.
     #[must_use]
     pub fn placeholders(&self) -> Vec<String> {

@@ -7,17 +7,26 @@
 //! | step | equation | function | node |
 //! | --- | --- | --- | --- |
 //! | 1a start the tokens | v_c := row of the class word | [`token::init_tokens`] | ConceptTokenLearner |
-//! | 1b, E attention of every concept | A_c = mean of softmax(QKᵀ/√d) (P Eq. 2) | [`attention::extract_attention`] | AttentionMaskExtractor |
-//! | E threshold | B_c = \[A_c > τ\] | [`binarize::binarize`] | AttentionMaskExtractor |
+//! | 1b, E attention of every concept | A_c = mean of softmax(QKᵀ/√d) (P Eq. 2) | [`observation::observe`] | AttentionMaskExtractor |
+//! | E likelihood of the noise | ℓ_c = Σ -e_c / 2σ_t² (P Eq. 3) | [`evidence::Evidence`] | AttentionMaskExtractor |
+//! | E posterior | q_c ∝ attention · likelihood, part by part | [`posterior::posterior`] | AttentionMaskExtractor |
+//! | 1b without words | parts of the self-attention | [`discover`] | AttentionMaskExtractor |
 //! | E dense CRF | M_c = \[argmax Q = c\] | [`refine::refine`] | DenseCrfRefine |
 //! | 2, M one optimizer step on v | L = L_mask (P Eq. 3) + λ L_attn (P Eq. 4) | [`m_step::m_step`] | ConceptTokenLearner |
 //! | 2 alternate E and M | | [`em::em`] | EmLoop |
 //! | 3 tokens and weights, masks fixed | the same losses | [`joint::joint_stage`] | EmLoop |
 //! | sample | | [`sampler::sample`] | PersonalizedSampler |
 //!
-//! Two named configurations: [`EmConfig::paper`], read literally, and [`EmConfig::recommended`], in which objects
-//! compete for the foreground ([`config::Binarization::Compete`]) and get its connected parts whole where each can have
-//! one ([`config::PartMatching`]).
+//! P says that masks are updated with Eq. 3, the diffusion loss. Taken at its word that makes the alternation an EM: a
+//! pixel belongs to the concept under which the model predicts its noise best, with attention as the prior of where to
+//! look and the CRF as the prior of smoothness. E-step and CRF lower one energy, per round reported:
+//!
+//! ```text
+//! F(Q) = Σ_x Σ_c Q_x(c) (ln Q_x(c) - ln q_c(x)) + pairwise disagreement of Q        [`refine::Refined::energy`]
+//! ```
+//!
+//! Three named configurations: [`EmConfig::likelihood`], this one, the default; [`EmConfig::attention`], in which
+//! tokens compete for pixels by attention alone; [`EmConfig::paper`], thresholds on attention.
 //!
 //! No ABI, no image files, no host: pixels and prompts in, tokens, masks and pixels out. The U-Net and the text
 //! encoder are `stable_diffusion`'s, the CRF is `densecrf`'s.
@@ -52,12 +61,22 @@ pub mod state;
 
 pub mod observer;
 
-pub mod attention;
+pub mod evidence;
+
+mod owners;
+pub mod regions;
+
+pub mod posterior;
+
+pub mod discover;
+
 pub mod binarize;
-mod parts;
+pub mod labels;
 pub mod refine;
 
+pub mod attention;
 pub mod loss;
+pub mod observation;
 
 pub mod e_step;
 pub mod m_step;
@@ -69,28 +88,34 @@ pub mod joint;
 pub mod concept_file;
 pub mod sampler;
 
+mod assignment;
 pub mod metrics;
 pub mod overlay;
+pub mod picture_metrics;
 
-pub use attention::extract_attention;
-pub use binarize::binarize;
 pub use config::{
-    Binarization, Combination, CrfStage, EmConfig, ExtractionConfig, Guard, JointConfig,
-    JointScope, MStepConfig, MaskMode, Normalization, PartMatching, TokenConfig, TokenInit,
+    Combination, CrfStage, Cue, EmConfig, ExtractionConfig, Foreground, Guard, JointConfig,
+    JointScope, Labeling, MStepConfig, MaskMode, Normalization, Pooling, PosteriorConfig,
+    TokenConfig, TokenInit,
 };
-pub use e_step::e_step;
+pub use e_step::{Earlier, Estimate, e_step};
 pub use em::{EmOutcome, EmStart, RoundRecord, em};
 pub use error::{Error, Result};
+pub use evidence::{Affinity, Evidence, Observation};
 pub use joint::joint_stage;
 pub use joint_state::JointState;
+pub use labels::{Labels, label};
 pub use layers::LayerChoice;
 pub use learned::LearnedConcepts;
 pub use m_step::m_step;
 pub use maps::AttentionMaps;
 pub use mask::{ImageMasks, SceneMasks};
+pub use observation::observe;
 pub use observer::{Event, Observer, Silent};
+pub use posterior::{Posterior, posterior};
 pub use prepared::{Encodings, PreparedScene};
-pub use refine::refine;
+pub use refine::{Refined, refine};
+pub use regions::RegionConfig;
 pub use sampler::{SamplePrompts, sample};
 pub use scene::{Concept, Picture, Role, Scene, ScenePicture};
 pub use state::EmState;

@@ -7,9 +7,9 @@ use candle_core::Tensor;
 use stable_diffusion::UNet;
 
 use crate::error::{Error, Result};
+use crate::evidence::Observation;
 use crate::joint_state::JointState;
 use crate::learned::LearnedConcepts;
-use crate::maps::AttentionMaps;
 use crate::mask::ImageMasks;
 use crate::state::EmState;
 
@@ -55,8 +55,10 @@ pub enum Event<'a> {
         picture: usize,
         /// The masks.
         masks: &'a ImageMasks,
-        /// The maps that they came from, if they were not given.
-        maps: Option<&'a AttentionMaps>,
+        /// What they were concluded from, if they were not given.
+        observation: Option<&'a Observation>,
+        /// Free energy of the picture's CRF, in nats per pixel.
+        energy: Option<f64>,
     },
     /// A picture on its way.
     Denoised {

@@ -1,6 +1,5 @@
 //! Masks and maps drawn over a picture, for people.
 
-use crate::maps::AttentionMaps;
 use crate::mask::ImageMasks;
 use crate::scene::Picture;
 
@@ -46,11 +45,10 @@ pub fn cut_out(picture: &Picture, mask: &[u8]) -> Vec<u8> {
     rgb
 }
 
-/// One concept's map as heat over the gray picture, `[size, size, 3]` bytes.
+/// A map `[size · size]` of any range as heat over the gray picture, `[size, size, 3]` bytes.
 #[must_use]
-pub fn heat_over(picture: &Picture, maps: &AttentionMaps, concept: usize) -> Vec<u8> {
-    let map = &maps.maps[concept];
-    let largest = map.iter().copied().fold(1e-12, f32::max);
+pub fn heat_over(picture: &Picture, map: &[f32]) -> Vec<u8> {
+    let largest = map.iter().copied().fold(f32::MIN, f32::max);
     let smallest = map.iter().copied().fold(f32::MAX, f32::min);
     let mut rgb = picture.rgb8().to_vec();
     for (channels, value) in rgb.chunks_exact_mut(3).zip(map) {

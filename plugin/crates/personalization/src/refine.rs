@@ -1,12 +1,13 @@
 //! Binary masks to latent masks: one multi-label dense CRF per picture, and what happens when it destroys a mask.
 //!
-//! The label planes are the concepts' masks; what no concept covers is a plane of its own unless one of the concepts
+//! The unary energy is the posterior's, or comes from the concepts' binary masks; what no concept covers is a label of its own unless one of the concepts
 //! *is* the background. With one concept that is CutLER's two-label CRF.
 
 use densecrf::{DenseCrf, unary_from_planes};
 
 use crate::config::{CrfStage, Guard};
 use crate::error::{Error, Result};
+use crate::labels::Labels;
 use crate::maps::AttentionMaps;
 use crate::mask::{ImageMasks, iou};
 use crate::scene::Role;
@@ -14,9 +15,18 @@ use crate::scene::Role;
 /// Part of a map that stands in for a mask when nothing else is left.
 const HOTTEST: f64 = 0.05;
 
+/// Refined masks, and the free energy that the CRF reached.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Refined {
+    /// M_c of every concept.
+    pub masks: ImageMasks,
+    /// See [`DenseCrf::free_energy`]; nats per pixel.
+    pub energy: f64,
+}
+
 /// M_c of every concept of one picture.
 ///
-/// * `planes`: the binary masks B_c
+/// * `labels`: the binary masks B_c; where there is a posterior, it is the unary energy instead of them
 /// * `maps`: their attention; only asked when a mask and its predecessor are empty
 /// * `previous`: the masks before; kept where the new one is empty
 ///
@@ -24,12 +34,13 @@ const HOTTEST: f64 = 0.05;
 /// Masks, maps and roles that do not fit each other or the picture, or an empty mask without a way out.
 pub fn refine(
     crf: &DenseCrf,
-    planes: &ImageMasks,
+    labels: &Labels,
     roles: &[Role],
     maps: Option<&AttentionMaps>,
     previous: Option<&ImageMasks>,
     config: &CrfStage,
-) -> Result<ImageMasks> {
+) -> Result<Refined> {
+    let planes = &labels.masks;
     let n_concepts = planes.planes().len();
     let fits =
         |masks: &ImageMasks| masks.planes().len() == n_concepts && masks.size() == planes.size();
@@ -42,13 +53,17 @@ pub fn refine(
             pixels: crf.n_pixels(),
         });
     }
-    let labels = label_planes(planes, roles);
-    let n_labels = labels.len() / (size * size);
-    let marginals = crf.infer(
-        &unary_from_planes(&labels, n_labels)?,
-        n_labels,
-        config.crf.iterations,
-    )?;
+    let with_rest = needs_rest(n_concepts, roles);
+    let (unary, n_labels) = match &labels.posterior {
+        Some(posterior) => posterior.unary(with_rest),
+        None => {
+            let planes = label_planes(planes, with_rest);
+            let n_labels = planes.len() / (size * size);
+            (unary_from_planes(&planes, n_labels)?, n_labels)
+        }
+    };
+    let marginals = crf.infer(&unary, n_labels, config.crf.iterations)?;
+    let energy = crf.free_energy(&unary, &marginals)?;
     let first_concept = n_labels - n_concepts;
     let chosen = marginals.labels();
     let refined = (0..n_concepts)
@@ -65,14 +80,20 @@ pub fn refine(
             alternatives.guarded(plane, config)
         })
         .collect::<Result<Vec<_>>>()?;
-    ImageMasks::new(size, refined)
+    let masks = ImageMasks::new(size, refined)?;
+    Ok(Refined { masks, energy })
 }
 
-/// Planes `[L, n]` of {0, 1}: what no concept covers, unless one of several is the background; then the concepts.
-fn label_planes(masks: &ImageMasks, roles: &[Role]) -> Vec<f32> {
+/// Whether what no concept covers is a label of its own: unless one of several concepts is the background.
+fn needs_rest(n_concepts: usize, roles: &[Role]) -> bool {
+    n_concepts == 1 || !roles.contains(&Role::Background)
+}
+
+/// Planes `[L, n]` of {0, 1}: what no concept covers, if that is a label; then the concepts.
+fn label_planes(masks: &ImageMasks, with_rest: bool) -> Vec<f32> {
     let n_concepts = masks.planes().len();
     let mut planes = Vec::new();
-    if n_concepts == 1 || !roles.contains(&Role::Background) {
+    if with_rest {
         let all: Vec<usize> = (0..n_concepts).collect();
         planes.extend(masks.union(&all).iter().map(|&v| f32::from(1 - v)));
     }
@@ -182,11 +203,11 @@ mod tests {
     fn the_background_plane_is_added_only_where_it_is_missing() {
         let masks = ImageMasks::new(1, vec![vec![1], vec![0]]).unwrap();
         assert_eq!(
-            label_planes(&masks, &[Role::Object, Role::Object]),
+            label_planes(&masks, needs_rest(2, &[Role::Object, Role::Object])),
             [0.0, 1.0, 0.0]
         );
         assert_eq!(
-            label_planes(&masks, &[Role::Object, Role::Background]),
+            label_planes(&masks, needs_rest(2, &[Role::Object, Role::Background])),
             [1.0, 0.0]
         );
     }

@@ -15,6 +15,18 @@ pub enum Role {
     Background,
 }
 
+/// The concepts of a picture that compete for its foreground: the objects, or all if there is no object.
+pub(crate) fn competitors(roles: &[Role]) -> Vec<usize> {
+    let objects: Vec<usize> = (0..roles.len())
+        .filter(|&c| roles[c] == Role::Object)
+        .collect();
+    if objects.is_empty() {
+        (0..roles.len()).collect()
+    } else {
+        objects
+    }
+}
+
 /// One thing to learn.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Concept {

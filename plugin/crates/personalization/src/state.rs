@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::concept_file::write_atomically;
 use crate::error::{Error, Result};
+use crate::evidence::{Affinity, Evidence, Observation};
 use crate::learned::LearnedConcepts;
 use crate::maps::AttentionMaps;
 use crate::mask::{ImageMasks, SceneMasks};
@@ -23,8 +24,10 @@ pub struct EmState {
     pub learned: LearnedConcepts,
     /// The masks.
     pub masks: SceneMasks,
-    /// The maps that they came from, one per picture; empty if the masks were given.
-    pub maps: Vec<AttentionMaps>,
+    /// What they were concluded from, one per picture; empty if the masks were given.
+    pub observations: Vec<Observation>,
+    /// Free energy of each picture's CRF, in nats per pixel; empty if the masks were given.
+    pub energies: Vec<f64>,
     /// Rounds done.
     pub round: usize,
 }
@@ -35,13 +38,31 @@ struct Header {
     version: u32,
     concepts: Vec<ConceptEntry>,
     vectors_per_concept: usize,
+    from_words: bool,
     step: usize,
     optimizer_step: usize,
     seed: u64,
     base_fingerprint: String,
     round: usize,
     mask_sizes: Vec<(usize, usize)>,
-    has_maps: bool,
+    /// Observations by picture; none if the masks were given.
+    observations: Vec<ObservationEntry>,
+    /// Bits of `f64`: decimal digits would not come back exactly.
+    energies: Vec<u64>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ObservationEntry {
+    evidence: Option<EvidenceEntry>,
+}
+
+/// Draws are bits of `f64`.
+#[derive(Serialize, Deserialize)]
+struct EvidenceEntry {
+    size: usize,
+    draws: u64,
+    affinity_width: usize,
+    affinity_draws: u64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -51,9 +72,17 @@ struct ConceptEntry {
     background: bool,
 }
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 impl EmState {
+    /// Takes the evidence out, for the next E-step to add to.
+    pub(crate) fn take_evidence(&mut self) -> Vec<Evidence> {
+        let observations = self.observations.iter_mut();
+        observations
+            .filter_map(|seen| seen.evidence.take())
+            .collect()
+    }
+
     /// Writes the state to a temporary sibling, then renames.
     ///
     /// # Errors
@@ -79,11 +108,22 @@ impl EmState {
                 (Dtype::U8, shape, masks.planes().concat()),
             );
         }
-        for (picture, maps) in self.maps.iter().enumerate() {
-            let values = maps.maps.iter().flatten();
-            let bytes = values.flat_map(|v| v.to_le_bytes()).collect();
+        for (picture, seen) in self.observations.iter().enumerate() {
+            let mut put =
+                |name: &str, shape: Vec<usize>, values: &mut dyn Iterator<Item = &f32>| {
+                    let bytes = values.flat_map(|v| v.to_le_bytes()).collect();
+                    tensors.insert(format!("{name}.{picture}"), (Dtype::F32, shape, bytes));
+                };
+            let Observation { maps, evidence } = seen;
             let shape = vec![maps.maps.len(), maps.size, maps.size];
-            tensors.insert(format!("maps.{picture}"), (Dtype::F32, shape, bytes));
+            put("maps", shape, &mut maps.maps.iter().flatten());
+            if let Some(evidence) = evidence {
+                let planes = &evidence.log_likelihoods;
+                let shape = vec![planes.len(), evidence.size, evidence.size];
+                put("log_likelihoods", shape, &mut planes.iter().flatten());
+                let (sums, _) = evidence.affinity.parts();
+                put("affinity", vec![sums.len()], &mut sums.iter());
+            }
         }
         let header =
             serde_json::to_string(&self.header()).map_err(|error| cannot_write(path, error))?;
@@ -114,6 +154,7 @@ impl EmState {
             version: VERSION,
             concepts: learned.concepts.iter().map(entry).collect(),
             vectors_per_concept: learned.vectors_per_concept,
+            from_words: learned.from_words,
             step: learned.step,
             optimizer_step: learned.optimizer.t,
             seed: learned.seed,
@@ -124,7 +165,12 @@ impl EmState {
                 .iter()
                 .map(|masks| (masks.planes().len(), masks.size()))
                 .collect(),
-            has_maps: !self.maps.is_empty(),
+            observations: self.observations.iter().map(ObservationEntry::of).collect(),
+            energies: self
+                .energies
+                .iter()
+                .map(|energy| energy.to_bits())
+                .collect(),
         }
     }
 
@@ -185,25 +231,41 @@ impl EmState {
                 )
             });
         let masks = masks.collect::<Result<SceneMasks>>()?;
-        let pictures = if header.has_maps { &masks[..] } else { &[] };
-        let maps = pictures.iter().enumerate().map(|(picture, masks)| {
-            let size = masks.size();
-            let values = tensor(&format!("maps.{picture}"))?
-                .flatten_all()?
-                .to_vec1::<f32>()?;
-            if values.len() != masks.planes().len() * size * size {
+        let planes = |name: String, n: usize, size: usize| -> Result<Vec<Vec<f32>>> {
+            let values = tensor(&name)?.flatten_all()?.to_vec1::<f32>()?;
+            if n == 0 || size == 0 || values.len() != n * size * size {
                 return Err(Error::file(
                     path,
-                    "holds attention maps of another size than its masks",
+                    format!("holds {name} of another size than its masks"),
                 ));
             }
-            let maps = values
-                .chunks_exact(size * size)
-                .map(<[f32]>::to_vec)
-                .collect();
-            Ok(AttentionMaps { size, maps })
-        });
-        let maps = maps.collect::<Result<Vec<_>>>()?;
+            let planes = values.chunks_exact(size * size);
+            Ok(planes.map(<[f32]>::to_vec).collect())
+        };
+        let mut observations = Vec::with_capacity(header.observations.len());
+        for (picture, (entry, masks)) in header.observations.iter().zip(&masks).enumerate() {
+            let (n, size) = (masks.planes().len(), masks.size());
+            let maps = planes(format!("maps.{picture}"), n, size)?;
+            let evidence = match &entry.evidence {
+                None => None,
+                Some(entry) => {
+                    let width = entry.affinity_width;
+                    let sums = planes(format!("affinity.{picture}"), 1, width * width)?.concat();
+                    let draws = f64::from_bits(entry.affinity_draws);
+                    let affinity = Affinity::from_parts(width, sums, draws)
+                        .ok_or_else(|| Error::file(path, "holds affinities of another size"))?;
+                    let name = format!("log_likelihoods.{picture}");
+                    Some(Evidence {
+                        size: entry.size,
+                        log_likelihoods: planes(name, n, entry.size)?,
+                        n_draws: f64::from_bits(entry.draws),
+                        affinity,
+                    })
+                }
+            };
+            let maps = AttentionMaps { size, maps };
+            observations.push(Observation { maps, evidence });
+        }
         let role = |background| {
             if background {
                 Role::Background
@@ -222,6 +284,7 @@ impl EmState {
             vectors_per_concept: header.vectors_per_concept,
             rows: tensor("rows")?,
             initial_rows: tensor("initial_rows")?,
+            from_words: header.from_words,
             step: header.step,
             optimizer: AdamWState {
                 m,
@@ -234,9 +297,24 @@ impl EmState {
         Ok(Self {
             learned,
             masks,
-            maps,
+            observations,
+            energies: header.energies.into_iter().map(f64::from_bits).collect(),
             round: header.round,
         })
+    }
+}
+
+impl ObservationEntry {
+    fn of(seen: &Observation) -> Self {
+        let entry = |evidence: &Evidence| EvidenceEntry {
+            size: evidence.size,
+            draws: evidence.n_draws.to_bits(),
+            affinity_width: evidence.affinity.width(),
+            affinity_draws: evidence.affinity.parts().1.to_bits(),
+        };
+        Self {
+            evidence: seen.evidence.as_ref().map(entry),
+        }
     }
 }
 

@@ -27,16 +27,16 @@ pub fn init_tokens(
     let concepts = scene.scene.concepts().to_vec();
     let mut rng = Rng::new(seed, "token init", 0);
     let table = TokenTable::of(model)?;
-    let mut rows = Vec::new();
+    let (mut rows, mut from_words) = (Vec::new(), true);
     for concept in &concepts {
-        let ids = model.tokenizer.word_ids(&concept.class_word)?;
-        for vector in 0..config.vectors_per_concept {
-            rows.push(match config.init {
-                TokenInit::Class | TokenInit::Inversion { .. } => {
-                    table.word_row(&ids, vector, config.vectors_per_concept)
-                }
-                TokenInit::Random => table.random_row(&mut rng),
-            });
+        let has_word = !concept.class_word.is_empty() && config.init != TokenInit::Random;
+        from_words &= has_word;
+        if has_word {
+            let ids = model.tokenizer.word_ids(&concept.class_word)?;
+            let vectors = config.vectors_per_concept;
+            rows.extend((0..vectors).map(|vector| table.word_row(&ids, vector, vectors)));
+        } else {
+            rows.extend((0..config.vectors_per_concept).map(|_| table.random_row(&mut rng)));
         }
     }
     let (n, width) = (rows.len(), table.width);
@@ -45,6 +45,7 @@ pub fn init_tokens(
         concepts,
         vectors_per_concept: config.vectors_per_concept,
         initial_rows: rows.clone(),
+        from_words,
         optimizer: AdamWState::zeros(std::slice::from_ref(&rows))?,
         rows,
         step: 0,

@@ -1,0 +1,157 @@
+//! Masks before any word: objects are what the U-Net's self-attention holds together (ConceptExpress and ICE start so).
+//!
+//! ```text
+//! B_0     = the cells along the picture's border
+//! b_i     = mean_{j in B} W_ij / mean_{j not in B} W_ij,   B ← { i : b_i > 1 }   until it stays the same
+//! map     = -ln b, scaled to [0, 1]                                               the foreground
+//! parts   = basins of the map, cut until there is one for every object            see [`crate::regions`]
+//! ```
+//!
+//! Too many parts are joined, those first that look at each other most. Assumes that the border shows mostly background.
+//! Which token gets which part is arbitrary: the order of the parts, from the strongest down.
+
+use crate::attention::upsample_bicubic;
+use crate::config::PosteriorConfig;
+use crate::evidence::Affinity;
+use crate::posterior::Posterior;
+use crate::regions::{Region, cells_of, regions};
+use crate::scene::{Role, competitors};
+
+/// More rounds than it ever takes: every one moves a cell, or it ends.
+const MOST_ROUNDS: usize = 50;
+
+/// A part for every object, all of them certain.
+pub(crate) fn discover(
+    affinity: &Affinity,
+    size: usize,
+    roles: &[Role],
+    config: &PosteriorConfig,
+) -> Posterior {
+    let objects = competitors(roles);
+    let map = foreground(affinity, size);
+    let parts = regions(&map, size, objects.len(), Some(affinity), &config.regions);
+    let parts = joined(parts, objects.len(), size, affinity);
+    let mut planes = vec![vec![0.0f32; size * size]; roles.len()];
+    for (part, &c) in parts.iter().zip(&objects) {
+        for (&i, &inside) in part.pixels.iter().zip(&part.inside) {
+            planes[c][i] = inside;
+        }
+    }
+    let background = roles.iter().position(|&role| role == Role::Background);
+    if let Some(background) = background.filter(|c| !objects.contains(c)) {
+        planes[background] = (0..size * size)
+            .map(|i| 1.0 - objects.iter().map(|&c| planes[c][i]).sum::<f32>())
+            .collect();
+    }
+    Posterior { size, planes }
+}
+
+/// `[size · size]` in [0, 1], high where cells do not look at the background.
+fn foreground(affinity: &Affinity, size: usize) -> Vec<f32> {
+    let width = affinity.width();
+    let n = width * width;
+    let on_border = |i: usize| {
+        let (y, x) = (i / width, i % width);
+        y == 0 || x == 0 || y + 1 == width || x + 1 == width
+    };
+    let mut is_background: Vec<bool> = (0..n).map(on_border).collect();
+    let mut ratios = vec![1.0; n];
+    for _ in 0..MOST_ROUNDS {
+        let n_background = is_background.iter().filter(|&&b| b).count();
+        if n_background == 0 || n_background == n {
+            break;
+        }
+        for (i, ratio) in ratios.iter_mut().enumerate() {
+            let (mut inside, mut outside) = (0.0, 0.0);
+            for (j, &b) in is_background.iter().enumerate() {
+                *(if b { &mut inside } else { &mut outside }) += affinity.between(i, j);
+            }
+            let mean_inside = inside / n_background as f64;
+            let mean_outside = outside / (n - n_background) as f64;
+            *ratio = mean_inside.max(1e-12) / mean_outside.max(1e-12);
+        }
+        let next: Vec<bool> = ratios.iter().map(|&ratio| ratio > 1.0).collect();
+        if next == is_background {
+            break;
+        }
+        is_background = next;
+    }
+    let logs: Vec<f64> = ratios.iter().map(|ratio| -ratio.ln()).collect();
+    let least = logs.iter().copied().fold(f64::INFINITY, f64::min);
+    let shifted: Vec<f32> = logs.iter().map(|log| (log - least) as f32).collect();
+    let map = upsample_bicubic(&shifted, width, width, size);
+    let largest = map.iter().copied().fold(1e-12, f32::max);
+    map.into_iter().map(|v| v / largest).collect()
+}
+
+/// At most so many parts: the two that look at each other most become one, again and again.
+fn joined(mut parts: Vec<Region>, most: usize, size: usize, affinity: &Affinity) -> Vec<Region> {
+    let cells = |part: &Region| cells_of(&part.core(), size, affinity.width());
+    let mut cells: Vec<Vec<usize>> = parts.iter().map(cells).collect();
+    while parts.len() > most {
+        let mut best = (f64::NEG_INFINITY, 0, 1);
+        for i in 0..parts.len() {
+            for j in i + 1..parts.len() {
+                let pairs = cells[i]
+                    .iter()
+                    .flat_map(|&a| cells[j].iter().map(move |&b| (a, b)));
+                let sum: f64 = pairs.map(|(a, b)| affinity.between(a, b)).sum();
+                let mean = sum / (cells[i].len() * cells[j].len()).max(1) as f64;
+                if mean > best.0 {
+                    best = (mean, i, j);
+                }
+            }
+        }
+        let (_, i, j) = best;
+        let (part, own) = (parts.remove(j), cells.remove(j));
+        parts[i].pixels.extend(part.pixels);
+        parts[i].inside.extend(part.inside);
+        cells[i].extend(own);
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 8x8 cells: two things of 2x2, each looking at itself, in front of a background that does.
+    fn affinity() -> Affinity {
+        let thing = |cell: usize| match (cell / 8, cell % 8) {
+            (2..4, 1..3) => 1,
+            (4..6, 5..7) => 2,
+            _ => 0,
+        };
+        let mean = (0..64 * 64).map(|i| {
+            let (a, b) = (thing(i / 64), thing(i % 64));
+            if a == b { 1.0 } else { 0.02 }
+        });
+        Affinity::from_mean(8, mean.collect())
+    }
+
+    #[test]
+    fn things_are_found_without_a_word() {
+        let roles = [Role::Object, Role::Object, Role::Background];
+        let found = discover(&affinity(), 32, &roles, &PosteriorConfig::likelihood());
+        let masks = found.masks().unwrap();
+        let center = |y: usize, x: usize| (4 * y) * 32 + 4 * x;
+        let owner = |pixel: usize| (0..3).find(|&c| masks.planes()[c][pixel] == 1).unwrap();
+        let (first, second) = (owner(center(3, 2)), owner(center(5, 6)));
+        assert!(
+            first < 2 && second < 2 && first != second,
+            "{first} {second}"
+        );
+        assert_eq!(owner(center(7, 1)), 2);
+    }
+
+    #[test]
+    fn parts_that_look_at_each_other_are_one_object() {
+        let roles = [Role::Object, Role::Background];
+        let found = discover(&affinity(), 32, &roles, &PosteriorConfig::likelihood());
+        let masks = found.masks().unwrap();
+        assert_eq!(
+            [12 * 32 + 8, 20 * 32 + 24].map(|i| masks.planes()[0][i]),
+            [1, 1]
+        );
+    }
+}

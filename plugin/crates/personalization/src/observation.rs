@@ -1,0 +1,198 @@
+//! What the E-step sees of a picture: attention and, where the labeling asks for it, evidence.
+//!
+//! One prompt names all concepts of the picture: its attention says where they are. A prompt for each object, about the
+//! same noisy latent, says under which of them the noise is predicted best. Every timestep gets its own latent of the
+//! VAE's posterior and its own noise; conditional passes through the U-Net, no guidance, no gradient.
+
+use candle_core::Tensor;
+use stable_diffusion::DiffusionModel;
+use stable_diffusion::rng::Rng;
+use stable_diffusion::unet::Watch;
+
+use crate::attention::AttentionSums;
+use crate::config::{Cue, ExtractionConfig, Labeling, PosteriorConfig};
+use crate::error::Result;
+use crate::evidence::{Evidence, Observation};
+use crate::layers::LayerChoice;
+use crate::learned::LearnedConcepts;
+use crate::observer::{Event, Observer, tell};
+use crate::prepared::PreparedScene;
+use crate::scene::competitors;
+
+/// Noisy latents in one pass, at a latent size of 32; fewer at larger ones, so that memory stays about the same.
+const BATCH_AT_32: usize = 10;
+
+/// Observes every picture of the scene at `n_timesteps` random timesteps.
+///
+/// `earlier` is the evidence of the rounds before, to which this one's is added. The stream is named by the seed and the
+/// learned step, apart from the training stream: runs with and without E-steps see the same training noise.
+///
+/// # Errors
+/// Those of the model, or a stop.
+pub fn observe(
+    model: &DiffusionModel,
+    scene: &PreparedScene<'_>,
+    learned: &LearnedConcepts,
+    config: &ExtractionConfig,
+    n_timesteps: usize,
+    earlier: &[Evidence],
+    observer: &mut dyn Observer,
+) -> Result<Vec<Observation>> {
+    let n_pictures = scene.scene.pictures().len();
+    let mut all = Vec::with_capacity(n_pictures);
+    for picture in 0..n_pictures {
+        let mut rng = Rng::new(
+            learned.seed,
+            &format!("e-step, picture {picture}"),
+            learned.step as u64,
+        );
+        let mut on_pass = |done: usize| {
+            let progress = Event::Progress {
+                stage: "attention",
+                done: picture * n_timesteps + done,
+                total: n_pictures * n_timesteps,
+            };
+            tell(observer, &progress)
+        };
+        let timesteps = draw_timesteps(model, config, n_timesteps, &mut rng);
+        let eye = Eye {
+            model,
+            scene,
+            learned,
+            config,
+            picture,
+        };
+        all.push(eye.observe(&timesteps, earlier.get(picture), &mut rng, &mut on_pass)?);
+    }
+    Ok(all)
+}
+
+fn draw_timesteps(
+    model: &DiffusionModel,
+    config: &ExtractionConfig,
+    n: usize,
+    rng: &mut Rng,
+) -> Vec<usize> {
+    let total = model.noise_schedule.n_timesteps();
+    let [lo, hi] = config
+        .timestep_range
+        .map(|part| (part * total as f64).round() as usize);
+    let hi = hi.clamp(lo + 1, total);
+    (0..n).map(|_| lo + rng.below(hi - lo)).collect()
+}
+
+/// Who looks at which picture.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Eye<'a> {
+    pub(crate) model: &'a DiffusionModel,
+    pub(crate) scene: &'a PreparedScene<'a>,
+    pub(crate) learned: &'a LearnedConcepts,
+    pub(crate) config: &'a ExtractionConfig,
+    pub(crate) picture: usize,
+}
+
+impl Eye<'_> {
+    /// Observes at given timesteps; latents and noise come from `rng`.
+    pub(crate) fn observe(
+        &self,
+        timesteps: &[usize],
+        earlier: Option<&Evidence>,
+        rng: &mut Rng,
+        on_pass: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Observation> {
+        let (model, learned) = (self.model, self.learned);
+        let concepts = &self.scene.scene.pictures()[self.picture].concepts;
+        let tokenizer = learned.tokenizer(model)?;
+        let prompt = tokenizer.encode(&learned.training_prompt(concepts))?;
+        let positions = learned.positions(&tokenizer, &prompt, concepts)?;
+        let encode = |ids: &[u32]| -> Result<Tensor> {
+            let context = model.text_encoder.encode(ids, Some(&learned.rows))?;
+            Ok(context.detach())
+        };
+        let context = encode(&prompt.ids)?;
+        let mut evidence = match &self.config.labeling {
+            Labeling::Posterior(config) => Some(self.evidence(config, earlier)),
+            Labeling::Threshold { .. } | Labeling::Compete { .. } => None,
+        };
+        let asked = self.asked_for_noise();
+        let own_contexts = asked
+            .iter()
+            .map(|&i| {
+                encode(
+                    &tokenizer
+                        .encode(&learned.training_prompt(&[concepts[i]]))?
+                        .ids,
+                )
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let layers = self.config.layers.of(model.unet.cross_attention_layers());
+        let watch = if evidence.is_some() {
+            Watch::WithSelfAttention(&layers, &positions)
+        } else {
+            Watch::Layers(&layers, &positions)
+        };
+        let h = model.latent_size();
+        let batch = (BATCH_AT_32 * 32 * 32 / (h * h)).clamp(1, BATCH_AT_32);
+        let mut sums = AttentionSums::new(concepts.len(), learned.vectors_per_concept);
+        let mut done = 0;
+        for timesteps in timesteps.chunks(batch) {
+            let n_draws = timesteps.len();
+            let shape = [n_draws, model.config.unet.in_channels, h, h];
+            let noise = rng.normal(&shape, &model.device)?;
+            let latents = self.scene.latents(model, self.picture, false, &noise)?;
+            let noise = rng.normal(&shape, &model.device)?;
+            let schedule = &model.noise_schedule;
+            let noisy = schedule.add_noise(&latents, &noise, timesteps)?;
+            let t: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
+            let observed = model.unet.forward_observed(&noisy, &t, &context, watch)?;
+            sums.add(&observed.attention, n_draws)?;
+            if let Some(evidence) = &mut evidence {
+                let seen = observed
+                    .attention
+                    .iter()
+                    .filter(|layer| layer.width == evidence.affinity.width());
+                let seen: Vec<&Tensor> = seen
+                    .filter_map(|layer| layer.self_attention.as_ref())
+                    .collect();
+                evidence.affinity.add(&seen)?;
+                let target = schedule.target(&latents, &noise, timesteps)?;
+                let squares = own_contexts
+                    .iter()
+                    .map(|context| Ok((model.unet.forward(&noisy, &t, context)? - &target)?.sqr()?))
+                    .collect::<Result<Vec<_>>>()?;
+                evidence.add(&asked, &squares)?;
+            }
+            done += n_draws;
+            on_pass(done)?;
+        }
+        Ok(Observation {
+            maps: sums.maps(model.image_size(), self.config.combination),
+            evidence,
+        })
+    }
+
+    /// The evidence so far.
+    fn evidence(&self, config: &PosteriorConfig, earlier: Option<&Evidence>) -> Evidence {
+        if let Some(earlier) = earlier {
+            return earlier.clone().faded(config.keep);
+        }
+        let layers = self.model.unet.cross_attention_layers();
+        let level = LayerChoice::AboveBottleneck.of(layers);
+        let width = level.first().map_or(1, |&i| layers[i].resolution);
+        let n_concepts = self.scene.scene.pictures()[self.picture].concepts.len();
+        Evidence::empty(self.model.latent_size(), n_concepts, width)
+    }
+
+    /// The picture's concepts among which the noise decides, if it does.
+    fn asked_for_noise(&self) -> Vec<usize> {
+        let Labeling::Posterior(PosteriorConfig { cue, .. }) = self.config.labeling else {
+            return Vec::new();
+        };
+        let objects = competitors(&self.scene.scene.roles(self.picture));
+        if cue == Cue::Attention || objects.len() < 2 || self.learned.is_blank() {
+            Vec::new()
+        } else {
+            objects
+        }
+    }
+}
