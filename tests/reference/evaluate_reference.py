@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# EmConfig::recommended() in the reference's words.
+# EmConfig::attention() in the reference's words.
 RECOMMENDED = {
     "norm": "minmax", "binar": "compete", "tau": 0.4, "em_every": 20, "n_est": 50, "n_est_em": 20,
     "layers": "all", "crf": "multi", "joint": "none", "eval_every": 0, "verbose": 0,

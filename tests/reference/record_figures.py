@@ -1,31 +1,28 @@
 """Measures anew every figure and picture of the documents that hangs on the bundled checkpoint.
 
-    python record_figures.py [--steps 120] [--reference DIR] [--only NAME ...]
+    python record_figures.py [--steps 120] [--reference DIR] [--only NAME ...] [--sections NAME ...]
+        [--limit N --docs DIR]
 
 * localization   training/evaluate.py on the evaluation scenes: the table of the model card
 * sheet          its contact sheet
 * demo           `cargo run --release`: docs/demo.png
-* em             the example `evaluate` in its three modes and with the paper's literal reading: docs/figures.md, where
+* em             the example `evaluate` on the evaluation scenes and the hard ones: docs/figures.md and its plots, where
                  the PyTorch reference stands beside it if --reference names its folder (see evaluate_reference.py)
 
-Some 40 minutes on two cores. The figures of every run are left in target/figures.
+Some hours on two cores, most of them for `em`. Its runs are those of figure_runs.py; what they find is left in
+target/figures, and a run whose program, arguments, weights and scenes are the same is not made again.
 """
 
 import argparse
-import concurrent.futures
-import json
-import os
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
 
+from figure_document import write_document
+from figure_runs import ROOT, SECTIONS, SPRITES, WORK, make, planned
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-SPRITES = ROOT / "plugin/crates/sprites"
-WORK = ROOT / "target/figures"
 DEMO_SIDE = 256
 # file of the run's folder, what it shows
 DEMO_PICTURES = [
@@ -37,12 +34,6 @@ DEMO_PICTURES = [
     ("samples/picture_00003.png", "<rex> on a beach"),
     ("samples/picture_00004.png", "<rex> and <vw> in a city"),
 ]
-EM_RUNS = {
-    "em": ["--mode", "em"],
-    "baseline": ["--mode", "baseline"],
-    "given": ["--mode", "given"],
-    "em, the paper read literally": ["--mode", "em", "--config", "paper"],
-}
 
 
 def run(*command, **options):
@@ -100,74 +91,23 @@ def strip(folder):
     return out
 
 
-def em(steps, reference):
-    index, model = SPRITES / "scenes/index.json", SPRITES / "model"
-    run("cargo", "build", "--release", "--locked", "-p", "personalization", "--example", "evaluate")
-    ours = [ROOT / "target/release/examples/evaluate"]
-    theirs = [sys.executable, ROOT / "tests/reference/evaluate_reference.py", "--reference", reference]
-    jobs = {label: [*ours, *arguments] for label, arguments in EM_RUNS.items()}
-    if reference:
-        jobs |= {f"{mode}, PyTorch reference": [*theirs, "--mode", mode] for mode in ["em", "baseline"]}
-    files = {label: WORK / (re.sub("[^a-z]+", "-", label.lower()) + ".json") for label in jobs}
-
-    def evaluate(label):
-        common = ["--model", model, "--scenes", index, "--steps", steps, "--out", files[label]]
-        log = files[label].with_suffix(".log").open("w")
-        run(*jobs[label], *common, stdout=log, env={**os.environ, "RAYON_NUM_THREADS": "1"})
-        return json.loads(files[label].read_text())
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        reports = dict(zip(jobs, pool.map(evaluate, jobs)))
-    means = {label: report["mean"] for label, report in reports.items()}
-    (ROOT / "docs/figures.md").write_text(em_document(reports["em"], means, steps))
-
-
-def em_document(report, means, steps):
-    columns = {
-        "objects, first masks": "object_iou_initial", "objects, last masks": "object_iou_final",
-        "background": "background_iou_final", "objects, learned token": "object_extraction_iou",
-        "masked error": "masked_error", "leak": "leak",
-    }  # fmt: skip
-    rows = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for label, mean in means.items():
-        cells = [f"{mean[key]:.{4 if key == 'masked_error' else 3}f}" for key in columns.values()]
-        rows.append(f"| {label} | " + " | ".join(cells) + " |")
-    scenes = ["| scene | concept: IoU of the first masks → of the last |", "|---|---|"]
-    for scene in report["scenes"]:
-        parts = [f"{c['class_word']} {c['iou_initial']:.2f} → {c['iou_final']:.2f}"
-                 for c in [*scene["concepts"], scene["background"]]]  # fmt: skip
-        scenes.append(f"| {scene['id']} | {', '.join(parts)} |")
-    return f"""# Figures
-
-Masks and tokens of the {len(report["scenes"])} evaluation scenes with several concepts, drawings that the bundled checkpoint
-has never seen; {steps} steps on the tokens, seed {report["seed"]}, the recommended configuration unless it says otherwise.
-Written by `tests/reference/record_figures.py`; the metrics are defined in `plugin/crates/personalization/src/metrics.rs`.
-
-Mean IoU with the true masks; the squared error of the noise inside of the true mask, prompted with the learned token
-alone; the share of a token's attention outside of its true mask.
-
-{chr(10).join(rows)}
-
-`em` starts from the masks of the class words and re-estimates them, `baseline` keeps those first masks, `given` gets the true
-ones.
-
-## `em`, scene by scene
-
-{chr(10).join(scenes)}
-"""
+def em(arguments):
+    sections = arguments.sections or SECTIONS
+    reports = make(planned(sections), arguments.steps, arguments.limit, arguments.reference)
+    write_document(arguments.docs, reports, sections, arguments.steps)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--reference", type=pathlib.Path)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="of figures.md; the others stay as they are")
+    parser.add_argument("--limit", type=int, help="only so many scenes a run, to see whether all of this works")
+    parser.add_argument("--docs", type=pathlib.Path, default=ROOT / "docs", help="where figures.md and its plots go")
     parser.add_argument("--only", nargs="+", choices=["localization", "sheet", "demo", "em"])
     arguments = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
-    steps = {
-        "localization": localization, "sheet": sheet, "demo": demo,
-        "em": lambda: em(arguments.steps, arguments.reference),
-    }  # fmt: skip
+    steps = {"localization": localization, "sheet": sheet, "demo": demo, "em": lambda: em(arguments)}
     for name in arguments.only or steps:
         print("==", name, flush=True)
         steps[name]()

@@ -20,19 +20,7 @@ fi
 python="$work/venv/bin/python3"
 PATH="$work/venv/bin:$PATH"
 
-# the drawings: name, version
-while read -r name version; do
-    [ -f "$work/icons/$name/icons.json" ] && continue
-    mkdir -p "$work/icons/$name"
-    (cd "$work/icons" && npm pack --silent "@iconify-json/$name@$version" > /dev/null)
-    tar xzf "$work/icons/iconify-json-$name-$version.tgz" -C "$work/icons/$name" --strip-components=1 package/icons.json
-done <<LIST
-noto 1.2.9
-twemoji 1.2.5
-fluent-emoji 1.2.7
-fluent-emoji-flat 1.2.6
-LIST
-[ -f "$work/drawings.pkl" ] || "$python" drawings.py --icons "$work/icons" --out "$work/drawings.pkl"
+sh drawings.sh "$work" "$python"
 
 for set in first larger familiar; do
     [ -d "$work/$set" ] && continue

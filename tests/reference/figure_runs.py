@@ -1,0 +1,164 @@
+"""The runs that docs/figures.md reports, by name, and how they are made.
+
+A run is one call of the example `evaluate`. Its figures are left in target/figures/NAME.json, and what they came from in
+NAME.key; a run whose arguments, program, weights and scenes are the same is not made again.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SPRITES = ROOT / "plugin/crates/sprites"
+WORK = ROOT / "target/figures"
+MODEL = SPRITES / "model"
+INDEXES = {"evaluation": SPRITES / "scenes/index.json", "hard": WORK / "hard/index.json"}
+PROGRAM = ROOT / "target/release/examples/evaluate"
+PROCESSES = 2
+
+SECTIONS = ["masks", "hard", "ablation", "no-words", "pictures", "scenes"]
+SEEDS = [0, 1, 2]
+# label -> arguments; the rows of the first table, of which every seed is run, and the curves of the plot
+METHODS = {
+    "em": ["--mode", "em"],
+    "baseline": ["--mode", "baseline", "--config", "attention"],
+    "given": ["--mode", "given"],
+    "em, attention alone": ["--mode", "em", "--config", "attention"],
+    "em, the paper read literally": ["--mode", "em", "--config", "paper"],
+}
+# modes of the PyTorch reference
+REFERENCE = ["em", "baseline"]
+# label -> name of a configuration; the rows of the table of what each part brings
+ABLATION = {
+    "likelihood": "likelihood",
+    "without the likelihood (attention's share alone)": "no-likelihood",
+    "without the prior (the noise alone)": "no-prior",
+    "foreground where an object's map is high": "object-foreground",
+    "pixel by pixel instead of parts": "no-regions",
+    "every round forgets the one before": "no-memory",
+    "without the dense CRF": "no-crf",
+    "attention alone": "attention",
+    "the paper read literally": "paper",
+}
+STARTS = {"class": "the class word", "random": "no word", "inversion": "inversion"}
+# those of METHODS that the plot shows from the other starts too
+STARTED = ["em", "baseline"]
+# Painting takes longest: every other scene of the evaluation (the others show the same drawings), and of the hard ones
+# the first two of each kind's test half.
+PAINTED = ["em", "baseline", "given"]
+PAINTED_SCENES = {
+    "evaluation": [f"multi_{number:03d}" for number in range(0, 44, 4)],
+    "hard": [
+        f"{kind}_{number:03d}"
+        for kind in ["plain", "overlapping", "same_class", "many", "small", "several", "no_background"]
+        for number in [1, 3]
+    ],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of `evaluate`."""
+
+    index: str
+    arguments: tuple
+    seed: int = 0
+    start: str = "class"
+    painted: bool = False
+
+    @property
+    def name(self):
+        parts = [self.index, *(a.removeprefix("--") for a in self.arguments), self.start, f"seed-{self.seed}"]
+        return "-".join(parts + ["painted"] * self.painted)
+
+    def command(self, steps, limit=None):
+        scenes = {"evaluation": "multi", "hard": "all"}[self.index]
+        command = [PROGRAM, "--model", MODEL, "--scenes", INDEXES[self.index], "--kind", scenes, *self.arguments,
+                   "--seed", self.seed, "--start", self.start, "--steps", steps]  # fmt: skip
+        if self.painted:
+            command += ["--only", ",".join(PAINTED_SCENES[self.index]), "--pictures", WORK / self.name]
+        if limit:
+            command += ["--limit", limit]
+        return [str(c) for c in [*command, "--out", WORK / f"{self.name}.json"]]
+
+
+def method(label, index, **options):
+    return Run(index, tuple(METHODS[label]), **options)
+
+
+def configuration(label, index):
+    name = ABLATION[label]
+    return Run(index, ("--mode", "em") if name == "likelihood" else ("--mode", "em", "--config", name))
+
+
+def planned(sections):
+    """The runs of these sections, each once."""
+    runs = []
+    if "masks" in sections:
+        runs += [method(label, "evaluation", seed=seed) for label in METHODS for seed in SEEDS]
+        runs += [method(label, "evaluation", start=start) for label in STARTED for start in STARTS]
+    if "hard" in sections:
+        runs += [method(label, "hard", seed=seed) for label in STARTED for seed in SEEDS]
+        runs += [method("given", "hard")]
+    if "no-words" in sections:
+        runs += [method(label, index, start="random") for label in STARTED for index in INDEXES]
+    if "ablation" in sections:
+        runs += [configuration(label, index) for label in ABLATION for index in INDEXES]
+    if "pictures" in sections:
+        runs += [method(label, index, painted=True) for label in PAINTED for index in INDEXES]
+    if "scenes" in sections:
+        runs += [method("em", "evaluation")]
+    return list(dict.fromkeys(runs))
+
+
+def make(runs, steps, limit=None, reference=None):
+    """Makes what is missing, two at a time; -> run -> report. With the folder of the PyTorch reference, also what is
+    named in REFERENCE."""
+    build = ["cargo", "build", "--release", "--locked", "-p", "personalization", "--example", "evaluate"]
+    subprocess.run(build, cwd=ROOT, check=True)
+    if any(run.index == "hard" for run in runs):
+        compose_hard_scenes()
+    jobs = {run: (run.name, run.command(steps, limit), [PROGRAM, INDEXES[run.index]]) for run in runs}
+    if reference:
+        program = ROOT / "tests/reference/evaluate_reference.py"
+        for mode in REFERENCE:
+            name = f"reference-{mode}"
+            command = [sys.executable, program, "--reference", reference, "--mode", mode, "--model", MODEL,
+                       "--scenes", INDEXES["evaluation"], "--steps", steps, "--out", WORK / f"{name}.json"]  # fmt: skip
+            sources = [program, INDEXES["evaluation"], *sorted(reference.glob("*.py"))]
+            jobs[f"{mode}, PyTorch reference"] = (name, [str(c) for c in command], sources)
+    with concurrent.futures.ThreadPoolExecutor(PROCESSES) as pool:
+        return dict(zip(jobs, pool.map(lambda job: made(*job), jobs.values())))
+
+
+def made(name, command, sources):
+    """The report of a run, made unless it is there and came from the same."""
+    out, key_file = WORK / f"{name}.json", WORK / f"{name}.key"
+    key = digest(*sources, *sorted(MODEL.rglob("*.safetensors"))) + "\n" + " ".join(command)
+    if not (out.exists() and key_file.exists() and key_file.read_text() == key):
+        key_file.unlink(missing_ok=True)
+        print("$", *command, flush=True)
+        with open(WORK / f"{name}.log", "w") as log:
+            subprocess.run(command, check=True, stdout=log, env={**os.environ, "RAYON_NUM_THREADS": "1"})
+        key_file.write_text(key)
+    return json.loads(out.read_text())
+
+
+def digest(*files):
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(file.read_bytes())
+    return whole.hexdigest()
+
+
+def compose_hard_scenes():
+    """The scenes of target/figures/hard; the same seed gives the same files."""
+    training = SPRITES / "training"
+    subprocess.run(["sh", training / "drawings.sh", WORK, sys.executable], check=True)
+    command = [training / "hard_scenes.py", "--drawings", WORK / "drawings.pkl", "--out", WORK / "hard"]
+    subprocess.run([sys.executable, *command], check=True)
