@@ -213,7 +213,7 @@ impl Node for EmLoop {
             .as_deref()
             .and_then(|file| resumable_joint(file, model, host));
         let start = match resumable(state_file, model, host) {
-            Some(state) => EmStart::Resume(state),
+            Some(state) => EmStart::Resume(Box::new(state)),
             None => given
                 .filter(|_| config.masks == MaskMode::Given)
                 .map_or(EmStart::Fresh, EmStart::Masks),

@@ -80,7 +80,7 @@ pub enum Labeling {
         /// τ in (0, 1).
         tau: f32,
     },
-    /// The posterior of attention and noise (ours): see [`crate::posterior`].
+    /// The posterior of attention and noise (ours): see [`mod@crate::posterior`].
     Posterior(PosteriorConfig),
 }
 

@@ -9,7 +9,7 @@
 
 use stable_diffusion::DiffusionModel;
 
-use crate::config::{EmConfig, MaskMode};
+use crate::config::{EmConfig, Labeling, MaskMode};
 use crate::e_step::{Earlier, Estimate, e_step};
 use crate::error::{Error, Result};
 use crate::evidence::Observation;
@@ -29,7 +29,7 @@ pub enum EmStart {
     /// With new tokens and masks that the user brought; mode `Given` keeps them.
     Masks(SceneMasks),
     /// Where an earlier run stopped.
-    Resume(EmState),
+    Resume(Box<EmState>),
 }
 
 /// Masks at the end of one round.
@@ -93,7 +93,9 @@ pub fn em(
         )?;
         state.round += 1;
         if config.masks == MaskMode::Em && n_steps == config.e_step_every {
-            re_estimate(model, scene, &mut state, config, observer)?;
+            if !keeps_what_was_discovered(&state.learned, config) {
+                re_estimate(model, scene, &mut state, config, observer)?;
+            }
             record(&state, &mut rounds, observer)?;
         }
         tell(observer, &Event::Checkpoint(&state))?;
@@ -104,6 +106,12 @@ pub fn em(
         observations: state.observations,
         rounds,
     })
+}
+
+/// Whether masks were found by self-attention and stay: tokens that started from no word say less for long than what
+/// was seen without them.
+fn keeps_what_was_discovered(learned: &LearnedConcepts, config: &EmConfig) -> bool {
+    !learned.from_words && matches!(config.extraction.labeling, Labeling::Posterior(_))
 }
 
 /// The E-step of a later round, from what the rounds before left.
@@ -157,7 +165,7 @@ fn first_state(
     let masks = match start {
         EmStart::Resume(state) => {
             check_masks(scene, &state.masks)?;
-            return Ok(state);
+            return Ok(*state);
         }
         EmStart::Masks(masks) => Some(masks),
         EmStart::Fresh if config.masks == MaskMode::Given => {

@@ -12,7 +12,7 @@
 //! | A_c | `[S, S]` | attention map, see [`crate::attention`] |
 //! | ℓ_c | `[h, h]` nats | log-likelihood, see [`crate::evidence`] |
 //! | r | | part of the foreground, see [`crate::regions`] |
-//! | q_r | `[C]` | see [`crate::owners`] |
+//! | q_r | `[C]` | see `owners.rs` |
 //! | q_c | `[S, S]` in [0, 1] | posterior |
 //! | ε | | chance that an estimate is wrong about a pixel; so chosen that certainty gets CutLER's unary energy |
 //!

@@ -209,7 +209,7 @@ fn a_run_that_goes_on_from_its_saved_state_gives_the_same_bits() {
     let resumed = em(
         &model,
         &prepared,
-        EmStart::Resume(state),
+        EmStart::Resume(Box::new(state)),
         &config,
         7,
         &mut Silent,
