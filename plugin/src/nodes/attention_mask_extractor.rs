@@ -89,13 +89,7 @@ impl Node for AttentionMaskExtractor {
         .map_err(failed)?;
         let labels = observations.iter().enumerate().map(|(picture, seen)| {
             let roles = scene.roles(picture);
-            label(
-                &seen.maps,
-                seen.evidence.as_ref(),
-                &roles,
-                learned.is_blank(),
-                &config,
-            )
+            label(&seen.maps, seen.evidence.as_ref(), &roles, learned, &config)
         });
         let labels = labels.collect::<Result<Vec<Labels>, _>>().map_err(failed)?;
         for (picture, seen) in observations.iter().enumerate() {

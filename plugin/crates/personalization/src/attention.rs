@@ -3,6 +3,7 @@
 //! ```text
 //! A_c = mean over layers of bicubic( mean over timesteps, heads and positions of softmax(Q Kᵀ / √d) )
 //! ```
+//! Timesteps may have weights: see [`crate::config::Weighting`].
 
 use std::collections::BTreeMap;
 
@@ -19,7 +20,8 @@ use crate::maps::AttentionMaps;
 pub(crate) struct AttentionSums {
     n_concepts: usize,
     vectors_per_concept: usize,
-    n_draws: usize,
+    /// Of all draws so far.
+    weight: f32,
     layers: BTreeMap<usize, LayerSum>,
 }
 
@@ -28,22 +30,27 @@ impl AttentionSums {
         Self {
             n_concepts,
             vectors_per_concept,
-            n_draws: 0,
+            weight: 0.0,
             layers: BTreeMap::new(),
         }
     }
 
-    /// Adds what the watched layers of one pass saw.
-    pub(crate) fn add(&mut self, layers: &[LayerAttention], n_draws: usize) -> Result<()> {
+    /// Adds what the watched layers of one pass saw; a weight for every draw in it.
+    pub(crate) fn add(&mut self, layers: &[LayerAttention], weights: &[f32]) -> Result<()> {
         for layer in layers {
             let sum = self
                 .layers
                 .entry(layer.layer)
                 .or_insert_with(|| LayerSum::empty(layer, self.n_concepts));
-            sum.add(layer, self.vectors_per_concept)?;
+            sum.add(layer, self.vectors_per_concept, weights)?;
         }
-        self.n_draws += n_draws;
+        self.weight += weights.iter().sum::<f32>();
         Ok(())
+    }
+
+    /// Weight of all draws.
+    pub(crate) fn weight(&self) -> f64 {
+        f64::from(self.weight)
     }
 
     /// The maps at picture size.
@@ -51,7 +58,7 @@ impl AttentionSums {
         let layers: Vec<LayerSum> = self
             .layers
             .into_values()
-            .map(|sum| sum.divided_by(self.n_draws))
+            .map(|sum| sum.divided_by(self.weight))
             .collect();
         AttentionMaps {
             size,
@@ -81,8 +88,15 @@ impl LayerSum {
         }
     }
 
-    fn add(&mut self, layer: &LayerAttention, vectors_per_concept: usize) -> Result<()> {
-        let sums: Tensor = concept_map(layer, vectors_per_concept)?.sum(0)?;
+    fn add(
+        &mut self,
+        layer: &LayerAttention,
+        vectors_per_concept: usize,
+        weights: &[f32],
+    ) -> Result<()> {
+        let maps = concept_map(layer, vectors_per_concept)?;
+        let weights = Tensor::new(weights, maps.device())?.reshape(((), 1, 1))?;
+        let sums = maps.broadcast_mul(&weights)?.sum(0)?;
         for (pixel, values) in sums.to_vec2::<f32>()?.iter().enumerate() {
             for (map, value) in self.maps.iter_mut().zip(values) {
                 map[pixel] += value;
@@ -91,8 +105,8 @@ impl LayerSum {
         Ok(())
     }
 
-    fn divided_by(mut self, n: usize) -> Self {
-        self.maps.iter_mut().flatten().for_each(|v| *v /= n as f32);
+    fn divided_by(mut self, weight: f32) -> Self {
+        self.maps.iter_mut().flatten().for_each(|v| *v /= weight);
         self
     }
 }

@@ -55,6 +55,16 @@ pub enum Combination {
     PerResolution,
 }
 
+/// What the map of one timestep counts in the mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Weighting {
+    /// The same (P).
+    Uniform,
+    /// √ᾱ_t, the picture's own part in the noisy latent: maps of late timesteps are diffuse.
+    Signal,
+}
+
 /// How a map is scaled before it is compared with a threshold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -92,6 +102,8 @@ pub enum Foreground {
     BackgroundMap,
     /// An object's map is high.
     ObjectMaps,
+    /// Cells do not look at the background: see [`crate::discover`]. Of tokens without words, whatever is configured.
+    SelfAttention,
 }
 
 /// What says which object something is.
@@ -131,6 +143,8 @@ pub struct PosteriorConfig {
     pub blur: f32,
     /// What is left of the sums of earlier rounds when one begins: 1 forgets nothing; in \[0, 1\].
     pub keep: f64,
+    /// ρ: correlation of what two draws of one picture say, in \[0, 1\]; 0 takes them as independent.
+    pub correlation: f64,
 }
 
 impl PosteriorConfig {
@@ -138,6 +152,8 @@ impl PosteriorConfig {
     pub const BLUR: Bounds<f64> = Bounds::new(0.0, 16.0);
     /// Of the part of the sums that is kept.
     pub const KEEP: Bounds<f64> = Bounds::new(0.0, 1.0);
+    /// Of ρ.
+    pub const CORRELATION: Bounds<f64> = Bounds::new(0.0, 1.0);
 
     /// Measured on the evaluation scenes and on the half of the hard ones that is for tuning.
     #[must_use]
@@ -149,6 +165,7 @@ impl PosteriorConfig {
             regions: RegionConfig::measured(),
             blur: 1.0,
             keep: 1.0,
+            correlation: 0.05,
         }
     }
 }
@@ -164,7 +181,9 @@ pub struct ExtractionConfig {
     pub timestep_range: [f64; 2],
     /// Layers.
     pub layers: LayerChoice,
-    /// Their combination.
+    /// Weights of the timesteps.
+    pub weighting: Weighting,
+    /// Combination of the layers.
     pub combination: Combination,
     /// Scaling.
     pub normalization: Normalization,
@@ -390,6 +409,7 @@ impl EmConfig {
                 n_timesteps: 50,
                 timestep_range: [0.0, 1.0],
                 layers: LayerChoice::All,
+                weighting: Weighting::Uniform,
                 combination: Combination::Flat,
                 normalization: Normalization::Max,
                 labeling: Labeling::Threshold { tau: 0.5 },
@@ -432,6 +452,7 @@ impl EmConfig {
             extraction: ExtractionConfig {
                 n_timesteps_initial: 100,
                 timestep_range: [0.02, 0.98],
+                weighting: Weighting::Signal,
                 labeling: Labeling::Posterior(PosteriorConfig::likelihood()),
                 ..attention.extraction
             },

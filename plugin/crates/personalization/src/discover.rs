@@ -47,7 +47,7 @@ pub(crate) fn discover(
 }
 
 /// `[size · size]` in [0, 1], high where cells do not look at the background.
-fn foreground(affinity: &Affinity, size: usize) -> Vec<f32> {
+pub(crate) fn foreground(affinity: &Affinity, size: usize) -> Vec<f32> {
     let width = affinity.width();
     let n = width * width;
     let on_border = |i: usize| {

@@ -63,13 +63,7 @@ pub fn e_step(
     let estimate = |(picture, observation): (usize, Observation)| {
         let Observation { maps, evidence } = &observation;
         let roles = scene.scene.roles(picture);
-        let labels = label(
-            maps,
-            evidence.as_ref(),
-            &roles,
-            learned.is_blank(),
-            extraction,
-        )?;
+        let labels = label(maps, evidence.as_ref(), &roles, learned, extraction)?;
         let lattice = scene.crf(picture, &crf.crf)?;
         let previous = earlier.masks.map(|masks| &masks[picture]);
         let refined = refine(&lattice, &labels, &roles, Some(maps), previous, crf)?;

@@ -9,7 +9,7 @@
 
 use stable_diffusion::DiffusionModel;
 
-use crate::config::{EmConfig, Labeling, MaskMode};
+use crate::config::{EmConfig, MaskMode};
 use crate::e_step::{Earlier, Estimate, e_step};
 use crate::error::{Error, Result};
 use crate::evidence::Observation;
@@ -93,9 +93,7 @@ pub fn em(
         )?;
         state.round += 1;
         if config.masks == MaskMode::Em && n_steps == config.e_step_every {
-            if !keeps_what_was_discovered(&state.learned, config) {
-                re_estimate(model, scene, &mut state, config, observer)?;
-            }
+            re_estimate(model, scene, &mut state, config, observer)?;
             record(&state, &mut rounds, observer)?;
         }
         tell(observer, &Event::Checkpoint(&state))?;
@@ -106,12 +104,6 @@ pub fn em(
         observations: state.observations,
         rounds,
     })
-}
-
-/// Whether masks were found by self-attention and stay: tokens that started from no word say less for long than what
-/// was seen without them.
-fn keeps_what_was_discovered(learned: &LearnedConcepts, config: &EmConfig) -> bool {
-    !learned.from_words && matches!(config.extraction.labeling, Labeling::Posterior(_))
 }
 
 /// The E-step of a later round, from what the rounds before left.

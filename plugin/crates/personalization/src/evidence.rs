@@ -14,7 +14,12 @@
 //! | ℓ_c | `[h · h]`, nats | log-likelihood of a latent cell under concept c, less the mean over the concepts |
 //! | σ_t² | scalar | variance of the errors at this timestep: early and late timesteps count alike |
 //!
-//! Draws of later rounds are added: the words are evidence too. A forgetting factor lets old ones fade.
+//! Draws of later rounds are added, of the noise and of the attention: the words are evidence too. A forgetting factor
+//! lets old ones fade. Draws of one picture share what the model gets wrong about it, so n of them say no more than
+//!
+//! ```text
+//! n' = n / (1 + (n - 1) ρ)                                         independent ones (Kish 1965, design effect)
+//! ```
 
 use candle_core::Tensor;
 
@@ -39,8 +44,35 @@ pub struct Evidence {
     pub log_likelihoods: Vec<Vec<f32>>,
     /// Draws in the sums; old ones count less if they are forgotten.
     pub n_draws: f64,
+    /// Attention, the mean over the draws of all rounds.
+    pub attention: MeanAttention,
     /// Which cells look at each other.
     pub affinity: Affinity,
+}
+
+/// Cross-attention of every concept, the mean over the draws so far.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct MeanAttention {
+    /// `[C][S · S]`; empty before the first draw.
+    pub maps: Vec<Vec<f32>>,
+    /// Weight of the draws in it.
+    pub weight: f64,
+}
+
+impl MeanAttention {
+    /// Adds the mean over further draws of this weight.
+    pub(crate) fn add(&mut self, maps: &AttentionMaps, weight: f64) {
+        self.weight += weight;
+        if self.maps.is_empty() {
+            self.maps.clone_from(&maps.maps);
+            return;
+        }
+        let part = (weight / self.weight) as f32;
+        let added = maps.maps.iter().flatten();
+        for (mean, new) in self.maps.iter_mut().flatten().zip(added) {
+            *mean += part * (new - *mean);
+        }
+    }
 }
 
 /// Self-attention among the cells of one level of the U-Net, the mean over layers and heads, summed over draws.
@@ -136,8 +168,15 @@ impl Evidence {
             size,
             log_likelihoods: vec![vec![0.0; size * size]; n_concepts],
             n_draws: 0.0,
+            attention: MeanAttention::default(),
             affinity: Affinity::empty(affinity_width),
         }
+    }
+
+    /// What the sums count for: independent draws for each draw, if two of them are correlated by ρ.
+    #[must_use]
+    pub fn worth(&self, correlation: f64) -> f64 {
+        1.0 / (1.0 + (self.n_draws - 1.0).max(0.0) * correlation)
     }
 
     /// What is left of the sums when a round begins; `keep` in [0, 1].
@@ -148,6 +187,7 @@ impl Evidence {
             self.log_likelihoods.iter_mut().flatten().for_each(fade);
             self.affinity.sums.iter_mut().for_each(fade);
             self.n_draws *= keep;
+            self.attention.weight *= keep;
             self.affinity.n_draws *= keep;
         }
         self
@@ -220,6 +260,28 @@ mod tests {
             faded.log_likelihoods[0][0],
             0.5 * evidence.log_likelihoods[0][0]
         );
+    }
+
+    #[test]
+    fn correlated_draws_are_worth_a_bounded_number() {
+        let mut evidence = Evidence::empty(1, 2, 1);
+        for (n_draws, expected) in [(0.0, 0.0), (1.0, 1.0), (11.0, 5.5), (1e9, 10.0)] {
+            evidence.n_draws = n_draws;
+            assert!((n_draws * evidence.worth(0.1) - expected).abs() < 1e-6);
+            assert_eq!(evidence.worth(0.0), 1.0);
+        }
+    }
+
+    #[test]
+    fn attention_is_the_mean_over_all_draws() {
+        let maps = |v: f32| AttentionMaps {
+            size: 1,
+            maps: vec![vec![v]],
+        };
+        let mut mean = MeanAttention::default();
+        mean.add(&maps(1.0), 3.0);
+        mean.add(&maps(5.0), 1.0);
+        assert_eq!((mean.maps[0][0], mean.weight), (2.0, 4.0));
     }
 
     #[test]

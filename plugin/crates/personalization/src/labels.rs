@@ -1,10 +1,11 @@
 //! What the E-step believes of a picture before the CRF.
 
 use crate::binarize::{compete, threshold};
-use crate::config::{ExtractionConfig, Labeling};
+use crate::config::{ExtractionConfig, Foreground, Labeling, PosteriorConfig};
 use crate::discover::discover;
 use crate::error::Result;
 use crate::evidence::Evidence;
+use crate::learned::LearnedConcepts;
 use crate::maps::AttentionMaps;
 use crate::mask::ImageMasks;
 use crate::posterior::{Posterior, posterior};
@@ -26,8 +27,8 @@ impl From<ImageMasks> for Labels {
     }
 }
 
-/// Labels from what was observed; `roles` in the order of the maps. Tokens that say nothing yet leave it to the
-/// self-attention, if that was observed: see [`crate::discover`].
+/// Labels from what was observed; `roles` in the order of the maps. Tokens that started from no word leave it to the
+/// self-attention what is foreground, and as long as they say nothing what is an object: see [`crate::discover`].
 ///
 /// # Errors
 /// Roles, maps or evidence that do not fit each other.
@@ -35,7 +36,7 @@ pub fn label(
     maps: &AttentionMaps,
     evidence: Option<&Evidence>,
     roles: &[Role],
-    is_blank: bool,
+    learned: &LearnedConcepts,
     config: &ExtractionConfig,
 ) -> Result<Labels> {
     Ok(match &config.labeling {
@@ -44,9 +45,19 @@ pub fn label(
         Labeling::Posterior(config) => {
             let affinity = evidence
                 .map(|evidence| &evidence.affinity)
-                .filter(|affinity| is_blank && !affinity.is_empty());
+                .filter(|affinity| !learned.from_words && !affinity.is_empty());
             let posterior = match affinity {
-                Some(affinity) => discover(affinity, maps.size, roles, config),
+                Some(affinity) if learned.is_blank() => {
+                    discover(affinity, maps.size, roles, config)
+                }
+                Some(_) => {
+                    let foreground = Foreground::SelfAttention;
+                    let config = PosteriorConfig {
+                        foreground,
+                        ..*config
+                    };
+                    posterior(maps, evidence, roles, &config)?
+                }
                 None => posterior(maps, evidence, roles, config)?,
             };
             Labels {

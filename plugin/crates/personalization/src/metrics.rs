@@ -149,13 +149,7 @@ pub fn extraction(
     };
     let seen = eye.observe(&timesteps, None, &mut rng, &mut |_| Ok(()))?;
     let roles = scene.scene.roles(picture);
-    let labels = label(
-        &seen.maps,
-        seen.evidence.as_ref(),
-        &roles,
-        learned.is_blank(),
-        config,
-    )?;
+    let labels = label(&seen.maps, seen.evidence.as_ref(), &roles, learned, config)?;
     let lattice = scene.crf(picture, &crf.crf)?;
     let refined = refine(&lattice, &labels, &roles, Some(&seen.maps), None, crf)?;
     let (masks, maps) = (refined.masks, seen.maps);

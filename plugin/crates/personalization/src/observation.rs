@@ -10,7 +10,7 @@ use stable_diffusion::rng::Rng;
 use stable_diffusion::unet::Watch;
 
 use crate::attention::AttentionSums;
-use crate::config::{Cue, ExtractionConfig, Labeling, PosteriorConfig};
+use crate::config::{Cue, ExtractionConfig, Labeling, PosteriorConfig, Weighting};
 use crate::error::Result;
 use crate::evidence::{Evidence, Observation};
 use crate::layers::LayerChoice;
@@ -78,7 +78,12 @@ fn draw_timesteps(
         .timestep_range
         .map(|part| (part * total as f64).round() as usize);
     let hi = hi.clamp(lo + 1, total);
-    (0..n).map(|_| lo + rng.below(hi - lo)).collect()
+    // One of each of n equal parts of the range: uniform each, and together less a matter of luck.
+    let in_part = |i: usize| {
+        let at = |i: usize| lo + (hi - lo) * i / n;
+        at(i) + rng.below((at(i + 1) - at(i)).max(1))
+    };
+    (0..n).map(in_part).collect()
 }
 
 /// Who looks at which picture.
@@ -145,7 +150,7 @@ impl Eye<'_> {
             let noisy = schedule.add_noise(&latents, &noise, timesteps)?;
             let t: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
             let observed = model.unet.forward_observed(&noisy, &t, &context, watch)?;
-            sums.add(&observed.attention, n_draws)?;
+            sums.add(&observed.attention, &self.weights(timesteps))?;
             if let Some(evidence) = &mut evidence {
                 let seen = observed
                     .attention
@@ -165,10 +170,23 @@ impl Eye<'_> {
             done += n_draws;
             on_pass(done)?;
         }
-        Ok(Observation {
-            maps: sums.maps(model.image_size(), self.config.combination),
-            evidence,
-        })
+        let weight = sums.weight();
+        let maps = sums.maps(model.image_size(), self.config.combination);
+        if let Some(evidence) = evidence.as_mut().filter(|_| !learned.is_blank()) {
+            evidence.attention.add(&maps, weight);
+        }
+        Ok(Observation { maps, evidence })
+    }
+
+    fn weights(&self, timesteps: &[usize]) -> Vec<f32> {
+        // The last timestep of some schedules has no signal at all.
+        const LEAST: f64 = 1e-3;
+        let alphas_cumprod = self.model.noise_schedule.alphas_cumprod();
+        let weight = |&t: &usize| match self.config.weighting {
+            Weighting::Uniform => 1.0,
+            Weighting::Signal => alphas_cumprod[t].sqrt().max(LEAST) as f32,
+        };
+        timesteps.iter().map(weight).collect()
     }
 
     /// The evidence so far.

@@ -16,11 +16,14 @@
 //! | q_c | `[S, S]` in [0, 1] | posterior |
 //! | ε | | chance that an estimate is wrong about a pixel; so chosen that certainty gets CutLER's unary energy |
 //!
+//! A and ℓ are those of all draws so far; ℓ counts for as many as correlated draws are worth.
+//!
 //! Where there are fewer parts than objects, every pixel is a part of its own, with ℓ blurred.
 
 use crate::config::{Cue, Foreground, Pooling, PosteriorConfig};
+use crate::discover;
 use crate::error::{Error, Result};
-use crate::evidence::Evidence;
+use crate::evidence::{Affinity, Evidence};
 use crate::maps::{AttentionMaps, upsample_linear};
 use crate::mask::ImageMasks;
 use crate::owners::{owners, softmax};
@@ -57,16 +60,22 @@ pub fn posterior(
             concepts: roles.len(),
         });
     }
+    let affinity = evidence
+        .map(|evidence| &evidence.affinity)
+        .filter(|affinity| !affinity.is_empty());
+    let attention = evidence
+        .map(|evidence| &evidence.attention.maps)
+        .filter(|mean| !mean.is_empty())
+        .unwrap_or(&maps.maps);
     let picture = Picture {
-        maps,
+        size: maps.size,
+        attention,
+        affinity,
         evidence,
         objects: competitors(roles),
         config,
     };
     let foreground = picture.foreground(roles);
-    let affinity = evidence
-        .map(|evidence| &evidence.affinity)
-        .filter(|affinity| !affinity.is_empty());
     let parts = match config.pooling {
         Pooling::Pixels => Vec::new(),
         Pooling::Parts => regions(
@@ -100,7 +109,11 @@ pub fn posterior(
 
 /// What is known of a picture.
 struct Picture<'a> {
-    maps: &'a AttentionMaps,
+    /// S.
+    size: usize,
+    /// A_c, `[C][S · S]`.
+    attention: &'a [Vec<f32>],
+    affinity: Option<&'a Affinity>,
     evidence: Option<&'a Evidence>,
     objects: Vec<usize>,
     config: &'a PosteriorConfig,
@@ -108,22 +121,26 @@ struct Picture<'a> {
 
 impl Picture<'_> {
     fn n_pixels(&self) -> usize {
-        self.maps.size * self.maps.size
+        self.size * self.size
     }
 
     /// `[S · S]` in [0, 1], high where something stands in front of the background.
     fn foreground(&self, roles: &[Role]) -> Vec<f32> {
         let background = roles.iter().position(|&role| role == Role::Background);
+        if let (Foreground::SelfAttention, Some(affinity)) = (self.config.foreground, self.affinity)
+        {
+            return discover::foreground(affinity, self.size);
+        }
         match (self.config.foreground, background) {
             (Foreground::BackgroundMap, Some(c)) if !self.objects.contains(&c) => {
-                let map = min_max(&self.maps.maps[c]);
+                let map = min_max(&self.attention[c]);
                 map.into_iter().map(|v| 1.0 - v).collect()
             }
             _ => {
                 let maps: Vec<Vec<f32>> = self
                     .objects
                     .iter()
-                    .map(|&c| min_max(&self.maps.maps[c]))
+                    .map(|&c| min_max(&self.attention[c]))
                     .collect();
                 (0..self.n_pixels())
                     .map(|i| maps.iter().map(|map| map[i]).fold(0.0, f32::max))
@@ -139,7 +156,7 @@ impl Picture<'_> {
             .objects
             .iter()
             .map(|&c| {
-                let map = &self.maps.maps[c];
+                let map = &self.attention[c];
                 let mass = map.iter().map(|&v| f64::from(v)).sum::<f64>().max(1e-12);
                 map.iter().map(|&v| f64::from(v) / mass).collect()
             })
@@ -158,25 +175,33 @@ impl Picture<'_> {
     }
 
     /// ℓ of one object at the latent's size, if the noise counts.
-    fn log_likelihood(&self, object: usize) -> Option<(usize, &[f32])> {
+    fn log_likelihood(&self, object: usize) -> Option<(usize, Vec<f32>)> {
         let evidence = self
             .evidence
             .filter(|_| self.config.cue != Cue::Attention)?;
-        Some((evidence.size, &evidence.log_likelihoods[object]))
+        let worth = evidence.worth(self.config.correlation) as f32;
+        let sums = evidence.log_likelihoods[object].iter();
+        Some((evidence.size, sums.map(|l| worth * l).collect()))
     }
 
     fn by_part(&self, parts: &[Region]) -> Vec<Vec<f32>> {
-        let size = self.maps.size;
+        let size = self.size;
         let prior = self.log_prior();
         // The prior counts once per latent cell, as the likelihood does.
         let cell_of =
             |h: usize, pixel: usize| (pixel / size * h / size) * h + pixel % size * h / size;
         let h = self.evidence.map_or(size, |evidence| evidence.size);
         let per_cell = (size * size) as f64 / (h * h) as f64;
+        let likelihoods: Vec<Option<(usize, Vec<f32>)>> = self
+            .objects
+            .iter()
+            .map(|&c| self.log_likelihood(c))
+            .collect();
         let evidence_of = |part: &Region, k: usize| {
-            let likelihood = self.log_likelihood(self.objects[k]);
             let at = |pixel: usize| {
-                let likelihood = likelihood.map_or(0.0, |(h, l)| f64::from(l[cell_of(h, pixel)]));
+                let likelihood = likelihoods[k]
+                    .as_ref()
+                    .map_or(0.0, |(h, l)| f64::from(l[cell_of(*h, pixel)]));
                 prior[k][pixel] + likelihood
             };
             let pixels = part.pixels.iter().zip(&part.inside);
@@ -193,7 +218,7 @@ impl Picture<'_> {
                     .collect()
             })
             .collect();
-        let mut planes = vec![vec![0.0; self.n_pixels()]; self.maps.maps.len()];
+        let mut planes = vec![vec![0.0; self.n_pixels()]; self.attention.len()];
         for (part, q) in parts.iter().zip(owners(&evidence, self.objects.len())) {
             for (&c, q) in self.objects.iter().zip(q) {
                 for (&i, &inside) in part.pixels.iter().zip(&part.inside) {
@@ -205,17 +230,17 @@ impl Picture<'_> {
     }
 
     fn by_pixel(&self, foreground: &[f32]) -> Vec<Vec<f32>> {
-        let (size, config) = (self.maps.size, self.config);
+        let (size, config) = (self.size, self.config);
         let mut logs = self.log_prior();
         for (logs, &c) in logs.iter_mut().zip(&self.objects) {
             if let Some((h, likelihood)) = self.log_likelihood(c) {
-                let smooth = upsample_linear(&blur(likelihood, h, config.blur), h, size);
+                let smooth = upsample_linear(&blur(&likelihood, h, config.blur), h, size);
                 logs.iter_mut()
                     .zip(smooth)
                     .for_each(|(log, l)| *log += f64::from(l));
             }
         }
-        let mut planes = vec![vec![0.0; self.n_pixels()]; self.maps.maps.len()];
+        let mut planes = vec![vec![0.0; self.n_pixels()]; self.attention.len()];
         for (i, &inside) in foreground.iter().enumerate() {
             let inside = sigmoid((inside - config.regions.rim) / config.regions.softness);
             let logs: Vec<f64> = logs.iter().map(|logs| logs[i]).collect();

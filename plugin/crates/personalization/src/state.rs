@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::concept_file::write_atomically;
 use crate::error::{Error, Result};
-use crate::evidence::{Affinity, Evidence, Observation};
+use crate::evidence::{Affinity, Evidence, MeanAttention, Observation};
 use crate::learned::LearnedConcepts;
 use crate::maps::AttentionMaps;
 use crate::mask::{ImageMasks, SceneMasks};
@@ -61,6 +61,7 @@ struct ObservationEntry {
 struct EvidenceEntry {
     size: usize,
     draws: u64,
+    attention_weight: u64,
     affinity_width: usize,
     affinity_draws: u64,
 }
@@ -72,7 +73,7 @@ struct ConceptEntry {
     background: bool,
 }
 
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 impl EmState {
     /// Takes the evidence out, for the next E-step to add to.
@@ -121,6 +122,11 @@ impl EmState {
                 let planes = &evidence.log_likelihoods;
                 let shape = vec![planes.len(), evidence.size, evidence.size];
                 put("log_likelihoods", shape, &mut planes.iter().flatten());
+                let mean = &evidence.attention.maps;
+                if !mean.is_empty() {
+                    let shape = vec![mean.len(), maps.size, maps.size];
+                    put("attention", shape, &mut mean.iter().flatten());
+                }
                 let (sums, _) = evidence.affinity.parts();
                 put("affinity", vec![sums.len()], &mut sums.iter());
             }
@@ -254,11 +260,19 @@ impl EmState {
                     let draws = f64::from_bits(entry.affinity_draws);
                     let affinity = Affinity::from_parts(width, sums, draws)
                         .ok_or_else(|| Error::file(path, "holds affinities of another size"))?;
+                    let mut attention = MeanAttention {
+                        maps: Vec::new(),
+                        weight: f64::from_bits(entry.attention_weight),
+                    };
+                    if attention.weight > 0.0 {
+                        attention.maps = planes(format!("attention.{picture}"), n, size)?;
+                    }
                     let name = format!("log_likelihoods.{picture}");
                     Some(Evidence {
                         size: entry.size,
                         log_likelihoods: planes(name, n, entry.size)?,
                         n_draws: f64::from_bits(entry.draws),
+                        attention,
                         affinity,
                     })
                 }
@@ -309,6 +323,7 @@ impl ObservationEntry {
         let entry = |evidence: &Evidence| EvidenceEntry {
             size: evidence.size,
             draws: evidence.n_draws.to_bits(),
+            attention_weight: evidence.attention.weight.to_bits(),
             affinity_width: evidence.affinity.width(),
             affinity_draws: evidence.affinity.parts().1.to_bits(),
         };
