@@ -10,6 +10,7 @@ pub(crate) fn from_model(input: &str, error: &stable_diffusion::Error) -> NodeEr
         Error::Config { .. } | Error::Checkpoint(_) | Error::Unreadable { .. } => {
             ErrorCode::InvalidFile
         }
+        Error::CannotWrite { .. } => ErrorCode::CannotWrite,
         Error::Prompt(_) | Error::Argument { .. } => ErrorCode::InvalidInput,
         _ => ErrorCode::Internal,
     };

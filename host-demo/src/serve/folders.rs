@@ -85,7 +85,7 @@ impl Folders {
     }
 }
 
-/// Writes a file, complete or not at all, over one that may be there.
+/// Writes a file, complete or not at all, over one that may be there; it lasts once this returns.
 pub(crate) fn write_over(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let temporary = path.with_file_name(format!(".{name}.{}.tmp", uuid::Uuid::new_v4()));
@@ -96,7 +96,12 @@ pub(crate) fn write_over(path: &Path, bytes: &[u8]) -> io::Result<()> {
         let mut file = File::create_new(&temporary)?;
         file.write_all(bytes)?;
         file.sync_all()?;
-        fs::rename(&temporary, path)
+        fs::rename(&temporary, path)?;
+        if let Some(folder) = path.parent() {
+            // Where folders cannot be synced, the rename is as lasting as the system makes it.
+            let _ = File::open(folder).and_then(|folder| folder.sync_all());
+        }
+        Ok(())
     };
     write().inspect_err(|_| {
         let _ = fs::remove_file(&temporary);

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::folders::write_over;
 use super::job::Job;
 
 /// The file is begun anew when nothing waits and it is longer than this.
@@ -115,21 +116,12 @@ fn read(file: File) -> io::Result<Vec<Job>> {
 }
 
 fn rewrite(path: &Path, waiting: &[Job]) -> io::Result<(File, u64)> {
-    let temporary = path.with_extension("new");
     let mut text = Vec::new();
     for job in waiting {
         serde_json::to_writer(&mut text, &Line::Accepted(Box::new(job.clone())))?;
         text.push(b'\n');
     }
-    let mut file = File::create(&temporary)?;
-    file.write_all(&text)?;
-    file.sync_all()?;
-    drop(file);
-    std::fs::rename(&temporary, path)?;
-    if let Some(folder) = path.parent() {
-        // Where folders cannot be synced, the rename is as lasting as the system makes it.
-        let _ = File::open(folder).and_then(|folder| folder.sync_all());
-    }
+    write_over(path, &text)?;
     let file = OpenOptions::new().append(true).open(path)?;
     Ok((file, text.len() as u64))
 }

@@ -10,7 +10,6 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use stable_diffusion::unet::LayerAttention;
 
-use crate::config::Combination;
 use crate::error::Result;
 use crate::loss::cross_attention::concept_map;
 use crate::maps::AttentionMaps;
@@ -54,7 +53,7 @@ impl AttentionSums {
     }
 
     /// The maps at picture size.
-    pub(crate) fn maps(self, size: usize, how: Combination) -> AttentionMaps {
+    pub(crate) fn maps(self, size: usize) -> AttentionMaps {
         let layers: Vec<LayerSum> = self
             .layers
             .into_values()
@@ -63,7 +62,7 @@ impl AttentionSums {
         AttentionMaps {
             size,
             maps: (0..self.n_concepts)
-                .map(|c| combine(&layers, c, size, how))
+                .map(|c| combine(&layers, c, size))
                 .collect(),
         }
     }
@@ -111,43 +110,13 @@ impl LayerSum {
     }
 }
 
-/// One concept's map at picture size from all layers.
-fn combine(layers: &[LayerSum], concept: usize, size: usize, how: Combination) -> Vec<f32> {
-    // Resolution by resolution; for the flat mean each layer counts the same.
-    let mut groups: BTreeMap<usize, Vec<&LayerSum>> = BTreeMap::new();
-    for layer in layers {
-        groups.entry(layer.width).or_default().push(layer);
-    }
+/// One concept's map at picture size: every layer up to it, then the plain mean (P, DAAM).
+fn combine(layers: &[LayerSum], concept: usize, size: usize) -> Vec<f32> {
     let mut total = vec![0.0f32; size * size];
-    for group in groups.values() {
-        let n_pixels = group[0].maps[concept].len();
-        let mean = |i: usize| {
-            group
-                .iter()
-                .map(|layer| layer.maps[concept][i])
-                .sum::<f32>()
-                / group.len() as f32
-        };
-        match how {
-            Combination::Flat => {
-                for layer in group {
-                    let up =
-                        upsample_bicubic(&layer.maps[concept], layer.width, layer.height, size);
-                    total
-                        .iter_mut()
-                        .zip(up)
-                        .for_each(|(sum, v)| *sum += v / layers.len() as f32);
-                }
-            }
-            Combination::PerResolution => {
-                let mean: Vec<f32> = (0..n_pixels).map(mean).collect();
-                let up = upsample_bicubic(&mean, group[0].width, group[0].height, size);
-                let largest = up.iter().copied().fold(1e-12, f32::max);
-                total
-                    .iter_mut()
-                    .zip(up)
-                    .for_each(|(sum, v)| *sum += v / largest / groups.len() as f32);
-            }
+    for layer in layers {
+        let up = upsample_bicubic(&layer.maps[concept], layer.width, layer.height, size);
+        for (sum, v) in total.iter_mut().zip(up) {
+            *sum += v / layers.len() as f32;
         }
     }
     total

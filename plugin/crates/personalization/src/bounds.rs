@@ -105,6 +105,7 @@ impl PosteriorConfig {
     pub fn validate(&self) -> Result<()> {
         Self::BLUR.check_f32("the blur of the likelihoods", self.blur)?;
         Self::KEEP.check("what is kept of earlier rounds", self.keep)?;
+        Self::CORRELATION.check("the correlation of draws", self.correlation)?;
         self.regions.validate()
     }
 }
@@ -116,7 +117,10 @@ impl RegionConfig {
     /// The first one out of range.
     pub fn validate(&self) -> Result<()> {
         Self::SHARE.check_f32("the floor of the foreground", self.floor)?;
-        Self::SHARE.check_f32("the prominence of a part", self.prominence)?;
+        Self::SHARE.check_f32("the peak of a part", self.peak)?;
+        for prominence in self.prominence {
+            Self::SHARE.check_f32("the prominence of a part", prominence)?;
+        }
         Self::SHARE.check_f32("the rim of a part", self.rim)?;
         Self::SOFTNESS.check_f32("the softness of a part's rim", self.softness)?;
         Self::SHARE.check("the least area of a part", self.speck)

@@ -9,13 +9,12 @@
 //! user wants it in there, so that dropping the file on an editor's canvas restores the graph.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::Write;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
-use stable_diffusion::weights::encode_tensors;
+use stable_diffusion::weights::{encode_tensors, write_whole};
 
 use crate::error::{Error, Result};
 use crate::learned::LearnedConcepts;
@@ -233,13 +232,5 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         file: path.display().to_string(),
         reason: error.to_string(),
     };
-    let temporary = path.with_extension("partial");
-    let written = std::fs::File::create(&temporary)
-        .and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
-        .and_then(|()| std::fs::rename(&temporary, path));
-    written.map_err(|error| {
-        // Nothing half-written stays; if even that fails there is nothing left to do.
-        let _ = std::fs::remove_file(&temporary);
-        cannot(error)
-    })
+    write_whole(path, |file| file.write_all(bytes)).map_err(cannot)
 }

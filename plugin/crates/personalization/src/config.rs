@@ -45,16 +45,6 @@ impl TokenConfig {
     pub const INVERSION_STEPS: Bounds<usize> = Bounds::new(1, 100_000);
 }
 
-/// How maps of several layers become one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Combination {
-    /// Every layer up to picture size, then the plain mean (P, DAAM).
-    Flat,
-    /// The mean per resolution, each divided by its maximum, then the mean over resolutions (DM).
-    PerResolution,
-}
-
 /// What the map of one timestep counts in the mean.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -165,7 +155,7 @@ impl PosteriorConfig {
             regions: RegionConfig::measured(),
             blur: 1.0,
             keep: 1.0,
-            correlation: 0.05,
+            correlation: 0.02,
         }
     }
 }
@@ -183,8 +173,6 @@ pub struct ExtractionConfig {
     pub layers: LayerChoice,
     /// Weights of the timesteps.
     pub weighting: Weighting,
-    /// Combination of the layers.
-    pub combination: Combination,
     /// Scaling.
     pub normalization: Normalization,
     /// From maps to labels.
@@ -410,7 +398,6 @@ impl EmConfig {
                 timestep_range: [0.0, 1.0],
                 layers: LayerChoice::All,
                 weighting: Weighting::Uniform,
-                combination: Combination::Flat,
                 normalization: Normalization::Max,
                 labeling: Labeling::Threshold { tau: 0.5 },
             },
@@ -450,7 +437,7 @@ impl EmConfig {
         let attention = Self::attention();
         Self {
             extraction: ExtractionConfig {
-                n_timesteps_initial: 100,
+                n_timesteps_initial: 200,
                 timestep_range: [0.02, 0.98],
                 weighting: Weighting::Signal,
                 labeling: Labeling::Posterior(PosteriorConfig::likelihood()),

@@ -5,7 +5,7 @@
 //! differences count:
 //!
 //! ```text
-//! e_c(x)  = Σ_channels (ε_θ(z_t, t, "a photo of v_c")(x) - target(x))²
+//! e_c(x)  = Σ_channels (ε_θ(z_t, t, "a photo of a v_c")(x) - target(x))²
 //! σ_t²    = mean over concepts, channels and pixels of the squared error of this draw
 //! ℓ_c(x)  = Σ_draws -e_c(x) / (2 σ_t²)                            the log-likelihood of Gaussian errors
 //! ```

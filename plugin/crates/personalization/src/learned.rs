@@ -76,6 +76,13 @@ impl LearnedConcepts {
         format!("a photo of {}", texts.join(" and "))
     }
 
+    /// `a photo of a <a>`: the prompt under which the noise is asked about one concept. With the article, as captions
+    /// have it: a bare word says less about the noise (measured).
+    #[must_use]
+    pub fn own_prompt(&self, concept: usize) -> String {
+        format!("a photo of a {}", self.text_of(concept))
+    }
+
     /// Positions of these concepts' placeholders in a prompt, V per concept.
     ///
     /// # Errors

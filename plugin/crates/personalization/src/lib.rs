@@ -94,9 +94,9 @@ pub mod overlay;
 pub mod picture_metrics;
 
 pub use config::{
-    Combination, CrfStage, Cue, EmConfig, ExtractionConfig, Foreground, Guard, JointConfig,
-    JointScope, Labeling, MStepConfig, MaskMode, Normalization, Pooling, PosteriorConfig,
-    TokenConfig, TokenInit,
+    CrfStage, Cue, EmConfig, ExtractionConfig, Foreground, Guard, JointConfig, JointScope,
+    Labeling, MStepConfig, MaskMode, Normalization, Pooling, PosteriorConfig, TokenConfig,
+    TokenInit,
 };
 pub use e_step::{Earlier, Estimate, e_step};
 pub use em::{EmOutcome, EmStart, RoundRecord, em};

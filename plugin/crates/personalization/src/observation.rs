@@ -122,13 +122,7 @@ impl Eye<'_> {
         let asked = self.asked_for_noise();
         let own_contexts = asked
             .iter()
-            .map(|&i| {
-                encode(
-                    &tokenizer
-                        .encode(&learned.training_prompt(&[concepts[i]]))?
-                        .ids,
-                )
-            })
+            .map(|&i| encode(&tokenizer.encode(&learned.own_prompt(concepts[i]))?.ids))
             .collect::<Result<Vec<_>>>()?;
         let layers = self.config.layers.of(model.unet.cross_attention_layers());
         let watch = if evidence.is_some() {
@@ -171,7 +165,7 @@ impl Eye<'_> {
             on_pass(done)?;
         }
         let weight = sums.weight();
-        let maps = sums.maps(model.image_size(), self.config.combination);
+        let maps = sums.maps(model.image_size());
         if let Some(evidence) = evidence.as_mut().filter(|_| !learned.is_blank()) {
             evidence.attention.add(&maps, weight);
         }

@@ -2,7 +2,8 @@
 //!
 //! 1. *Basins*. Around every peak of the foreground's map lies a basin, and basins meet at saddles. Two of them are one
 //!    unless both peaks rise above their saddle by a share of the lower peak (the persistence of a peak; Edelsbrunner,
-//!    Letscher and Zomorodian 2002). Objects that stand apart, and most that touch, have basins of their own.
+//!    Letscher and Zomorodian 2002). That share is lowered until there are as many basins as objects: a shallow saddle
+//!    inside an object parts it only where objects would be one otherwise.
 //! 2. *Cuts*. Where there are fewer basins than objects, the part that falls apart most easily is cut in two: the
 //!    normalized cut (Shi and Malik 2000) of the U-Net's own self-attention among the part's cells,
 //!
@@ -25,8 +26,11 @@ use crate::evidence::Affinity;
 pub struct RegionConfig {
     /// What lies below is no part; in [0, 1).
     pub floor: f32,
-    /// How far both peaks rise above their saddle, as a share of the lower one; in [0, 1].
-    pub prominence: f32,
+    /// A part whose highest pixel lies below is the background's unevenness; in [0, 1).
+    pub peak: f32,
+    /// How far both peaks rise above their saddle, as a share of the lower one, in [0, 1]: a saddle as deep as the second
+    /// share always parts them, one less deep than the first never; in between, where there are too few parts.
+    pub prominence: [f32; 2],
     /// Where a part ends, as a share of its own peak, so that pale objects keep their size; in (0, 1).
     pub rim: f32,
     /// Width of the soft rim, as a share of the peak; above 0.
@@ -46,13 +50,17 @@ impl RegionConfig {
     pub const fn measured() -> Self {
         Self {
             floor: 0.15,
-            prominence: 0.1,
+            peak: 0.23,
+            prominence: [0.1, 0.3],
             rim: 0.35,
             softness: 0.1,
             speck: 0.003,
         }
     }
 }
+
+/// Steps in which the prominence is lowered.
+const PROMINENCES: usize = 8;
 
 /// One part of the foreground.
 #[derive(Debug, Clone, PartialEq)]
@@ -83,8 +91,19 @@ pub(crate) fn regions(
     config: &RegionConfig,
 ) -> Vec<Region> {
     let least = ((config.speck * map.len() as f64).ceil() as usize).max(1);
-    let mut parts = basins(map, size, config.floor, config.prominence);
-    parts.retain(|part| part.len() >= least);
+    let order = downhill(map, config.floor);
+    let is_part =
+        |part: &Vec<usize>| part.len() >= least && part.iter().any(|&i| map[i] >= config.peak);
+    let [shallow, deep] = config.prominence;
+    let mut parts = Vec::new();
+    for step in 0..=PROMINENCES {
+        let prominence = deep + (shallow - deep) * step as f32 / PROMINENCES as f32;
+        parts = basins(map, size, &order, prominence);
+        parts.retain(is_part);
+        if parts.len() >= n_wanted {
+            break;
+        }
+    }
     while let Some(affinity) = affinity.filter(|_| parts.len() < n_wanted) {
         let cuts = parts
             .iter()
@@ -116,15 +135,20 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + (-x).exp())
 }
 
-/// Basins above `floor`, each as its pixels in ascending order; in the order of their highest pixels.
-fn basins(map: &[f32], size: usize, floor: f32, prominence: f32) -> Vec<Vec<usize>> {
-    const NONE: usize = usize::MAX;
+/// Pixels above `floor`, the highest first.
+fn downhill(map: &[f32], floor: f32) -> Vec<usize> {
     let mut order: Vec<usize> = (0..map.len()).filter(|&i| map[i] > floor).collect();
     order.sort_by(|&a, &b| map[b].total_cmp(&map[a]).then(a.cmp(&b)));
+    order
+}
+
+/// Basins of these pixels, each as its pixels in ascending order; in the order of their highest pixels.
+fn basins(map: &[f32], size: usize, order: &[usize], prominence: f32) -> Vec<Vec<usize>> {
+    const NONE: usize = usize::MAX;
     let mut basin_of = vec![NONE; map.len()];
     // Basins that were merged point at the one that took them.
     let (mut taken_by, mut peaks) = (Vec::new(), Vec::new());
-    for &pixel in &order {
+    for &pixel in order {
         let mut roots: Vec<usize> = neighbors(pixel, size, map.len())
             .filter(|&i| basin_of[i] != NONE)
             .map(|i| root(&mut taken_by, basin_of[i]))
@@ -310,7 +334,8 @@ mod tests {
     fn config() -> RegionConfig {
         RegionConfig {
             floor: 0.15,
-            prominence: 0.2,
+            peak: 0.2,
+            prominence: [0.2, 0.2],
             rim: 0.35,
             softness: 0.1,
             speck: 0.0,
@@ -320,21 +345,24 @@ mod tests {
     #[test]
     fn a_saddle_parts_two_peaks_only_if_both_rise_above_it() {
         let (deep, size) = map(&["00000", "09390", "09390", "00000", "00000"]);
-        let parts = basins(&deep, size, 0.15, 0.2);
+        let parts = basins(&deep, size, &downhill(&deep, 0.15), 0.2);
         assert_eq!(parts.len(), 2);
         assert_eq!(parts[0], [6, 7, 11, 12]);
         assert_eq!(parts[1], [8, 13]);
         let (shallow, _) = map(&["00000", "09890", "09890", "00000", "00000"]);
-        assert_eq!(basins(&shallow, size, 0.15, 0.2).len(), 1);
+        assert_eq!(
+            basins(&shallow, size, &downhill(&shallow, 0.15), 0.2).len(),
+            1
+        );
         // A pale peak counts by its own height.
         let (pale, _) = map(&["00000", "09230", "09230", "00000", "00000"]);
-        assert_eq!(basins(&pale, size, 0.15, 0.2).len(), 2);
+        assert_eq!(basins(&pale, size, &downhill(&pale, 0.15), 0.2).len(), 2);
     }
 
     #[test]
     fn what_lies_apart_is_apart_and_specks_do_not_count() {
         let (apart, size) = map(&["90009", "90009", "00000", "00009", "00000"]);
-        assert_eq!(basins(&apart, size, 0.15, 0.2).len(), 3);
+        assert_eq!(basins(&apart, size, &downhill(&apart, 0.15), 0.2).len(), 3);
         let config = RegionConfig {
             speck: 0.06,
             ..config()
@@ -365,6 +393,27 @@ mod tests {
         assert_eq!(pixels, [left, right]);
         // Nothing is cut where there are enough parts.
         assert_eq!(regions(&map, size, 1, Some(&affinity), &config()).len(), 1);
+    }
+
+    #[test]
+    fn a_shallow_saddle_parts_only_what_would_be_too_few() {
+        let (map, size) = map(&["00000", "09790", "09790", "00000", "00000"]);
+        let config = RegionConfig {
+            prominence: [0.1, 0.3],
+            ..config()
+        };
+        let n_parts = |n_wanted| regions(&map, size, n_wanted, None, &config).len();
+        assert_eq!([n_parts(1), n_parts(2)], [1, 2]);
+    }
+
+    #[test]
+    fn what_hardly_rises_is_no_part() {
+        let (map, size) = map(&["90000", "90000", "00022", "00022", "00000"]);
+        let n_parts = |peak| {
+            let config = RegionConfig { peak, ..config() };
+            regions(&map, size, 2, None, &config).len()
+        };
+        assert_eq!([n_parts(0.2), n_parts(0.25)], [2, 1]);
     }
 
     #[test]

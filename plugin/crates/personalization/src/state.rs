@@ -1,14 +1,12 @@
 //! Where a run stands, as one file: a run that is stopped loses nothing.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
-use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView};
+use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
+use stable_diffusion::weights::{TensorFile, save_tensors};
 
-use crate::concept_file::write_atomically;
 use crate::error::{Error, Result};
 use crate::evidence::{Affinity, Evidence, MeanAttention, Observation};
 use crate::learned::LearnedConcepts;
@@ -75,6 +73,9 @@ struct ConceptEntry {
 
 const VERSION: u32 = 3;
 
+/// Where the header is, in the file's metadata.
+const METADATA: &str = "em_state";
+
 impl EmState {
     /// Takes the evidence out, for the next E-step to add to.
     pub(crate) fn take_evidence(&mut self) -> Vec<Evidence> {
@@ -90,63 +91,38 @@ impl EmState {
     /// The file cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
         let learned = &self.learned;
-        let mut tensors: BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> = BTreeMap::new();
-        let named = [
-            ("rows", &learned.rows),
-            ("initial_rows", &learned.initial_rows),
-            ("optimizer.m", &learned.optimizer.m[0]),
-            ("optimizer.v", &learned.optimizer.v[0]),
-        ];
-        for (name, tensor) in named {
-            let values = tensor.flatten_all()?.to_vec1::<f32>()?;
-            let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-            tensors.insert(name.to_owned(), (Dtype::F32, tensor.dims().to_vec(), bytes));
-        }
+        let mut tensors = BTreeMap::from([
+            ("rows".to_owned(), learned.rows.clone()),
+            ("initial_rows".to_owned(), learned.initial_rows.clone()),
+            ("optimizer.m".to_owned(), learned.optimizer.m[0].clone()),
+            ("optimizer.v".to_owned(), learned.optimizer.v[0].clone()),
+        ]);
         for (picture, masks) in self.masks.iter().enumerate() {
-            let shape = vec![masks.planes().len(), masks.size(), masks.size()];
-            tensors.insert(
-                format!("masks.{picture}"),
-                (Dtype::U8, shape, masks.planes().concat()),
-            );
+            let shape = (masks.planes().len(), masks.size(), masks.size());
+            let planes = Tensor::from_vec(masks.planes().concat(), shape, &Device::Cpu)?;
+            tensors.insert(format!("masks.{picture}"), planes);
         }
         for (picture, seen) in self.observations.iter().enumerate() {
-            let mut put =
-                |name: &str, shape: Vec<usize>, values: &mut dyn Iterator<Item = &f32>| {
-                    let bytes = values.flat_map(|v| v.to_le_bytes()).collect();
-                    tensors.insert(format!("{name}.{picture}"), (Dtype::F32, shape, bytes));
-                };
+            let mut put = |name: &str, planes: &[Vec<f32>], size: usize| -> Result<()> {
+                let shape = (planes.len(), size, size);
+                let planes = Tensor::from_vec(planes.concat(), shape, &Device::Cpu)?;
+                tensors.insert(format!("{name}.{picture}"), planes);
+                Ok(())
+            };
             let Observation { maps, evidence } = seen;
-            let shape = vec![maps.maps.len(), maps.size, maps.size];
-            put("maps", shape, &mut maps.maps.iter().flatten());
+            put("maps", &maps.maps, maps.size)?;
             if let Some(evidence) = evidence {
-                let planes = &evidence.log_likelihoods;
-                let shape = vec![planes.len(), evidence.size, evidence.size];
-                put("log_likelihoods", shape, &mut planes.iter().flatten());
-                let mean = &evidence.attention.maps;
-                if !mean.is_empty() {
-                    let shape = vec![mean.len(), maps.size, maps.size];
-                    put("attention", shape, &mut mean.iter().flatten());
-                }
+                put("log_likelihoods", &evidence.log_likelihoods, evidence.size)?;
+                put("attention", &evidence.attention.maps, maps.size)?;
+                let n_cells = evidence.affinity.width().pow(2);
                 let (sums, _) = evidence.affinity.parts();
-                put("affinity", vec![sums.len()], &mut sums.iter());
+                put("affinity", &[sums.to_vec()], n_cells)?;
             }
         }
         let header =
-            serde_json::to_string(&self.header()).map_err(|error| cannot_write(path, error))?;
-        let views = tensors
-            .iter()
-            .map(|(name, (dtype, shape, bytes))| {
-                Ok((
-                    name.as_str(),
-                    TensorView::new(*dtype, shape.clone(), bytes)?,
-                ))
-            })
-            .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
-            .map_err(|error| cannot_write(path, error))?;
-        let metadata = HashMap::from([("em_state".to_owned(), header)]);
-        let bytes = safetensors::serialize(views, Some(metadata))
-            .map_err(|error| cannot_write(path, error))?;
-        write_atomically(path, &bytes)
+            serde_json::to_string(&self.header()).map_err(|error| Error::file(path, error))?;
+        let metadata = BTreeMap::from([(METADATA.to_owned(), header)]);
+        Ok(save_tensors(path, &tensors, DType::F32, &metadata)?)
     }
 
     fn header(&self) -> Header {
@@ -185,61 +161,36 @@ impl EmState {
     /// # Errors
     /// The file is missing, truncated, or of another version.
     pub fn load(path: &Path, device: &Device) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(|error| Error::file(path, error))?;
-        let (_, metadata) =
-            SafeTensors::read_metadata(&bytes).map_err(|error| Error::file(path, error))?;
-        let header = metadata
-            .metadata()
-            .as_ref()
-            .and_then(|entries| entries.get("em_state"));
+        let file = TensorFile::open(path)?;
+        let header = file.metadata().get(METADATA);
         let header = header.ok_or_else(|| Error::file(path, "is no saved state of a run"))?;
         let header: Header =
             serde_json::from_str(header).map_err(|error| Error::file(path, error))?;
         if header.version != VERSION {
-            return Err(Error::file(
-                path,
-                format!(
-                    "is a state of version {}, this is {VERSION}",
-                    header.version
-                ),
-            ));
+            let reason = format!(
+                "is a state of version {}, this is {VERSION}",
+                header.version
+            );
+            return Err(Error::file(path, reason));
         }
-        let tensors = SafeTensors::deserialize(&bytes).map_err(|error| Error::file(path, error))?;
-        let raw = |name: &str| {
-            tensors
-                .tensor(name)
-                .map_err(|error| Error::file(path, error))
-        };
-        let tensor = |name: &str| -> Result<Tensor> {
-            let view = raw(name)?;
-            let read = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-            let values: Vec<f32> = view.data().chunks_exact(4).map(read).collect();
-            Ok(Tensor::from_vec(values, view.shape(), device)?)
-        };
+        let tensor = |name: &str| file.read(name, device);
         let masks = header
             .mask_sizes
             .iter()
             .enumerate()
             .map(|(picture, &(n_concepts, size))| {
-                let planes = raw(&format!("masks.{picture}"))?.data().to_vec();
-                if n_concepts == 0 || planes.len() != n_concepts * size * size {
-                    return Err(Error::file(
-                        path,
-                        "holds masks of another size than it says",
-                    ));
+                let planes = file.read_u8(&format!("masks.{picture}"))?;
+                if n_concepts == 0 || size == 0 || planes.len() != n_concepts * size * size {
+                    let reason = "holds masks of another size than it says";
+                    return Err(Error::file(path, reason));
                 }
-                ImageMasks::new(
-                    size,
-                    planes
-                        .chunks_exact(size * size)
-                        .map(<[u8]>::to_vec)
-                        .collect(),
-                )
+                let planes = planes.chunks_exact(size * size).map(<[u8]>::to_vec);
+                ImageMasks::new(size, planes.collect())
             });
         let masks = masks.collect::<Result<SceneMasks>>()?;
         let planes = |name: String, n: usize, size: usize| -> Result<Vec<Vec<f32>>> {
             let values = tensor(&name)?.flatten_all()?.to_vec1::<f32>()?;
-            if n == 0 || size == 0 || values.len() != n * size * size {
+            if size == 0 || values.len() != n * size * size {
                 return Err(Error::file(
                     path,
                     format!("holds {name} of another size than its masks"),
@@ -260,13 +211,10 @@ impl EmState {
                     let draws = f64::from_bits(entry.affinity_draws);
                     let affinity = Affinity::from_parts(width, sums, draws)
                         .ok_or_else(|| Error::file(path, "holds affinities of another size"))?;
-                    let mut attention = MeanAttention {
-                        maps: Vec::new(),
-                        weight: f64::from_bits(entry.attention_weight),
-                    };
-                    if attention.weight > 0.0 {
-                        attention.maps = planes(format!("attention.{picture}"), n, size)?;
-                    }
+                    let weight = f64::from_bits(entry.attention_weight);
+                    let n_seen = if weight > 0.0 { n } else { 0 };
+                    let maps = planes(format!("attention.{picture}"), n_seen, size)?;
+                    let attention = MeanAttention { maps, weight };
                     let name = format!("log_likelihoods.{picture}");
                     Some(Evidence {
                         size: entry.size,
@@ -330,12 +278,5 @@ impl ObservationEntry {
         Self {
             evidence: seen.evidence.as_ref().map(entry),
         }
-    }
-}
-
-fn cannot_write(path: &Path, error: impl std::fmt::Display) -> Error {
-    Error::CannotWrite {
-        file: path.display().to_string(),
-        reason: error.to_string(),
     }
 }

@@ -31,6 +31,14 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A file cannot be written.
+    #[error("{file} cannot be written: {reason}")]
+    CannotWrite {
+        /// The file.
+        file: String,
+        /// The system's reason.
+        reason: String,
+    },
     /// A prompt cannot be encoded.
     #[error(transparent)]
     Prompt(#[from] PromptError),

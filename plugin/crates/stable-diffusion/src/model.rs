@@ -162,7 +162,7 @@ impl DiffusionModel {
     /// `folder`, which loads with `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`.
     ///
     /// # Errors
-    /// [`Error::Unreadable`] when a file cannot be written.
+    /// [`Error::CannotWrite`] when a file cannot be written.
     pub fn save_unet(
         &self,
         folder: &Path,

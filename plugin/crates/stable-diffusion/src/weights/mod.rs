@@ -5,6 +5,7 @@
 
 mod tensor_file;
 mod tensor_writer;
+mod whole_file;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
@@ -15,6 +16,7 @@ use candle_core::{DType, Device, Tensor, Var};
 pub use tensor_file::TensorFile;
 pub(crate) use tensor_file::refuse_pickle;
 pub use tensor_writer::{encode_tensors, save_tensors};
+pub use whole_file::write_whole;
 
 use crate::error::{CheckpointError, Misshapen, Result};
 use crate::rng::Rng;

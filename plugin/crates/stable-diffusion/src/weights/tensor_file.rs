@@ -170,8 +170,7 @@ impl TensorFile {
     /// # Errors
     /// [`Error::Unreadable`] if the tensor is missing, of another type, or not finite.
     pub fn read(&self, name: &str, device: &Device) -> Result<Tensor> {
-        let missing = || self.fault(format!("has no tensor {name}"));
-        let entry = self.entries.get(name).ok_or_else(missing)?;
+        let entry = self.entry(name)?;
         let widen = widening(&entry.dtype).ok_or_else(|| {
             let dtype = &entry.dtype;
             self.fault(format!(
@@ -193,6 +192,26 @@ impl TensorFile {
             return Err(self.fault(format!("{name} holds values that are not finite")));
         }
         Ok(Tensor::from_vec(values, entry.shape.as_slice(), device)?)
+    }
+
+    /// The bytes of one tensor of type U8.
+    ///
+    /// # Errors
+    /// [`Error::Unreadable`] if the tensor is missing or of another type.
+    pub fn read_u8(&self, name: &str) -> Result<Vec<u8>> {
+        let entry = self.entry(name)?;
+        if entry.dtype != "U8" {
+            return Err(self.fault(format!("{name} is {}, not U8", entry.dtype)));
+        }
+        let [from, to] = entry.data_offsets;
+        let mut bytes = vec![0; (to - from) as usize];
+        self.read_at(self.data_start + from, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        let missing = || self.fault(format!("has no tensor {name}"));
+        self.entries.get(name).ok_or_else(missing)
     }
 
     /// Adds the whole file to a hash.

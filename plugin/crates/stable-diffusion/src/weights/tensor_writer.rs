@@ -3,14 +3,14 @@
 //! The safetensors crate keeps metadata in the order of a hash map, which differs from run to run.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io;
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::weights::write_whole;
 
 /// The header's length is padded to this, so that tensors are aligned.
 const ALIGNMENT: usize = 8;
@@ -30,37 +30,37 @@ pub fn encode_tensors(
     Ok(bytes)
 }
 
-/// Writes a file with these tensors as `dtype` (`f32` or `f16`), one at a time. A file of this name is replaced only
-/// once the new one is complete.
+/// Writes a file with these tensors, one at a time: `u8` as they are, all others as `dtype` (`f32` or `f16`). A file of
+/// this name is replaced only once the new one is complete.
 ///
 /// # Errors
-/// [`Error::Unreadable`] when the file cannot be written, [`Error::Tensor`] when the tensor library fails.
+/// [`Error::CannotWrite`] with the path and the reason.
 pub fn save_tensors(
     path: &Path,
     tensors: &BTreeMap<String, Tensor>,
     dtype: DType,
     metadata: &BTreeMap<String, String>,
 ) -> Result<()> {
-    let partial = path.with_extension("safetensors.partial");
-    let unwritable = |error: io::Error| {
-        let _ = std::fs::remove_file(&partial);
-        Error::unreadable(
-            path.display().to_string(),
-            format!("it cannot be written: {error}"),
-        )
-    };
-    let mut file = BufWriter::new(File::create(&partial).map_err(unwritable)?);
-    let head = header(tensors, dtype, metadata);
-    file.write_all(&head).map_err(unwritable)?;
-    for tensor in tensors.values() {
-        file.write_all(&bytes_of(tensor, dtype)?)
-            .map_err(unwritable)?;
+    let written = write_whole(path, |file| {
+        file.write_all(&header(tensors, dtype, metadata))?;
+        for tensor in tensors.values() {
+            file.write_all(&bytes_of(tensor, dtype).map_err(io::Error::other)?)?;
+        }
+        Ok(())
+    });
+    written.map_err(|error| Error::CannotWrite {
+        file: path.display().to_string(),
+        reason: error.to_string(),
+    })
+}
+
+/// The type in which a tensor is written.
+fn stored(tensor: &Tensor, dtype: DType) -> (DType, &'static str) {
+    match (tensor.dtype(), dtype) {
+        (DType::U8, _) => (DType::U8, "U8"),
+        (_, DType::F16) => (DType::F16, "F16"),
+        _ => (DType::F32, "F32"),
     }
-    let file = file
-        .into_inner()
-        .map_err(|error| unwritable(error.into_error()))?;
-    file.sync_all().map_err(unwritable)?;
-    std::fs::rename(&partial, path).map_err(unwritable)
 }
 
 fn header(
@@ -68,13 +68,13 @@ fn header(
     dtype: DType,
     metadata: &BTreeMap<String, String>,
 ) -> Vec<u8> {
-    let name = if dtype == DType::F16 { "F16" } else { "F32" };
     let mut entries = Map::new();
     if !metadata.is_empty() {
         entries.insert("__metadata__".to_owned(), json!(metadata));
     }
     let mut at = 0;
     for (key, tensor) in tensors {
+        let (dtype, name) = stored(tensor, dtype);
         let end = at + tensor.elem_count() * dtype.size_in_bytes();
         let entry = json!({"dtype": name, "shape": tensor.dims(), "data_offsets": [at, end]});
         entries.insert(key.clone(), entry);
@@ -91,19 +91,18 @@ fn header(
 
 fn bytes_of(tensor: &Tensor, dtype: DType) -> Result<Vec<u8>> {
     let flat = tensor.flatten_all()?;
-    Ok(if dtype == DType::F16 {
-        let values = flat.to_dtype(DType::F16)?.to_vec1::<half::f16>()?;
-        values
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect()
-    } else {
-        let values = flat.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-        values
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect()
+    Ok(match stored(tensor, dtype).0 {
+        DType::U8 => flat.to_vec1::<u8>()?,
+        DType::F16 => little_endian(
+            &flat.to_dtype(DType::F16)?.to_vec1()?,
+            half::f16::to_le_bytes,
+        ),
+        _ => little_endian(&flat.to_dtype(DType::F32)?.to_vec1()?, f32::to_le_bytes),
     })
+}
+
+fn little_endian<T: Copy, const N: usize>(values: &[T], bytes: impl Fn(T) -> [u8; N]) -> Vec<u8> {
+    values.iter().flat_map(|&value| bytes(value)).collect()
 }
 
 #[cfg(test)]
@@ -119,6 +118,10 @@ mod tests {
         let tensors = BTreeMap::from([
             ("b".to_owned(), tensor(&[1.0, -2.5])?),
             ("a".to_owned(), tensor(&[0.5, 0.25, 3.0])?),
+            (
+                "mask".to_owned(),
+                Tensor::from_slice(&[1u8, 0, 1], 3, &Device::Cpu)?,
+            ),
         ]);
         let metadata: BTreeMap<String, String> = (0..20)
             .map(|i| (format!("key {i}"), format!("ü {i}")))
@@ -137,6 +140,7 @@ mod tests {
                     .to_vec1::<f32>()?,
                 [1.0, -2.5]
             );
+            assert_eq!(file.read_u8("mask")?, [1, 0, 1]);
             assert_eq!(
                 file.metadata().get("key 3").map(String::as_str),
                 Some("ü 3")
