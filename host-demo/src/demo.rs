@@ -1,7 +1,7 @@
 //! What is built in: the workflow that runs when nothing is asked for, and its pictures.
 //!
-//! The picture is a composed scene of the bundled checkpoint's set, with a dog and a car by Google (Noto Emoji,
-//! Apache-2.0); its masks are the true ones.
+//! The picture is a composed scene of the bundled checkpoint's set, with drawings that it never saw: a man by Twitter, Inc
+//! and other contributors (Twemoji, CC-BY-4.0) and a cat by Microsoft (Fluent Emoji, MIT). Its masks are the true ones.
 
 /// Name of the bundled workflow.
 pub(crate) const NAME: &str = "demo";
@@ -17,10 +17,10 @@ macro_rules! pictures {
 
 /// Pictures by name.
 pub(crate) static PICTURES: [(&str, &[u8]); 4] = pictures![
-    "dog-and-car.png",
-    "dog-and-car-mask-dog.png",
-    "dog-and-car-mask-car.png",
-    "dog-and-car-mask-table.png",
+    "man-and-cat.png",
+    "man-and-cat-mask-man.png",
+    "man-and-cat-mask-cat.png",
+    "man-and-cat-mask-table.png",
 ];
 
 /// Starts the names of pictures that are built in.

@@ -388,7 +388,7 @@ mod tests {
             "4": node("SaveImage", json!({"images": ["44", 0]})),
             "5": node("SaveImage", json!({"filename_prefix": 3})),
             "6": node("SaveImage", json!({"images": "a.png"})),
-            "7": node("LoadImageMask", json!({"image": "demo:dog-and-car.png", "channel": "infrared"})),
+            "7": node("LoadImageMask", json!({"image": "demo:man-and-cat.png", "channel": "infrared"})),
             "8": node("MaskToImage", json!({"mask": ["7", 0]})),
             "9": node("PreviewImage", json!({"images": ["8", 0]})),
             "10": node("Nonsense", json!({})),
@@ -413,7 +413,7 @@ mod tests {
     #[test]
     fn a_graph_without_outputs_and_a_cycle_are_named() {
         let found =
-            check(json!({"1": node("LoadImage", json!({"image": "demo:dog-and-car.png"}))}));
+            check(json!({"1": node("LoadImage", json!({"image": "demo:man-and-cat.png"}))}));
         assert_eq!(found[0].2, "prompt_no_outputs");
         let found = check(json!({
             "1": node("ImageBatch", json!({"image_1": ["2", 0]})),
@@ -429,7 +429,7 @@ mod tests {
     #[test]
     fn outputs_that_can_run_do_and_the_others_are_named() {
         let graph = json!({
-            "1": node("LoadImage", json!({"image": "demo:dog-and-car.png"})),
+            "1": node("LoadImage", json!({"image": "demo:man-and-cat.png"})),
             "2": node("PreviewImage", json!({"images": ["1", 0]})),
             "3": node("LoadImage", json!({"image": "no-such-file.png"})),
             "4": node("PreviewImage", json!({"images": ["3", 0]})),
@@ -451,7 +451,7 @@ mod tests {
     #[test]
     fn nodes_that_nothing_needs_are_not_checked() {
         let found = check(json!({
-            "1": node("LoadImage", json!({"image": "demo:dog-and-car.png"})),
+            "1": node("LoadImage", json!({"image": "demo:man-and-cat.png"})),
             "2": node("PreviewImage", json!({"images": ["1", 0]})),
             "3": node("LoadImage", json!({"image": "no-such-file.png"})),
         }));

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use personalization::m_step::INVERSION;
+use personalization::m_step::{INVERSION, TOKENS};
 use personalization::metrics::mask_ious;
 use personalization::{
     Concept, Event, ImageMasks, LearnedConcepts, Observation, Observer, Role, SamplePrompts, Scene,
@@ -23,6 +23,9 @@ const SMALL_LATENT: usize = 32;
 /// Steps of a sample that shows what is learned so far: enough to see what it is of.
 const SAMPLE_STEPS: usize = 10;
 const SAMPLE_GUIDANCE: f64 = 5.0;
+
+/// Series of the pictures with masks over them.
+const MASKS: &str = "masks of every round";
 
 /// Forwards events to a host, and its wish to stop back.
 pub(crate) struct HostObserver<'a> {
@@ -164,6 +167,28 @@ impl<'a> HostObserver<'a> {
         }
     }
 
+    /// The picture before those of the rounds, and level curves beside those of their IoU.
+    fn on_attention_alone(&self, picture: usize, masks: &ImageMasks) {
+        let Some(scene) = self.scene else { return };
+        let shown = &scene.pictures()[picture];
+        let number = number_of(scene, picture);
+        let over = overlay::masks_over(&shown.picture, masks);
+        let label = format!("{number}attention alone");
+        self.preview(&over, shown.picture.size(), MASKS, &label);
+        let Some(truth) = self.truth.map(|truth| &truth[picture]) else {
+            return;
+        };
+        let steps = self.stages.iter().filter(|(stage, _)| *stage == TOKENS);
+        let end = self.step + steps.map(|(_, n)| n).sum::<usize>();
+        for (&concept, iou) in shown.concepts.iter().zip(mask_ious(masks, truth)) {
+            let token = &scene.concepts()[concept].token;
+            let series = format!("mask IoU by attention alone of {number}{token}");
+            for x in [self.step, end] {
+                self.host.metric(&series, x as f64, iou.into());
+            }
+        }
+    }
+
     fn on_masks(
         &mut self,
         round: usize,
@@ -175,22 +200,14 @@ impl<'a> HostObserver<'a> {
         let Some(scene) = self.scene else { return };
         let shown = &scene.pictures()[picture];
         let size = shown.picture.size();
-        let number = if scene.pictures().len() > 1 {
-            format!("picture {}, ", picture + 1)
-        } else {
-            String::new()
-        };
+        let number = number_of(scene, picture);
         let label = if round == 0 {
             format!("{number}start")
         } else {
             format!("{number}round {round}")
         };
-        self.preview(
-            &overlay::masks_over(&shown.picture, masks),
-            size,
-            "masks of every round",
-            &label,
-        );
+        let over = overlay::masks_over(&shown.picture, masks);
+        self.preview(&over, size, MASKS, &label);
         for (index, &concept) in shown.concepts.iter().enumerate() {
             let token = &scene.concepts()[concept].token;
             let cut = overlay::cut_out(&shown.picture, &masks.planes()[index]);
@@ -220,6 +237,26 @@ impl<'a> HostObserver<'a> {
             );
         }
         self.last_iou = Some(ious.iter().sum::<f32>() / ious.len() as f32);
+    }
+
+    /// What every token stands for, by the picture in which most of it is seen: without a word only its mask says so.
+    pub(crate) fn show_found(&self, masks: &[ImageMasks]) {
+        let Some(scene) = self.scene else { return };
+        for (concept, Concept { token, .. }) in scene.concepts().iter().enumerate() {
+            let planes = scene
+                .pictures()
+                .iter()
+                .zip(masks)
+                .filter_map(|(shown, masks)| {
+                    let index = shown.concepts.iter().position(|&c| c == concept)?;
+                    let plane = &masks.planes()[index];
+                    Some((shown, plane, plane.iter().filter(|&&v| v != 0).count()))
+                });
+            if let Some((shown, plane, _)) = planes.max_by_key(|&(_, _, area)| area) {
+                let cut = overlay::cut_out(&shown.picture, plane);
+                self.preview(&cut, shown.picture.size(), "which token found what", token);
+            }
+        }
     }
 
     /// Where the model looks for every concept of a picture and, where it was asked, what the noise says.
@@ -272,6 +309,15 @@ impl<'a> HostObserver<'a> {
     }
 }
 
+/// What names a picture of several.
+fn number_of(scene: &Scene, picture: usize) -> String {
+    if scene.pictures().len() > 1 {
+        format!("picture {}, ", picture + 1)
+    } else {
+        String::new()
+    }
+}
+
 /// Steps of all stages before this one; 0 for one that is not among them.
 fn steps_before(stages: &[(&str, usize)], stage: &str) -> usize {
     let index = stages.iter().position(|(name, _)| *name == stage);
@@ -321,6 +367,7 @@ impl Observer for HostObserver<'_> {
                 observation,
                 energy,
             } => self.on_masks(round, picture, masks, observation, energy),
+            Event::AttentionAlone { picture, masks } => self.on_attention_alone(picture, masks),
             Event::Denoised { step, total, clean } => self.on_denoised(step, total, clean),
             Event::JointCheckpoint(state) => {
                 if let Some(path) = self.state_file.as_deref().map(joint_file)

@@ -181,7 +181,7 @@ def pixels(content):
 def quick():
     """A picture in, the same picture out."""
     return {
-        "1": {"class_type": "LoadImage", "inputs": {"image": "demo:dog-and-car.png"}},
+        "1": {"class_type": "LoadImage", "inputs": {"image": "demo:man-and-cat.png"}},
         "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "quick/picture"}},
     }
 

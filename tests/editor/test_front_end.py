@@ -457,5 +457,5 @@ def test_a_mask_painted_in_the_mask_editor_is_loaded(editor):
     at = lambda x, y: painted[3 * (int(y * size[1]) * size[0] + int(x * size[0]))]
     assert at(0.25 + 60 / box["width"], 0.5) > 127 and at(0.9, 0.1) == 0
     # painting a mask leaves the picture as it was
-    before = pixels(editor.server.get("/view?filename=demo:dog-and-car.png&type=input").body)
+    before = pixels(editor.server.get("/view?filename=demo:man-and-cat.png&type=input").body)
     assert pixels(editor.server.view(picture)) == before

@@ -153,7 +153,7 @@ def test_huge_and_deep_graphs_are_refused(server):
     assert refused(reply, 400, 413) and "node" in reply.json["error"]["message"]
     deep = b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     refused(server.request("POST", "/prompt", deep, {"content-type": "application/json"}), 400)
-    chain = {"0": {"class_type": "LoadImage", "inputs": {"image": "demo:dog-and-car.png"}}}
+    chain = {"0": {"class_type": "LoadImage", "inputs": {"image": "demo:man-and-cat.png"}}}
     for i in range(1, 4000):
         chain[str(i)] = {"class_type": "ImageBatch", "inputs": {"image_1": [str(i - 1), 0]}}
     chain["x"] = {"class_type": "PreviewImage", "inputs": {"images": ["4000", 0]}}

@@ -1,6 +1,6 @@
 """Measures anew every figure and picture of the documents that hangs on the bundled checkpoint.
 
-    python record_figures.py [--steps 120] [--reference DIR] [--only NAME ...] [--sections NAME ...]
+    python record_figures.py [--steps 80] [--reference DIR] [--only NAME ...] [--sections NAME ...]
         [--limit N --docs DIR]
 
 * localization   training/evaluate.py on the evaluation scenes: the table of the model card
@@ -82,7 +82,7 @@ def strip(folder):
     width = len(DEMO_PICTURES) * (DEMO_SIDE + gap) - gap
     out = Image.new("RGB", (width, DEMO_SIDE + foot), "white")
     for k, (pattern, label) in enumerate(DEMO_PICTURES):
-        scene = ROOT / "host-demo/workflows/pictures/dog-and-car.png"
+        scene = ROOT / "host-demo/workflows/pictures/man-and-cat.png"
         file = scene if pattern == "input" else max(folder.glob(pattern))
         picture = Image.open(file).convert("RGB").resize((DEMO_SIDE, DEMO_SIDE), Image.BICUBIC)
         out.paste(picture, (k * (DEMO_SIDE + gap), 0))
@@ -99,7 +99,7 @@ def em(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--reference", type=pathlib.Path)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, help="of figures.md; the others stay as they are")
     parser.add_argument("--limit", type=int, help="only so many scenes a run, to see whether all of this works")

@@ -53,7 +53,7 @@ fn run_once(
 
 fn demo(prefix: &str) -> Json {
     json!({
-        "1": {"class_type": "LoadImage", "inputs": {"image": "demo:dog-and-car.png"}},
+        "1": {"class_type": "LoadImage", "inputs": {"image": "demo:man-and-cat.png"}},
         "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": prefix}},
     })
 }
@@ -76,7 +76,7 @@ fn unchanged_nodes_come_from_the_cache_and_output_nodes_run_again() {
     let (_, log) = run_once(&demo("a"), &mut cache, false);
     assert_eq!(log, ["1 cached", "2 started", "2 saved", "2 finished"]);
     let other = json!({
-        "1": {"class_type": "LoadImage", "inputs": {"image": "demo:dog-and-car-mask-dog.png"}},
+        "1": {"class_type": "LoadImage", "inputs": {"image": "demo:man-and-cat-mask-man.png"}},
         "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
     });
     let (_, log) = run_once(&other, &mut cache, false);
@@ -108,8 +108,8 @@ fn a_canceled_run_starts_nothing() {
 #[test]
 fn errors_name_node_and_input() {
     let document = json!({
-        "1": {"class_type": "LoadImageMask", "inputs": {"image": "demo:dog-and-car-mask-dog.png"}},
-        "2": {"class_type": "LoadImage", "inputs": {"image": "demo:dog-and-car.png"}},
+        "1": {"class_type": "LoadImageMask", "inputs": {"image": "demo:man-and-cat-mask-man.png"}},
+        "2": {"class_type": "LoadImage", "inputs": {"image": "demo:man-and-cat.png"}},
         "3": {"class_type": "MaskToImage", "inputs": {"mask": ["1", 0]}},
         "4": {"class_type": "ImageBatch", "inputs": {"image_1": ["2", 0], "image_2": ["3", 0]}},
         "5": {"class_type": "PreviewImage", "inputs": {"images": ["4", 0]}},

@@ -105,7 +105,12 @@ impl<'a> Page<'a> {
         let charts = curves::charts(&self.record.curves);
         for chart in charts.iter().filter(|chart| chart.is_share()).take(4) {
             if let Some((first, last)) = chart.first_and_last() {
-                let figure = format!("{last:.3} <small>from {first:.3}</small>");
+                let [first, last] = [first, last].map(|share| format!("{share:.3}"));
+                let figure = if first == last {
+                    last
+                } else {
+                    format!("{last} <small>from {first}</small>")
+                };
                 figures.push((chart.title.clone(), figure));
             }
         }

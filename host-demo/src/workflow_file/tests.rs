@@ -19,7 +19,7 @@ fn editor(middle: Vec<Value>, links: Value) -> Value {
     let mut nodes = vec![
         json!({"id": 1, "type": "LoadImage", "mode": 0, "inputs": [],
             "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": [1]}, {"name": "MASK", "type": "MASK", "links": null}],
-            "widgets_values": ["demo:dog-and-car.png", "image"], "color": "#223"}),
+            "widgets_values": ["demo:man-and-cat.png", "image"], "color": "#223"}),
         json!({"id": 9, "type": "SaveImage", "title": "Keep", "mode": 0,
             "inputs": [{"name": "images", "type": "IMAGE", "link": 2},
                 {"name": "filename_prefix", "type": "STRING", "widget": {"name": "filename_prefix"}, "link": null}],
@@ -52,7 +52,7 @@ fn two_links() -> Value {
 #[test]
 fn the_editors_document_becomes_the_graph_that_it_shows() {
     let expected = json!({
-        "1": {"class_type": "LoadImage", "inputs": {"image": "demo:dog-and-car.png"}, "_meta": {"title": "LoadImage"}},
+        "1": {"class_type": "LoadImage", "inputs": {"image": "demo:man-and-cat.png"}, "_meta": {"title": "LoadImage"}},
         "9": {"class_type": "SaveImage", "inputs": {"filename_prefix": "kept", "images": ["1", 0]}, "_meta": {"title": "Keep"}},
     });
     assert_eq!(api(&direct()), expected);

@@ -233,6 +233,9 @@ impl Node for EmLoop {
             observations,
             ..
         } = outcome;
+        if !learned.from_words {
+            observer.show_found(&masks);
+        }
         let (tuned, learned) = match &parameters.joint() {
             None => (base.clone(), learned),
             Some(joint) => {

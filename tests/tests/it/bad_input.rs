@@ -111,7 +111,7 @@ fn a_picture_that_is_too_large() {
 fn pictures_of_two_sizes_in_a_batch() {
     let place = Place::with_faulty();
     let workflow = json!({
-        "1": node("LoadImage", json!({"image": "demo:dog-and-car.png"})),
+        "1": node("LoadImage", json!({"image": "demo:man-and-cat.png"})),
         "2": node("Lie", json!({"about": "bad_preview"})),
         "3": node("ImageBatch", json!({"image_1": ["1", 0], "image_2": ["2", 0]})),
         "4": node("PreviewImage", json!({"images": ["3", 0]})),
@@ -249,7 +249,7 @@ fn a_set_target_that_is_not_there() {
 #[test]
 fn a_folder_that_cannot_be_written() {
     let place = Place::with_faulty();
-    place.write("w.json", show("demo:dog-and-car.png").to_string());
+    place.write("w.json", show("demo:man-and-cat.png").to_string());
     place.write("taken", "a file");
     place
         .host(&["run", "w.json", "--out", "taken"])
@@ -273,7 +273,7 @@ fn a_folder_that_cannot_be_written() {
 fn a_folder_without_permission() {
     use std::os::unix::fs::PermissionsExt as _;
     let place = Place::with_faulty();
-    place.write("w.json", show("demo:dog-and-car.png").to_string());
+    place.write("w.json", show("demo:man-and-cat.png").to_string());
     let closed = place.path().join("closed");
     std::fs::create_dir(&closed).unwrap();
     std::fs::set_permissions(&closed, std::fs::Permissions::from_mode(0o555)).unwrap();
@@ -292,7 +292,7 @@ fn a_folder_without_permission() {
 #[test]
 fn a_file_that_cannot_be_written_to_its_end() {
     let place = Place::with_faulty();
-    place.write("w.json", show("demo:dog-and-car.png").to_string());
+    place.write("w.json", show("demo:man-and-cat.png").to_string());
     let command = place.command(&["run", "w.json", "--out", "out"]);
     let mut shell = std::process::Command::new("sh");
     shell
@@ -320,7 +320,7 @@ fn a_file_that_cannot_be_written_to_its_end() {
 #[test]
 fn a_disk_that_is_full() {
     let place = Place::with_faulty();
-    place.write("w.json", show("demo:dog-and-car.png").to_string());
+    place.write("w.json", show("demo:man-and-cat.png").to_string());
     let disk = place.path().join("disk");
     std::fs::create_dir(&disk).unwrap();
     let mount = std::process::Command::new("mount")

@@ -18,7 +18,7 @@ fn with(mut object: Value, more: Value) -> Value {
 fn sources() -> Value {
     json!({
         "1": node("LoadDiffusionModel", json!({"checkpoint": "sprites"})),
-        "2": node("LoadImage", json!({"image": "demo:dog-and-car.png"})),
+        "2": node("LoadImage", json!({"image": "demo:man-and-cat.png"})),
     })
 }
 

@@ -2,7 +2,8 @@
 
 use stable_diffusion::DiffusionModel;
 
-use crate::config::{CrfStage, ExtractionConfig};
+use crate::binarize::compete;
+use crate::config::{CrfStage, EmConfig, ExtractionConfig, Labeling};
 use crate::error::Result;
 use crate::evidence::{Evidence, Observation};
 use crate::labels::label;
@@ -31,6 +32,32 @@ pub struct Earlier<'a> {
     pub masks: Option<&'a [ImageMasks]>,
     /// Evidence by picture, to which is added.
     pub evidence: &'a [Evidence],
+}
+
+/// Masks of every picture by the attention that was seen, without the noise.
+///
+/// # Errors
+/// Those of the labels and the CRF.
+pub(crate) fn by_attention_alone(
+    scene: &PreparedScene<'_>,
+    observations: &[Observation],
+    crf: &CrfStage,
+) -> Result<Vec<ImageMasks>> {
+    let ExtractionConfig {
+        normalization,
+        labeling,
+        ..
+    } = EmConfig::attention().extraction;
+    let Labeling::Compete { tau } = labeling else {
+        return Ok(Vec::new());
+    };
+    let masks = |(picture, seen): (usize, &Observation)| {
+        let roles = scene.scene.roles(picture);
+        let labels = compete(&seen.maps, &roles, normalization, tau)?.into();
+        let lattice = scene.crf(picture, &crf.crf)?;
+        Ok(refine(&lattice, &labels, &roles, Some(&seen.maps), None, crf)?.masks)
+    };
+    observations.iter().enumerate().map(masks).collect()
 }
 
 /// New masks of every picture.

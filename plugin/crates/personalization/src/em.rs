@@ -9,8 +9,8 @@
 
 use stable_diffusion::DiffusionModel;
 
-use crate::config::{EmConfig, MaskMode};
-use crate::e_step::{Earlier, Estimate, e_step};
+use crate::config::{EmConfig, Labeling, MaskMode};
+use crate::e_step::{Earlier, Estimate, by_attention_alone, e_step};
 use crate::error::{Error, Result};
 use crate::evidence::Observation;
 use crate::learned::LearnedConcepts;
@@ -187,11 +187,30 @@ fn first_state(
                 observer,
             )?;
             take_over(&mut state, estimates);
+            compare(scene, &state, config, observer)?;
         }
     }
     check_masks(scene, &state.masks)?;
     record(&state, rounds, observer)?;
     Ok(state)
+}
+
+/// Tells what attention alone would have made of the first masks, where the noise had its say.
+fn compare(
+    scene: &PreparedScene<'_>,
+    state: &EmState,
+    config: &EmConfig,
+    observer: &mut dyn Observer,
+) -> Result<()> {
+    let has_noise = matches!(config.extraction.labeling, Labeling::Posterior(_));
+    if !has_noise || state.learned.is_blank() {
+        return Ok(());
+    }
+    let masks = by_attention_alone(scene, &state.observations, &config.crf)?;
+    for (picture, masks) in masks.iter().enumerate() {
+        tell(observer, &Event::AttentionAlone { picture, masks })?;
+    }
+    Ok(())
 }
 
 fn record(

@@ -60,6 +60,13 @@ pub enum Event<'a> {
         /// Free energy of the picture's CRF, in nats per pixel.
         energy: Option<f64>,
     },
+    /// What the first masks would be without the noise: the paper's baseline, to compare them with.
+    AttentionAlone {
+        /// Index of the picture.
+        picture: usize,
+        /// The masks.
+        masks: &'a ImageMasks,
+    },
     /// A picture on its way.
     Denoised {
         /// Steps done over all pictures.
