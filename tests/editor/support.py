@@ -187,7 +187,7 @@ def quick():
 
 
 LEARNING = {"steps": 8, "steps_per_round": 4, "first_timesteps": 2, "timesteps": 2, "joint_steps": 2}
-SAMPLING = {"steps": 6, "prompts": "a photo of <rex> on grass"}
+SAMPLING = {"steps": 6, "prompts": "a photo of <bob> on grass"}
 
 
 def small_demo(**learning):

@@ -367,7 +367,7 @@ def test_what_was_made_restores_the_graph(editor):
     wait_until(lambda: pump(editor) and editor.heard("execution_success"))
     output = editor.server.data / "output"
     [picture] = (output / "samples").glob("*.png")
-    for file, kind in [(picture, "image/png"), (output / "concepts/rex.safetensors", "application/octet-stream")]:
+    for file, kind in [(picture, "image/png"), (output / "concepts/bob.safetensors", "application/octet-stream")]:
         editor.page.evaluate("app.graph.clear()")
         assert editor.page.evaluate("app.graph._nodes.length") == 0
         editor.drop(file.name, file.read_bytes(), kind)

@@ -27,12 +27,12 @@ DEMO_SIDE = 256
 # file of the run's folder, what it shows
 DEMO_PICTURES = [
     ("input", "the picture"),
-    ("previews/7-masks-of-every-round/*-start.png", "masks at the start"),
+    ("previews/7-masks-of-every-round/*-attention-alone.png", "masks by attention alone"),
     ("previews/7-masks-of-every-round/*", "masks after EM"),
-    ("samples/picture_00001.png", "<rex> on grass"),
-    ("samples/picture_00002.png", "<vw> on a beach"),
-    ("samples/picture_00003.png", "<rex> on a beach"),
-    ("samples/picture_00004.png", "<rex> and <vw> in a city"),
+    ("samples/picture_00001.png", "<bob> on grass"),
+    ("samples/picture_00002.png", "<tom> in a room"),
+    ("samples/picture_00003.png", "<tom> in snow"),
+    ("samples/picture_00004.png", "<bob> and <tom> in a city"),
 ]
 
 

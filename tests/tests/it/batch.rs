@@ -17,9 +17,9 @@ fn manifest() -> String {
         })
     };
     let lines = [
-        json!({"id": "long", "set": set(120, "a photo of <rex> on grass")}),
-        json!({"id": "grass", "set": set(4, "a photo of <rex> on grass")}),
-        json!({"id": "snow", "set": set(4, "a photo of <rex> in snow"), "seed": 3}),
+        json!({"id": "long", "set": set(120, "a photo of <bob> on grass")}),
+        json!({"id": "grass", "set": set(4, "a photo of <bob> on grass")}),
+        json!({"id": "snow", "set": set(4, "a photo of <bob> in snow"), "seed": 3}),
     ];
     lines.map(|line| line.to_string()).join("\n")
 }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Place, node, pixels, repository};
 
-const CONCEPTS: &str = "<rex> dog\n<vw> car\n<desk> table (background)";
+const CONCEPTS: &str = "<bob> man\n<tom> cat\n<desk> table (background)";
 
 fn with(mut object: Value, more: Value) -> Value {
     let more = more.as_object().unwrap().clone();
@@ -38,7 +38,7 @@ fn em_loop(parameters: Value) -> Value {
 }
 
 fn sampler(parameters: Value) -> Value {
-    let inputs = json!({"model": ["1", 0], "prompts": "a photo of a dog", "steps": 1});
+    let inputs = json!({"model": ["1", 0], "prompts": "a photo of a cat", "steps": 1});
     let more = json!({
         "3": node("PersonalizedSampler", with(inputs, parameters)),
         "4": node("SaveImage", json!({"images": ["3", 0]})),
@@ -48,7 +48,7 @@ fn sampler(parameters: Value) -> Value {
 
 /// The learned rows and the masks of a run.
 fn results(place: &Place, out: &str) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
-    let rows = ["rex", "vw", "desk"].map(|name| {
+    let rows = ["bob", "tom", "desk"].map(|name| {
         let bytes = place.read(&format!("{out}/concepts/{name}.safetensors"));
         let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         tensors.tensor("emb_params").unwrap().data().to_vec()
@@ -95,10 +95,10 @@ fn the_demo_ends_with_a_report_masks_concepts_and_pictures() {
     assert_eq!(
         concepts,
         [
+            "bob.safetensors",
             "desk.safetensors",
             "lora.safetensors",
-            "rex.safetensors",
-            "vw.safetensors"
+            "tom.safetensors"
         ]
     );
     assert_eq!(place.names(&format!("{out}/masks")).len(), 3);
@@ -114,16 +114,18 @@ fn the_demo_ends_with_a_report_masks_concepts_and_pictures() {
     for part in [
         "mask IoU",
         "masked diffusion loss",
-        "mask of &lt;rex&gt;",
+        "mask of &lt;bob&gt;",
+        "attention alone",
+        "mask IoU by attention alone",
         "round 2",
-        "a photo of &lt;rex&gt; on grass",
+        "a photo of &lt;bob&gt; on grass",
         "EM loop · attention",
         "tokens step 4",
         "joint step 2",
     ] {
         assert!(page.contains(part), "no {part}");
     }
-    let concept = place.read(&format!("{out}/concepts/rex.safetensors"));
+    let concept = place.read(&format!("{out}/concepts/bob.safetensors"));
     let (_, header) = safetensors::SafeTensors::read_metadata(&concept).unwrap();
     let metadata = header.metadata().as_ref().unwrap();
     assert!(serde_json::from_str::<Value>(&metadata["workflow"]).unwrap()["nodes"].is_array());
@@ -137,7 +139,7 @@ fn a_tuned_unet_is_saved_and_comes_back() {
     let mut workflow = em_loop(few);
     let sampler = |model: &str, concepts: &str, slot: usize| {
         let inputs = json!({"model": [model, slot], "concepts": [concepts, 0], "steps": 2,
-            "prompts": "a photo of <rex> on grass"});
+            "prompts": "a photo of <bob> on grass"});
         node("PersonalizedSampler", inputs)
     };
     workflow["4"] = node(
@@ -156,7 +158,7 @@ fn a_tuned_unet_is_saved_and_comes_back() {
     );
     std::fs::rename(place.path().join("out"), place.path().join("first")).unwrap();
 
-    let files = "first/concepts/rex.safetensors\nfirst/concepts/vw.safetensors";
+    let files = "first/concepts/bob.safetensors\nfirst/concepts/tom.safetensors";
     let mut again = json!({
         "1": node("LoadDiffusionModel", json!({})),
         "2": node("LoadTunedModel", json!({"model": ["1", 0], "path": "first/concepts"})),
@@ -377,7 +379,7 @@ fn words_and_prompts_that_cannot_be_used_are_named() {
     std::fs::write(&tokenizer, content.to_string()).unwrap();
     let loader = node("LoadDiffusionModel", json!({"checkpoint": "model"}));
     let workflow = with(
-        em_loop(json!({"concept_list": "<rex> 狗"})),
+        em_loop(json!({"concept_list": "<bob> 狗"})),
         json!({"1": loader}),
     );
     refused(
@@ -394,8 +396,8 @@ fn words_and_prompts_that_cannot_be_used_are_named() {
     );
     refused(
         &place,
-        &sampler(json!({"prompts": "a photo of <rex>"})),
-        &["node 3 (PersonalizedSampler), input prompts", "<rex>"],
+        &sampler(json!({"prompts": "a photo of <bob>"})),
+        &["node 3 (PersonalizedSampler), input prompts", "<bob>"],
     );
 }
 

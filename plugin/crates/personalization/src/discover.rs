@@ -43,7 +43,11 @@ pub(crate) fn discover(
             .map(|i| 1.0 - objects.iter().map(|&c| planes[c][i]).sum::<f32>())
             .collect();
     }
-    Posterior { size, planes }
+    Posterior {
+        size,
+        planes,
+        log_evidence: 0.0,
+    }
 }
 
 /// `[size · size]` in [0, 1], high where cells do not look at the background.

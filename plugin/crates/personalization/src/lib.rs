@@ -22,8 +22,9 @@
 //! look and the CRF as the prior of smoothness. E-step and CRF lower one energy, per round reported:
 //!
 //! ```text
-//! F(Q) = Σ_x Σ_c Q_x(c) (ln Q_x(c) - ln q_c(x)) + pairwise disagreement of Q        [`refine::Refined::energy`]
+//! F(Q) = Σ_x Σ_c Q_x(c) (ln Q_x(c) - ln q_c(x)) - ln Z + pairwise disagreement of Q [`refine::Refined::energy`]
 //! ```
+//! Z is what q is normalized by: the likelihood of what was observed, relative to the mean over the concepts.
 //!
 //! Three named configurations: [`EmConfig::likelihood`], this one, the default; [`EmConfig::attention`], in which
 //! tokens compete for pixels by attention alone; [`EmConfig::paper`], thresholds on attention.

@@ -3,6 +3,7 @@
 //! ```text
 //! p(owners) ∝ Π_r exp(v_r,owner(r))   over all assignments in which every object owns a part
 //! q_r(c) = Σ of p over those with owner(r) = c
+//! ln Z   = ln Σ over all of them of Π_r exp(v_r,owner(r))                        the evidence that they are about
 //! ```
 //! | symbol | shape | meaning |
 //! | --- | --- | --- |
@@ -18,20 +19,24 @@
 /// Most objects whose sets are enumerated.
 const MOST_OBJECTS: usize = 12;
 
-/// q of every part.
-pub(crate) fn owners(evidence: &[Vec<f64>], n_objects: usize) -> Vec<Vec<f64>> {
+/// Who owns what.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Owners {
+    /// q of every part.
+    pub(crate) posterior: Vec<Vec<f64>>,
+    /// ln Z in nats.
+    pub(crate) log_evidence: f64,
+}
+
+/// The posterior of every part.
+pub(crate) fn owners(evidence: &[Vec<f64>], n_objects: usize) -> Owners {
     if evidence.len() < n_objects || n_objects > MOST_OBJECTS {
-        return evidence.iter().map(|row| softmax(row)).collect();
+        return Owners {
+            posterior: evidence.iter().map(|row| softmax(row)).collect(),
+            log_evidence: evidence.iter().map(|row| log_sum(row)).sum(),
+        };
     }
     let (n_parts, n_sets) = (evidence.len(), 1usize << n_objects);
-    // The largest of every part's evidence is taken out, so that sums stay near 1.
-    let evidence: Vec<Vec<f64>> = evidence
-        .iter()
-        .map(|row| {
-            let largest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            row.iter().map(|v| v - largest).collect()
-        })
-        .collect();
     let mut forward = vec![vec![f64::NEG_INFINITY; n_sets]; n_parts + 1];
     forward[0][0] = 0.0;
     for (part, row) in evidence.iter().enumerate() {
@@ -69,18 +74,23 @@ pub(crate) fn owners(evidence: &[Vec<f64>], n_objects: usize) -> Vec<Vec<f64>> {
         })
         .collect();
     let owns = |object: usize| marginals.iter().any(|row| first_largest(row) == object);
+    let log_evidence = forward[n_parts][n_sets - 1];
     if (0..n_objects).all(owns) {
-        return marginals;
+        return Owners {
+            posterior: marginals,
+            log_evidence,
+        };
     }
     let certain = |owner: usize| {
         (0..n_objects)
             .map(|c| f64::from(u8::from(c == owner)))
             .collect()
     };
-    most_probable(&evidence, n_objects)
-        .into_iter()
-        .map(certain)
-        .collect()
+    let most_probable = most_probable(evidence, n_objects).into_iter();
+    Owners {
+        posterior: most_probable.map(certain).collect(),
+        log_evidence,
+    }
 }
 
 /// The assignment with the largest evidence among those in which every object owns a part; the first of equals.
@@ -127,6 +137,12 @@ fn log_add(a: f64, b: f64) -> f64 {
     }
 }
 
+/// ln Σ e^v.
+pub(crate) fn log_sum(logs: &[f64]) -> f64 {
+    logs.iter()
+        .fold(f64::NEG_INFINITY, |sum, &v| log_add(sum, v))
+}
+
 pub(crate) fn softmax(logs: &[f64]) -> Vec<f64> {
     let largest = logs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let weights: Vec<f64> = logs.iter().map(|v| (v - largest).exp()).collect();
@@ -139,7 +155,7 @@ mod tests {
     use super::*;
 
     /// All assignments, one by one.
-    fn enumerated(evidence: &[Vec<f64>], n_objects: usize) -> Vec<Vec<f64>> {
+    fn enumerated(evidence: &[Vec<f64>], n_objects: usize) -> Owners {
         let n_parts = evidence.len();
         let mut sums = vec![vec![0.0; n_objects]; n_parts];
         let mut total = 0.0;
@@ -160,7 +176,10 @@ mod tests {
             }
         }
         let divided = |row: Vec<f64>| row.into_iter().map(|v| v / total).collect();
-        sums.into_iter().map(divided).collect()
+        Owners {
+            posterior: sums.into_iter().map(divided).collect(),
+            log_evidence: total.ln(),
+        }
     }
 
     #[test]
@@ -172,19 +191,21 @@ mod tests {
             vec![-1.0, 0.8, 0.3],
         ];
         let (found, expected) = (owners(&evidence, 3), enumerated(&evidence, 3));
-        for (a, b) in found.iter().flatten().zip(expected.iter().flatten()) {
+        let pairs = found.posterior.iter().zip(&expected.posterior);
+        for (a, b) in pairs.flat_map(|(a, b)| a.iter().zip(b)) {
             assert!((a - b).abs() < 1e-12, "{found:?} {expected:?}");
         }
+        assert!((found.log_evidence - expected.log_evidence).abs() < 1e-12);
     }
 
     #[test]
     fn everyone_owns_a_part_though_all_evidence_is_for_one() {
         let evidence = vec![vec![0.0, -900.0], vec![0.0, -700.0]];
-        let found = owners(&evidence, 2);
+        let found = owners(&evidence, 2).posterior;
         assert!(found[0][0] > 0.999 && found[1][1] > 0.999, "{found:?}");
         // A third part is nobody's by force.
         let evidence = [evidence, vec![vec![0.0, -5.0]]].concat();
-        let found = owners(&evidence, 2);
+        let found = owners(&evidence, 2).posterior;
         assert!(
             found[2][1] > 0.99,
             "the cheapest part is given up: {found:?}"
@@ -193,14 +214,14 @@ mod tests {
 
     #[test]
     fn words_that_say_the_same_of_everything_share_the_parts_out() {
-        let found = owners(&[vec![0.5, 0.5], vec![0.2, 0.2], vec![0.1, 0.1]], 2);
+        let found = owners(&[vec![0.5, 0.5], vec![0.2, 0.2], vec![0.1, 0.1]], 2).posterior;
         let owner: Vec<usize> = found.iter().map(|row| first_largest(row)).collect();
         assert!(owner.contains(&0) && owner.contains(&1), "{found:?}");
     }
 
     #[test]
     fn fewer_parts_than_objects_are_independent() {
-        let found = owners(&[vec![1.0, 1.0, 0.0]], 3);
+        let found = owners(&[vec![1.0, 1.0, 0.0]], 3).posterior;
         assert!((found[0][0] - found[0][1]).abs() < 1e-12 && found[0][2] < found[0][0]);
     }
 }

@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::evidence::{Affinity, Evidence};
 use crate::maps::{AttentionMaps, upsample_linear};
 use crate::mask::ImageMasks;
-use crate::owners::{owners, softmax};
+use crate::owners::{Owners, log_sum, owners, softmax};
 use crate::regions::{Region, regions, sigmoid};
 use crate::scene::{Role, competitors};
 
@@ -40,6 +40,8 @@ pub struct Posterior {
     pub size: usize,
     /// q_c `[size · size]` in [0, 1] of every concept, in the picture's order; they sum to 1 at most.
     pub planes: Vec<Vec<f32>>,
+    /// ln Z of the evidence that it was concluded from, in nats; 0 where there was none.
+    pub log_evidence: f64,
 }
 
 /// q of every pixel.
@@ -86,7 +88,7 @@ pub fn posterior(
             &config.regions,
         ),
     };
-    let mut planes = if parts.len() < picture.objects.len() {
+    let (mut planes, log_evidence) = if parts.len() < picture.objects.len() {
         picture.by_pixel(&foreground)
     } else {
         picture.by_part(&parts)
@@ -104,6 +106,7 @@ pub fn posterior(
     Ok(Posterior {
         size: maps.size,
         planes,
+        log_evidence,
     })
 }
 
@@ -184,7 +187,7 @@ impl Picture<'_> {
         Some((evidence.size, sums.map(|l| worth * l).collect()))
     }
 
-    fn by_part(&self, parts: &[Region]) -> Vec<Vec<f32>> {
+    fn by_part(&self, parts: &[Region]) -> (Vec<Vec<f32>>, f64) {
         let size = self.size;
         let prior = self.log_prior();
         // The prior counts once per latent cell, as the likelihood does.
@@ -219,18 +222,25 @@ impl Picture<'_> {
             })
             .collect();
         let mut planes = vec![vec![0.0; self.n_pixels()]; self.attention.len()];
-        for (part, q) in parts.iter().zip(owners(&evidence, self.objects.len())) {
+        let Owners {
+            posterior,
+            log_evidence,
+        } = owners(&evidence, self.objects.len());
+        for (part, q) in parts.iter().zip(posterior) {
             for (&c, q) in self.objects.iter().zip(q) {
                 for (&i, &inside) in part.pixels.iter().zip(&part.inside) {
                     planes[c][i] = inside * q as f32;
                 }
             }
         }
-        planes
+        (planes, log_evidence)
     }
 
-    fn by_pixel(&self, foreground: &[f32]) -> Vec<Vec<f32>> {
+    fn by_pixel(&self, foreground: &[f32]) -> (Vec<Vec<f32>>, f64) {
         let (size, config) = (self.size, self.config);
+        let h = self.evidence.map_or(size, |evidence| evidence.size);
+        let per_cell = (size * size) as f64 / (h * h) as f64;
+        let mut log_evidence = 0.0;
         let mut logs = self.log_prior();
         for (logs, &c) in logs.iter_mut().zip(&self.objects) {
             if let Some((h, likelihood)) = self.log_likelihood(c) {
@@ -244,11 +254,12 @@ impl Picture<'_> {
         for (i, &inside) in foreground.iter().enumerate() {
             let inside = sigmoid((inside - config.regions.rim) / config.regions.softness);
             let logs: Vec<f64> = logs.iter().map(|logs| logs[i]).collect();
+            log_evidence += f64::from(inside) * log_sum(&logs);
             for (&c, q) in self.objects.iter().zip(softmax(&logs)) {
                 planes[c][i] = inside * q as f32;
             }
         }
-        planes
+        (planes, log_evidence / per_cell)
     }
 }
 
@@ -406,6 +417,7 @@ mod tests {
         let certain = Posterior {
             size: 1,
             planes: vec![vec![1.0], vec![0.0], vec![0.0]],
+            log_evidence: 0.0,
         };
         let expected = densecrf::unary_from_planes(&[1.0, 0.0, 0.0], 3).unwrap();
         let (unary, n_labels) = certain.unary(false);

@@ -20,7 +20,8 @@ const HOTTEST: f64 = 0.05;
 pub struct Refined {
     /// M_c of every concept.
     pub masks: ImageMasks,
-    /// See [`DenseCrf::free_energy`]; nats per pixel.
+    /// See [`DenseCrf::free_energy`], less the logarithm of the evidence that the labels were concluded from; nats per
+    /// pixel. It falls as the tokens explain what they own better than the others do.
     pub energy: f64,
 }
 
@@ -63,7 +64,11 @@ pub fn refine(
         }
     };
     let marginals = crf.infer(&unary, n_labels, config.crf.iterations)?;
-    let energy = crf.free_energy(&unary, &marginals)?;
+    let log_evidence = labels
+        .posterior
+        .as_ref()
+        .map_or(0.0, |posterior| posterior.log_evidence);
+    let energy = crf.free_energy(&unary, &marginals)? - log_evidence / (size * size) as f64;
     let first_concept = n_labels - n_concepts;
     let chosen = marginals.labels();
     let refined = (0..n_concepts)
