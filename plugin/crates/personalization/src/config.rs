@@ -1,7 +1,7 @@
 //! Every number, under the name of who chose it.
 //!
 //! Sources: **P** arXiv 2402.11487; **BaS** google/break-a-scene; **CutLER** facebookresearch/CutLER; **DM**
-//! weijiawu/DiffuMask; **measured** by `examples/evaluate.rs` on the scenes of the bundled model.
+//! weijiawu/DiffuMask; **measured** by the example `evaluate` on the scenes of the bundled model.
 
 use densecrf::CrfConfig;
 use serde::Serialize;

@@ -2,8 +2,7 @@
 
 use stable_diffusion::DiffusionModel;
 
-use crate::binarize::compete;
-use crate::config::{CrfStage, EmConfig, ExtractionConfig, Labeling};
+use crate::config::{CrfStage, EmConfig, ExtractionConfig};
 use crate::error::Result;
 use crate::evidence::{Evidence, Observation};
 use crate::labels::label;
@@ -40,20 +39,14 @@ pub struct Earlier<'a> {
 /// Those of the labels and the CRF.
 pub(crate) fn by_attention_alone(
     scene: &PreparedScene<'_>,
+    learned: &LearnedConcepts,
     observations: &[Observation],
     crf: &CrfStage,
 ) -> Result<Vec<ImageMasks>> {
-    let ExtractionConfig {
-        normalization,
-        labeling,
-        ..
-    } = EmConfig::attention().extraction;
-    let Labeling::Compete { tau } = labeling else {
-        return Ok(Vec::new());
-    };
+    let extraction = EmConfig::attention().extraction;
     let masks = |(picture, seen): (usize, &Observation)| {
         let roles = scene.scene.roles(picture);
-        let labels = compete(&seen.maps, &roles, normalization, tau)?.into();
+        let labels = label(&seen.maps, None, &roles, learned, &extraction)?;
         let lattice = scene.crf(picture, &crf.crf)?;
         Ok(refine(&lattice, &labels, &roles, Some(&seen.maps), None, crf)?.masks)
     };

@@ -206,7 +206,7 @@ fn compare(
     if !has_noise || state.learned.is_blank() {
         return Ok(());
     }
-    let masks = by_attention_alone(scene, &state.observations, &config.crf)?;
+    let masks = by_attention_alone(scene, &state.learned, &state.observations, &config.crf)?;
     for (picture, masks) in masks.iter().enumerate() {
         tell(observer, &Event::AttentionAlone { picture, masks })?;
     }

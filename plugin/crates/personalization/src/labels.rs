@@ -46,19 +46,15 @@ pub fn label(
             let affinity = evidence
                 .map(|evidence| &evidence.affinity)
                 .filter(|affinity| !learned.from_words && !affinity.is_empty());
+            let mut config: PosteriorConfig = *config;
+            if affinity.is_some() {
+                config.foreground = Foreground::SelfAttention;
+            }
             let posterior = match affinity {
                 Some(affinity) if learned.is_blank() => {
-                    discover(affinity, maps.size, roles, config)
+                    discover(affinity, maps.size, roles, &config)
                 }
-                Some(_) => {
-                    let foreground = Foreground::SelfAttention;
-                    let config = PosteriorConfig {
-                        foreground,
-                        ..*config
-                    };
-                    posterior(maps, evidence, roles, &config)?
-                }
-                None => posterior(maps, evidence, roles, config)?,
+                _ => posterior(maps, evidence, roles, &config)?,
             };
             Labels {
                 masks: posterior.masks()?,

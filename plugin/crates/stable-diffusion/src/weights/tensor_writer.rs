@@ -119,6 +119,10 @@ mod tests {
             ("b".to_owned(), tensor(&[1.0, -2.5])?),
             ("a".to_owned(), tensor(&[0.5, 0.25, 3.0])?),
             (
+                "none".to_owned(),
+                Tensor::zeros((0, 2, 2), DType::F32, &Device::Cpu)?,
+            ),
+            (
                 "mask".to_owned(),
                 Tensor::from_slice(&[1u8, 0, 1], 3, &Device::Cpu)?,
             ),
@@ -141,6 +145,8 @@ mod tests {
                 [1.0, -2.5]
             );
             assert_eq!(file.read_u8("mask")?, [1, 0, 1]);
+            let none = file.read("none", &Device::Cpu)?;
+            assert!(none.flatten_all()?.to_vec1::<f32>()?.is_empty());
             assert_eq!(
                 file.metadata().get("key 3").map(String::as_str),
                 Some("ü 3")
