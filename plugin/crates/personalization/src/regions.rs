@@ -5,7 +5,8 @@
 //!    Letscher and Zomorodian 2002). That share is lowered until there are as many basins as objects: a shallow saddle
 //!    inside an object parts it only where objects would be one otherwise.
 //! 2. *Cuts*. Where there are fewer basins than objects, the part that falls apart most easily is cut in two: the
-//!    normalized cut (Shi and Malik 2000) of the U-Net's own self-attention among the part's cells,
+//!    normalized cut (Shi and Malik 2000) of the U-Net's own self-attention among the cells within the part's rim (what
+//!    lies beyond is the ground around it, and the easiest cut would be between the two),
 //!
 //! ```text
 //! NCut(a, b) = cut(a, b) / vol(a) + cut(a, b) / vol(b),   cut = Σ_{i∈a, j∈b} W_ij,   vol(a) = Σ_{i∈a} Σ_j W_ij
@@ -105,10 +106,10 @@ pub(crate) fn regions(
         }
     }
     while let Some(affinity) = affinity.filter(|_| parts.len() < n_wanted) {
-        let cuts = parts
-            .iter()
-            .enumerate()
-            .filter_map(|(i, part)| Some((i, normalized_cut(part, size, affinity, least)?)));
+        let cuts = parts.iter().enumerate().filter_map(|(i, part)| {
+            let core = core_of(part, map, config.rim);
+            Some((i, normalized_cut(part, &core, size, affinity, least)?))
+        });
         let Some((i, cut)) = cuts.min_by(|(_, a), (_, b)| a.value.total_cmp(&b.value)) else {
             break;
         };
@@ -121,8 +122,19 @@ pub(crate) fn regions(
         .collect()
 }
 
+/// Pixels above this share of the part's peak.
+fn core_of(part: &[usize], map: &[f32], rim: f32) -> Vec<usize> {
+    let least = rim * peak_of(part, map);
+    let core = part.iter().filter(|&&i| map[i] > least);
+    core.copied().collect()
+}
+
+fn peak_of(part: &[usize], map: &[f32]) -> f32 {
+    part.iter().map(|&i| map[i]).fold(1e-12, f32::max)
+}
+
 fn with_rim(pixels: Vec<usize>, map: &[f32], config: &RegionConfig) -> Region {
-    let peak = pixels.iter().map(|&i| map[i]).fold(1e-12, f32::max);
+    let peak = peak_of(&pixels, map);
     let inside = pixels
         .iter()
         .map(|&i| sigmoid((map[i] / peak - config.rim) / config.softness))
@@ -208,9 +220,15 @@ struct Cut {
     second: Vec<usize>,
 }
 
-/// The best cut of a part into two of at least `least` pixels.
-fn normalized_cut(part: &[usize], size: usize, affinity: &Affinity, least: usize) -> Option<Cut> {
-    let cells = cells_of(part, size, affinity.width());
+/// The best cut of a part along its core, into two with at least `least` pixels of the core each.
+fn normalized_cut(
+    part: &[usize],
+    core: &[usize],
+    size: usize,
+    affinity: &Affinity,
+    least: usize,
+) -> Option<Cut> {
+    let cells = cells_of(core, size, affinity.width());
     let (value, is_first) = cut_cells(&cells, affinity)?;
     let side = CellSides {
         cells: &cells,
@@ -218,10 +236,9 @@ fn normalized_cut(part: &[usize], size: usize, affinity: &Affinity, least: usize
         width: affinity.width(),
         size,
     };
-    let (first, second): (Vec<usize>, Vec<usize>) =
-        part.iter().partition(|&&pixel| side.is_first(pixel));
-    let are_parts = first.len().min(second.len()) >= least;
-    are_parts.then_some(Cut {
+    let n_first = core.iter().filter(|&&pixel| side.is_first(pixel)).count();
+    let (first, second) = part.iter().partition(|&&pixel| side.is_first(pixel));
+    (n_first.min(core.len() - n_first) >= least).then_some(Cut {
         value,
         first,
         second,
@@ -298,7 +315,8 @@ struct CellSides<'a> {
 }
 
 impl CellSides<'_> {
-    /// The side on which a pixel lies: that of the four cells around it, by their bilinear weights.
+    /// The side on which a pixel lies: that of the four cells around it, by their bilinear weights; of the nearest cell
+    /// where none of the four is one of them.
     fn is_first(&self, pixel: usize) -> bool {
         let scale = self.width as f32 / self.size as f32;
         let place = |at: usize| {
@@ -308,7 +326,7 @@ impl CellSides<'_> {
             let [low_cell, high_cell] = [low, low + 1.0].map(|v| v.clamp(0.0, last) as usize);
             [(low_cell, 1.0 - (center - low)), (high_cell, center - low)]
         };
-        let mut sum = 0.0;
+        let mut sum = 0.0f32;
         for (y, weight_y) in place(pixel / self.size) {
             for (x, weight_x) in place(pixel % self.size) {
                 if let Ok(i) = self.cells.binary_search(&(y * self.width + x)) {
@@ -317,7 +335,22 @@ impl CellSides<'_> {
                 }
             }
         }
+        if sum == 0.0 {
+            return self.nearest_is_first(pixel);
+        }
         sum > 0.0
+    }
+
+    fn nearest_is_first(&self, pixel: usize) -> bool {
+        let center = |at: usize, of: usize| (at as f32 + 0.5) / of as f32;
+        let distance = |cell: usize| {
+            let y = center(pixel / self.size, self.size) - center(cell / self.width, self.width);
+            let x = center(pixel % self.size, self.size) - center(cell % self.width, self.width);
+            y * y + x * x
+        };
+        let cells = self.cells.iter().zip(self.is_first);
+        let nearest = cells.min_by(|(a, _), (b, _)| distance(**a).total_cmp(&distance(**b)));
+        nearest.is_some_and(|(_, is_first)| *is_first)
     }
 }
 
@@ -393,6 +426,31 @@ mod tests {
         assert_eq!(pixels, [left, right]);
         // Nothing is cut where there are enough parts.
         assert_eq!(regions(&map, size, 1, Some(&affinity), &config()).len(), 1);
+    }
+
+    #[test]
+    fn a_cut_is_not_between_a_part_and_the_ground_around_it() {
+        // Two objects in the middle, on ground that is high enough to belong to the part: 6x6 cells.
+        let (map, size) = map(&["222222", "222222", "299992", "299992", "222222", "222222"]);
+        let kind = |cell: usize| match (cell / 6, cell % 6) {
+            (2 | 3, 1 | 2) => 0,
+            (2 | 3, 3 | 4) => 1,
+            _ => 2,
+        };
+        // The ground looks at itself only; the objects a little at each other.
+        let look = |a: usize, b: usize| match (kind(a), kind(b)) {
+            (a, b) if a == b => 1.0,
+            (2, _) | (_, 2) => 0.01,
+            _ => 0.2,
+        };
+        let mean = (0..36 * 36).map(|i| look(i / 36, i % 36)).collect();
+        let affinity = Affinity::from_mean(6, mean);
+        let found = regions(&map, size, 2, Some(&affinity), &config());
+        let mut cores: Vec<Vec<usize>> = found.iter().map(Region::core).collect();
+        cores.sort();
+        assert_eq!(cores, [[13, 14, 19, 20], [15, 16, 21, 22]]);
+        let n_pixels: usize = found.iter().map(|part| part.pixels.len()).sum();
+        assert_eq!(n_pixels, 36, "the ground goes to the nearer one");
     }
 
     #[test]
