@@ -196,7 +196,10 @@ fn own_file(name: &str, workflow_dir: &Path, input_dir: &Path) -> Result<PathBuf
     let tried = [workflow_dir.join(name), input_dir.join(name)];
     let found = tried.iter().find(|path| path.is_file());
     found.cloned().ok_or_else(|| {
-        let folder = |path: &Path| path.parent().unwrap_or(path).display().to_string();
+        let folder = |path: &Path| match path.parent() {
+            Some(parent) if parent != Path::new("") => parent.display().to_string(),
+            _ => "the current folder".to_owned(),
+        };
         let places = if Path::new(name).is_absolute() {
             String::new()
         } else {

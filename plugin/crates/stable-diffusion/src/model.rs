@@ -171,8 +171,10 @@ impl DiffusionModel {
     ) -> Result<PathBuf> {
         let unet = folder.join("unet");
         let config = unet.join("config.json");
-        let unwritable =
-            |error: std::io::Error| Error::unreadable(config.display().to_string(), &error);
+        let unwritable = |error: std::io::Error| Error::CannotWrite {
+            file: config.display().to_string(),
+            reason: error.to_string(),
+        };
         std::fs::create_dir_all(&unet).map_err(unwritable)?;
         let mut metadata = extra.clone();
         metadata.insert("format".to_owned(), "pt".to_owned());

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
@@ -58,7 +58,13 @@ impl TensorFile {
     pub fn open(path: &Path) -> Result<Self> {
         let name = path.display().to_string();
         refuse_pickle(path)?;
-        let file = File::open(path).map_err(|e| Error::unreadable(&name, e))?;
+        let file = File::open(path).map_err(|error| match error.kind() {
+            ErrorKind::NotFound => Error::unreadable(
+                &name,
+                "there is no such file or folder; name a .safetensors file or a model's folder",
+            ),
+            _ => Error::unreadable(&name, error),
+        })?;
         let len = file
             .metadata()
             .map_err(|e| Error::unreadable(&name, e))?

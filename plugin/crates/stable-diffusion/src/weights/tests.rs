@@ -165,7 +165,7 @@ fn foreign_and_missing_files_are_refused() {
         TensorFile::open(&missing)
             .unwrap_err()
             .to_string()
-            .ends_with("No such file or directory (os error 2)")
+            .contains("there is no such file or folder")
     );
 }
 

@@ -90,7 +90,7 @@ fn missing_files_are_named() {
     let nowhere = load(Path::new("no/such/model")).unwrap_err().to_string();
     assert_eq!(
         nowhere,
-        "no/such/model: No such file or directory (os error 2)"
+        "no/such/model: there is no such file or folder; name a .safetensors file or a model's folder"
     );
 }
 
