@@ -5,7 +5,8 @@ from statistics import mean, stdev
 
 import figure_plots
 from figure_runs import (
-    ABLATION, INDEXES, LEARNED, METHODS, PAINTED, REFERENCE, SECTIONS, SEEDS, STARTED, STARTS, configuration, method,
+    ABLATION, INDEXES, LEARNED, METHODS, REFERENCE, SECTIONS, SEEDS, SOME_SCENES, STARTED, STARTS, configuration, method,
+    painting, seeds_of,
 )  # fmt: skip
 
 # of the range of a figure over all pictures that are compared: a smaller difference is level
@@ -23,8 +24,8 @@ def table(head, rows):
 # ---------------------------------------------------------------- means over pairs of picture and concept
 
 
-def scenes(report, kind=None, split=None):
-    return [s for s in report["scenes"] if kind in (None, s["kind"]) and split in (None, s["split"])]
+def scenes(report, kind=None, ids=None):
+    return [s for s in report["scenes"] if kind in (None, s["kind"]) and (ids is None or s["id"] in ids)]
 
 
 def value(report, column, **which):
@@ -63,7 +64,9 @@ def by_round(report, field):
 
 
 def masks(docs, reports):
-    seeds = {label: [reports[method(label, "evaluation", seed=seed)] for seed in SEEDS] for label in METHODS}
+    seeds = {
+        label: [reports[method(label, "evaluation", seed=seed)] for seed in seeds_of(label)] for label in METHODS
+    }
     rows = [[label] + [cell(over_seeds(runs, column)) for column in MASKS.values()] for label, runs in seeds.items()]
     for mode in REFERENCE:
         label = f"{mode}, PyTorch reference"
@@ -81,7 +84,8 @@ def masks(docs, reports):
     rounds = zip(*by_round(seeds["em"][0], "iou_by_round"), by_round(seeds["em"][0], "energy_by_round")[1])
     return f"""## Masks
 
-The {len(seeds["em"][0]["scenes"])} evaluation scenes with several concepts; mean and deviation of {len(SEEDS)} seeds.
+The {len(seeds["em"][0]["scenes"])} evaluation scenes with several concepts; mean and deviation of {len(SEEDS)} seeds, or seed
+{SEEDS[0]} where there is no deviation.
 
 {table(["", *MASKS], rows)}
 
@@ -127,39 +131,40 @@ to. Constants were chosen on the other one and on the evaluation scenes.
 def ablation(reports):
     rows = []
     for label in ABLATION:
-        report = reports[configuration(label, "evaluation")]
-        rows.append([label] + [f"{value(report, column):.3f}" for column in MASKS.values()])
+        report = reports[configuration(label)]
+        columns = [value(report, column, ids=SOME_SCENES["evaluation"]) for column in MASKS.values()]
+        rows.append([label] + [f"{figure:.3f}" for figure in columns])
     return f"""## What each part brings
 
-`em` on the evaluation scenes, seed {SEEDS[0]}. Every row but the first changes the configuration `likelihood` as it says.
+`em` on every other one of the evaluation scenes, seed {SEEDS[0]}. Every row but the first changes the configuration `likelihood`
+as it says.
 
 {table(["", *MASKS], rows)}
 """
 
 
 def no_words(reports):
-    rows = []
-    for name, index in [("evaluation scenes", "evaluation"), ("hard scenes, test half", "hard")]:
-        report = reports[method("em", index, start="random")]
-        rows.append([name] + [f"{value(report, column):.3f}" for column in MASKS.values()])
+    report = reports[method("em", "evaluation", start="random")]
+    row = [f"{value(report, column):.3f}" for column in MASKS.values()]
     return f"""## Without words
 
-Tokens start at random, seed {SEEDS[0]}; no word is used. Masks are matched with the true ones by the last round's.
+The evaluation scenes, seed {SEEDS[0]}. Tokens start at random and no word is used; masks are matched with the true ones by the
+last round's.
 
-{table(["", *MASKS], rows)}
+{table(list(MASKS), [row])}
 """
 
 
 def tokens(reports):
-    runs = {label: reports[method(label, "evaluation", learned=True)] for label in LEARNED}
     digits = {"masked_error": 4}
-    rows = [
-        [label] + [f"{value(report, column):.{digits.get(column, 3)}f}" for column in TOKENS.values()]
-        for label, report in runs.items()
-    ]
+    rows = []
+    for label in LEARNED:
+        found = {"scenes": [scene for index in INDEXES for scene in reports[painting(label, index)]["scenes"]]}
+        rows.append([label] + [f"{value(found, column):.{digits.get(column, 3)}f}" for column in TOKENS.values()])
+    n_scenes = sum(map(len, SOME_SCENES.values()))
     return f"""## Tokens
 
-The evaluation scenes, seed {SEEDS[0]}; `given` learns under the true masks. What a token finds by itself, read as the first masks
+The {n_scenes} scenes of the pictures below, seed {SEEDS[0]}; `given` learns under the true masks. What a token finds by itself, read as the first masks
 are; the squared error of the noise inside of the true mask, prompted with the token alone; the share of its attention
 outside of its true mask.
 
@@ -198,10 +203,10 @@ def compared(figures, ours, theirs):
 
 def pictures(reports):
     by_label = {}
-    for label in PAINTED:
+    for label in LEARNED:
         by_label[label] = {}
         for index in INDEXES:
-            by_label[label] |= painted(reports[method(label, index, painted=True)])
+            by_label[label] |= painted(reports[painting(label, index)])
     rows = []
     for label, found in by_label.items():
         margins = [p["identity_margin"] for p in found.values() if p["identity_margin"] is not None]
@@ -218,10 +223,10 @@ def pictures(reports):
     against = [
         [f"em against {other}, {name}", *compared(figures, "em", other)]
         for name, figures in [("identity", identity), ("prompt", prompt)]
-        for other in PAINTED if other != "em"
+        for other in LEARNED if other != "em"
     ]  # fmt: skip
     n_scenes = len({scene for scene, _ in by_label["em"]})
-    joint = reports[method("em", "evaluation", painted=True)]["joint"]
+    joint = reports[painting("em", "evaluation")]["joint"]
     return f"""## Pictures
 
 Tokens and weights after {joint["steps"]} steps of the joint stage; every object of {n_scenes} scenes alone on two backgrounds, and all of

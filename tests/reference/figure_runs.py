@@ -23,7 +23,7 @@ PROCESSES = 2
 
 SECTIONS = ["masks", "hard", "no-words", "ablation", "tokens", "pictures", "scenes"]
 SEEDS = [0, 1, 2]
-# label -> arguments; the rows of the first table, of which every seed is run, and the curves of the plot
+# label -> arguments; the rows of the first table and the curves of the plot
 METHODS = {
     "em": ["--mode", "em"],
     "baseline": ["--mode", "baseline", "--config", "attention"],
@@ -45,19 +45,18 @@ ABLATION = {
     "the paper read literally": "paper",
 }
 STARTS = {"class": "the class word", "random": "no word", "inversion": "inversion"}
-# those of METHODS that the plot shows from the other starts too, and of which hard scenes are run
+# those of METHODS of which every seed is run, that the plot shows from the other starts too, and of which hard scenes
+# are run
 STARTED = ["em", "baseline"]
-# label -> arguments; whose learned tokens are compared
+# label -> arguments; whose learned tokens and pictures are compared
 LEARNED = {label: METHODS[label] for label in STARTED} | {"given": ["--mode", "given"]}
-# Painting takes longest: every other scene of the evaluation (the others show the same drawings), and of the hard ones
-# the first two of each kind's test half.
-PAINTED = list(LEARNED)
-PAINTED_SCENES = {
+# What takes longest is done with some scenes: every other one of the evaluation (the others show the same drawings), and
+# of the hard ones the first of each kind's test half.
+SOME_SCENES = {
     "evaluation": [f"multi_{number:03d}" for number in range(0, 44, 4)],
     "hard": [
-        f"{kind}_{number:03d}"
+        f"{kind}_001"
         for kind in ["plain", "overlapping", "same_class", "many", "small", "several", "no_background"]
-        for number in [1, 3]
     ],
 }  # fmt: skip
 
@@ -70,28 +69,23 @@ class Run:
     arguments: tuple
     seed: int = 0
     start: str = "class"
-    learned: bool = False
+    some: bool = False
     painted: bool = False
 
     @property
     def name(self):
         parts = [self.index, *(a.removeprefix("--") for a in self.arguments), self.start, f"seed-{self.seed}"]
-        return "-".join(parts + ["learned"] * self.learned + ["painted"] * self.painted)
-
-    @property
-    def only_masks(self):
-        return not (self.learned or self.painted)
+        return "-".join(parts + ["some"] * self.some + ["painted"] * self.painted)
 
     def command(self, steps, limit=None):
         scenes = {"evaluation": ["--kind", "multi"], "hard": ["--kind", "all", "--split", "test"]}[self.index]
         # Where masks never change, they are known before the first step.
-        steps = 0 if self.only_masks and "baseline" in self.arguments else steps
+        steps = 0 if "baseline" in self.arguments and not self.painted else steps
         command = [PROGRAM, "--model", MODEL, "--scenes", INDEXES[self.index], *scenes, *self.arguments,
                    "--seed", self.seed, "--start", self.start, "--steps", steps]  # fmt: skip
-        if self.only_masks:
-            command.append("--masks-only")
-        if self.painted:
-            command += ["--only", ",".join(PAINTED_SCENES[self.index]), "--pictures", WORK / self.name]
+        if self.some:
+            command += ["--only", ",".join(SOME_SCENES[self.index])]
+        command += ["--pictures", WORK / self.name] if self.painted else ["--masks-only"]
         if limit:
             command += ["--limit", limit]
         return [str(c) for c in [*command, "--out", WORK / f"{self.name}.json"]]
@@ -101,27 +95,36 @@ def method(label, index, **options):
     return Run(index, tuple((METHODS | LEARNED)[label]), **options)
 
 
-def configuration(label, index):
+def seeds_of(label):
+    return SEEDS if label in STARTED else SEEDS[:1]
+
+
+def configuration(label):
+    """A run of the ablation; those that are methods too are made with all scenes."""
     name = ABLATION[label]
-    return Run(index, ("--mode", "em") if name == "likelihood" else ("--mode", "em", "--config", name))
+    arguments = ("--mode", "em") if name == "likelihood" else ("--mode", "em", "--config", name)
+    return Run("evaluation", arguments, some=list(arguments) not in METHODS.values())
+
+
+def painting(label, index):
+    return method(label, index, some=True, painted=True)
 
 
 def planned(sections):
-    """The runs of these sections, each once."""
+    """The runs of these sections, each once; what is soonest missed comes first."""
     runs = []
     if "masks" in sections:
-        runs += [method(label, "evaluation", seed=seed) for label in METHODS for seed in SEEDS]
-        runs += [method(label, "evaluation", start=start) for label in STARTED for start in STARTS]
+        runs += [method(label, "evaluation", seed=seed) for label in METHODS for seed in seeds_of(label)]
     if "hard" in sections:
         runs += [method(label, "hard") for label in STARTED]
     if "no-words" in sections:
-        runs += [method("em", index, start="random") for index in INDEXES]
+        runs += [method("em", "evaluation", start="random")]
     if "ablation" in sections:
-        runs += [configuration(label, "evaluation") for label in ABLATION]
-    if "tokens" in sections:
-        runs += [method(label, "evaluation", learned=True) for label in LEARNED]
-    if "pictures" in sections:
-        runs += [method(label, index, painted=True) for label in PAINTED for index in INDEXES]
+        runs += [configuration(label) for label in ABLATION]
+    if "pictures" in sections or "tokens" in sections:
+        runs += [painting(label, index) for index in INDEXES for label in LEARNED]
+    if "masks" in sections:
+        runs += [method(label, "evaluation", start=start) for label in STARTED for start in STARTS]
     if "scenes" in sections:
         runs += [method("em", "evaluation")]
     return list(dict.fromkeys(runs))

@@ -246,7 +246,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("--drawings", required=True)
     ap.add_argument("--out", required=True)
-    ap.add_argument("--per-kind", type=int, default=12, help="scenes of each kind")
+    ap.add_argument("--per-kind", type=int, default=20, help="scenes of each kind")
     a = ap.parse_args()
     out = pathlib.Path(a.out)
     for name in ("scenes", "masks"):
