@@ -8,13 +8,14 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context as _, anyhow};
 use clap::{Args, Parser, Subcommand};
+use jiff::Timestamp;
 use serde_json::Value;
 
 use crate::batch::{self, BatchEnd, Shard};
 use crate::builtin_nodes::Places;
 use crate::cache::{Cache, DEFAULT_BUDGET};
 use crate::catalog::Catalog;
-use crate::clock::Moment;
+use crate::clock;
 use crate::console::{complain, say};
 use crate::events::Observers;
 use crate::executor::{self, Job, RunError};
@@ -329,12 +330,16 @@ fn tell_problems(workflow: &str, problems: &[Problem]) {
 
 fn run(arguments: &RunArguments) -> Result<(), Ended> {
     let prepared = prepare(arguments)?;
-    let started = Moment::now();
+    let started = Timestamp::now();
     let destination = match &arguments.out {
         Some(folder) => Destination::Exactly(folder.clone()),
         None => Destination::Named {
             root: PathBuf::from("runs"),
-            name: format!("{}-{}", started.compact(), slug(&prepared.workflow.name)),
+            name: format!(
+                "{}-{}",
+                clock::compact(started),
+                slug(&prepared.workflow.name)
+            ),
         },
     };
     let folder = RunFolder::create(&destination).map_err(anyhow::Error::from)?;

@@ -1,56 +1,21 @@
-//! Dates without a calendar library. All times are UTC.
+//! Moments and durations as people and clients read them.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-/// A moment as a person reads it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Moment {
-    seconds: u64,
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+
+/// `20260725-170912` UTC, for names of folders.
+pub(crate) fn compact(moment: Timestamp) -> String {
+    moment
+        .to_zoned_datetime(TimeZone::UTC)
+        .strftime("%Y%m%d-%H%M%S")
+        .to_string()
 }
 
-impl Moment {
-    pub(crate) fn now() -> Self {
-        let since = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or(Duration::ZERO);
-        Self {
-            seconds: since.as_secs(),
-        }
-    }
-
-    /// Year, month and day of the Gregorian calendar (Howard Hinnant, `civil_from_days`).
-    fn date(self) -> (u64, u64, u64) {
-        let days = self.seconds / 86_400 + 719_468;
-        let (era, day_of_era) = (days / 146_097, days % 146_097);
-        let year_of_era =
-            (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-        let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-        let shifted_month = (5 * day_of_year + 2) / 153;
-        let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-        let month = if shifted_month < 10 {
-            shifted_month + 3
-        } else {
-            shifted_month - 9
-        };
-        (year_of_era + era * 400 + u64::from(month <= 2), month, day)
-    }
-
-    fn time(self) -> (u64, u64, u64) {
-        let in_day = self.seconds % 86_400;
-        (in_day / 3600, in_day / 60 % 60, in_day % 60)
-    }
-
-    /// `20260725-170912`, for names of folders.
-    pub(crate) fn compact(self) -> String {
-        let ((year, month, day), (hour, minute, second)) = (self.date(), self.time());
-        format!("{year:04}{month:02}{day:02}-{hour:02}{minute:02}{second:02}")
-    }
-
-    /// `2026-07-25T17:09:12Z`.
-    pub(crate) fn iso(self) -> String {
-        let ((year, month, day), (hour, minute, second)) = (self.date(), self.time());
-        format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
-    }
+/// `2026-07-25T17:09:12Z`.
+pub(crate) fn iso(moment: Timestamp) -> String {
+    moment.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
 /// Milliseconds since 1970.
@@ -81,23 +46,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dates_are_right_across_leap_years() {
-        for (seconds, expected) in [
-            (0, "1970-01-01T00:00:00Z"),
-            (951_782_399, "2000-02-28T23:59:59Z"),
-            (951_782_400, "2000-02-29T00:00:00Z"),
-            (1_709_251_200, "2024-03-01T00:00:00Z"),
-            (4_102_444_799, "2099-12-31T23:59:59Z"),
-        ] {
-            assert_eq!(Moment { seconds }.iso(), expected);
-        }
-        assert_eq!(
-            Moment {
-                seconds: 951_782_400
-            }
-            .compact(),
-            "20000229-000000"
-        );
+    fn moments_are_utc_whatever_the_time_zone() {
+        let moment = Timestamp::from_second(951_782_400).unwrap();
+        assert_eq!(iso(moment), "2000-02-29T00:00:00Z");
+        assert_eq!(compact(moment), "20000229-000000");
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! What is built in: the workflow that runs when nothing is asked for, and its pictures.
 //!
-//! The picture is a composed scene of the bundled checkpoint's set, with drawings that it never saw: a man by Twitter, Inc
-//! and other contributors (Twemoji, CC-BY-4.0) and a cat by Microsoft (Fluent Emoji, MIT). Its masks are the true ones.
+//! The pictures are composed scenes of the bundled checkpoint's set, with drawings that it never saw: a man by Twitter,
+//! Inc and other contributors (Twemoji, CC-BY-4.0) and a cat by Microsoft (Fluent Emoji, MIT); and a dog and a car by
+//! Google (Noto Emoji, Apache-2.0), which earlier workflows name. Their masks are the true ones.
 
 /// Name of the bundled workflow.
 pub(crate) const NAME: &str = "demo";
@@ -16,11 +17,15 @@ macro_rules! pictures {
 }
 
 /// Pictures by name.
-pub(crate) static PICTURES: [(&str, &[u8]); 4] = pictures![
+pub(crate) static PICTURES: [(&str, &[u8]); 8] = pictures![
     "man-and-cat.png",
     "man-and-cat-mask-man.png",
     "man-and-cat-mask-cat.png",
     "man-and-cat-mask-table.png",
+    "dog-and-car.png",
+    "dog-and-car-mask-dog.png",
+    "dog-and-car-mask-car.png",
+    "dog-and-car-mask-table.png",
 ];
 
 /// Starts the names of pictures that are built in.

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use abi_stable::std_types::RString;
+use jiff::ZonedDateTime;
 use plugin_api::{
     ErrorCode, HostContext, NodeDescriptor, NodeError, OutputSocket, Preview, Progress, RunInfo,
     Value, port,
@@ -16,6 +17,7 @@ use serde_json::{Map, Value as Json};
 use crate::cache::{Cache, Signature};
 use crate::catalog::{Catalog, Instance};
 use crate::events::{Event, NodeLabel, Observer};
+use crate::file_words;
 use crate::graph::{Graph, GraphNode, Input, NodeId};
 use crate::pictures;
 use crate::run_folder::{WorkDir, WorkDirs};
@@ -199,7 +201,8 @@ impl<'a> Worker<'a> {
                 "its class is not known",
             ));
         };
-        let (inputs, parameters) = self.gather(node, descriptor)?;
+        let (inputs, mut parameters) = self.gather(node, descriptor)?;
+        file_words::replace(&mut parameters, job.graph, &ZonedDateTime::now());
         let signature = Signature::of(
             node,
             job.catalog.build_of(&node.class),

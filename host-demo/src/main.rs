@@ -22,6 +22,7 @@ mod validate;
 mod cache;
 mod events;
 mod executor;
+mod file_words;
 
 mod clock;
 mod console;

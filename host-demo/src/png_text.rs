@@ -35,6 +35,33 @@ pub(crate) fn encode(picture: &RgbPicture, texts: &[(&str, String)]) -> Result<V
     Ok(bytes)
 }
 
+/// The workflow inside of a PNG file: the editor's document, else its API form. Of another format, or without either,
+/// `None`.
+pub(crate) fn workflow(png: &[u8]) -> Option<String> {
+    let reader = png::Decoder::new(std::io::Cursor::new(png))
+        .read_info()
+        .ok()?;
+    let info = reader.info();
+    let plain = info
+        .uncompressed_latin1_text
+        .iter()
+        .map(|chunk| (&chunk.keyword, Some(chunk.text.clone())));
+    let packed = info
+        .compressed_latin1_text
+        .iter()
+        .map(|chunk| (&chunk.keyword, chunk.get_text().ok()));
+    let utf8 = info
+        .utf8_text
+        .iter()
+        .map(|chunk| (&chunk.keyword, chunk.get_text().ok()));
+    let texts: Vec<(&String, Option<String>)> = plain.chain(packed).chain(utf8).collect();
+    let text = |keyword: &str| {
+        let mut found = texts.iter().filter(|(own, _)| *own == keyword);
+        found.find_map(|(_, text)| text.clone())
+    };
+    text("workflow").or_else(|| text("prompt"))
+}
+
 /// JSON text in ASCII: everything else becomes `\uXXXX`.
 pub(crate) fn ascii(json: &str) -> String {
     let mut text = String::with_capacity(json.len());
@@ -68,6 +95,14 @@ mod tests {
             pixels: vec![1, 2, 3, 4, 5, 6],
         };
         let png = encode(&picture, &[("prompt", "{}".to_owned()), ("workflow", text)]).unwrap();
+        assert_eq!(
+            serde_json::from_str::<Value>(&super::workflow(&png).unwrap()).unwrap(),
+            workflow
+        );
+        let api_only = encode(&picture, &[("prompt", "{}".to_owned())]).unwrap();
+        assert_eq!(super::workflow(&api_only).unwrap(), "{}");
+        assert_eq!(super::workflow(&encode(&picture, &[]).unwrap()), None);
+        assert_eq!(super::workflow(b"no picture"), None);
         let reader = png::Decoder::new(std::io::Cursor::new(png))
             .read_info()
             .unwrap();

@@ -5,9 +5,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use jiff::ZonedDateTime;
 use serde_json::{Map, Value};
 
 use crate::catalog::Catalog;
+use crate::file_words;
 use crate::graph::{Graph, GraphNode, Input, NodeId};
 use crate::schedule::{self, Cycle};
 use plugin_api::{InputSocket, NodeDescriptor, Widget, WidgetKind};
@@ -233,7 +235,7 @@ fn node_problems(
             .map(|p| problem(p.code, &p.parameter, p.message)),
     );
     if problems.is_empty() {
-        problems.extend(own_problem(catalog, id, node, descriptor, &parameters));
+        problems.extend(own_problem(graph, catalog, id, descriptor, &parameters));
     }
     problems
 }
@@ -323,19 +325,21 @@ fn widget_port(widget: &Widget) -> &'static str {
 
 /// What the node itself says: files that are not there, lists that cannot be read.
 fn own_problem(
+    graph: &Graph,
     catalog: &Catalog,
     id: &NodeId,
-    node: &GraphNode,
     descriptor: &NodeDescriptor,
     parameters: &Map<String, Value>,
 ) -> Option<Problem> {
+    let node = &graph.nodes[id];
     // A linked parameter is known only when the graph runs.
     let is_linked =
         |widget: &Widget| matches!(node.inputs.get(&widget.name), Some(Input::Link { .. }));
     if descriptor.widgets.iter().any(is_linked) {
         return None;
     }
-    let complete = descriptor.completed_parameters(parameters);
+    let mut complete = descriptor.completed_parameters(parameters);
+    file_words::replace(&mut complete, graph, &ZonedDateTime::now());
     let checked = catalog
         .create(&node.class)
         .and_then(|instance| instance.validate(&complete));

@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::parameter::{ParameterProblem, Widget, WidgetKind, check_all, widgets_of};
+use crate::parameter::{ParameterProblem, Widget, check_all, widgets_of};
 
 /// Everything that a plugin says about itself.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -147,21 +147,12 @@ impl NodeDescriptor {
         check_all(&self.widgets, given)
     }
 
-    /// The given parameters that the node has, with defaults for the rest.
+    /// The given parameters that the node has, [converted](Widget::converted), with defaults for the rest.
     #[must_use]
     pub fn completed_parameters(&self, given: &Map<String, Value>) -> Map<String, Value> {
-        let value = |widget: &Widget| match (given.get(&widget.name), &widget.kind) {
-            // JavaScript may write 3 as 3.0.
-            (Some(value), WidgetKind::Integer { .. }) => value.as_f64().map_or_else(
-                || value.clone(),
-                |number| {
-                    value
-                        .as_i64()
-                        .map_or_else(|| json!(number as i64), |whole| json!(whole))
-                },
-            ),
-            (Some(value), _) => value.clone(),
-            (None, _) => widget.default_value(),
+        let value = |widget: &Widget| match given.get(&widget.name) {
+            Some(value) => widget.converted(value),
+            None => widget.default_value(),
         };
         self.widgets
             .iter()

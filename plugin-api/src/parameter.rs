@@ -183,10 +183,42 @@ impl Widget {
         }
     }
 
-    /// Why `value` does not fit; `None` if it does.
+    /// The value as the widget's kind, as ComfyUI converts it: numbers written as text, text that is a number, whole
+    /// numbers that JavaScript wrote as 3.0. What cannot be converted stays as it is, for [`check`](Self::check) to name.
+    #[must_use]
+    pub fn converted(&self, value: &Value) -> Value {
+        let text = value.as_str().map(str::trim);
+        let flag = value.as_bool();
+        let converted = match &self.kind {
+            WidgetKind::Integer { .. } => match text {
+                Some(text) => text.parse().map(Value::Number).ok(),
+                None => flag.map(|flag| json!(u8::from(flag))),
+            }
+            .or_else(|| Some(value.clone()))
+            .map(whole),
+            WidgetKind::Float { .. } => match text {
+                Some(text) => text.parse::<f64>().ok().map(|number| json!(number)),
+                None => flag.map(|flag| json!(f64::from(u8::from(flag)))),
+            },
+            WidgetKind::Text { .. } => value.is_number().then(|| json!(value.to_string())),
+            WidgetKind::Boolean { .. } => match (text, value.as_f64()) {
+                (Some(text), _) => text.to_lowercase().parse().map(Value::Bool).ok(),
+                (None, number) => number.map(|number| json!(number != 0.0)),
+            },
+            WidgetKind::Choice { .. } => None,
+        };
+        // Text that says infinity or nan is a float to Rust and nothing to JSON.
+        converted
+            .filter(|converted| !converted.is_null())
+            .unwrap_or_else(|| value.clone())
+    }
+
+    /// Why `value` does not fit, once it is [converted](Self::converted); `None` if it does. A seed may have 64 bits,
+    /// though its widget ends where browsers stop being exact.
     #[must_use]
     pub fn check(&self, value: &Value) -> Option<ParameterProblem> {
         let name = &self.name;
+        let value = &self.converted(value);
         let problem = |code, message| {
             Some(ParameterProblem {
                 code,
@@ -217,10 +249,9 @@ impl Widget {
             }
         };
         match &self.kind {
-            WidgetKind::Integer { min, max, .. } => match (value.as_i64(), value.as_f64()) {
-                (Some(v), _) => bounds(v as f64, *min as f64, *max as f64),
-                (None, Some(v)) if v.fract() != 0.0 => wrong_type("a whole number"),
-                (None, Some(v)) => bounds(v, *min as f64, *max as f64),
+            WidgetKind::Integer { seed: true, .. } if value.is_u64() => None,
+            WidgetKind::Integer { min, max, .. } => match value.as_f64() {
+                Some(v) if v.fract() == 0.0 => bounds(v, *min as f64, *max as f64),
                 _ => wrong_type("a whole number"),
             },
             WidgetKind::Float { min, max, .. } => match value.as_f64() {
@@ -286,7 +317,17 @@ impl Widget {
     }
 }
 
-/// All values that do not fit, and names that no widget has.
+/// 3.0 as 3; everything else as it is.
+fn whole(value: Value) -> Value {
+    match value.as_f64() {
+        Some(number) if value.is_f64() && number.fract() == 0.0 && number.abs() < 1e18 => {
+            json!(number as i64)
+        }
+        _ => value,
+    }
+}
+
+/// All values that do not fit.
 pub(crate) fn check_all(widgets: &[Widget], given: &Map<String, Value>) -> Vec<ParameterProblem> {
     widgets
         .iter()
@@ -374,9 +415,68 @@ mod tests {
     }
 
     #[test]
+    fn values_are_converted_as_comfyui_does() {
+        let widget = |kind| Widget {
+            name: "v".to_owned(),
+            tooltip: String::new(),
+            kind,
+        };
+        let whole = |seed| {
+            widget(WidgetKind::Integer {
+                default: 0,
+                min: 0,
+                max: MAX_SAFE_INTEGER,
+                seed,
+            })
+        };
+        let float = widget(WidgetKind::Float {
+            default: 0.0,
+            min: 0.0,
+            max: 2.0,
+            step: 0.1,
+        });
+        let text = widget(WidgetKind::Text {
+            default: String::new(),
+            multiline: false,
+        });
+        let switch = widget(WidgetKind::Boolean { default: false });
+        for (widget, given, expected) in [
+            (&whole(false), json!("20"), json!(20)),
+            (&whole(false), json!(" 20 "), json!(20)),
+            (&whole(false), json!(20.0), json!(20)),
+            (&whole(false), json!("20.0"), json!(20)),
+            (&whole(false), json!(true), json!(1)),
+            (&whole(true), json!("18446744073709551615"), json!(u64::MAX)),
+            (&whole(true), json!(u64::MAX), json!(u64::MAX)),
+            (&float, json!("1.5"), json!(1.5)),
+            (&float, json!("1"), json!(1.0)),
+            (&float, json!(1), json!(1)),
+            (&text, json!(1.5), json!("1.5")),
+            (&switch, json!("True"), json!(true)),
+            (&switch, json!(0), json!(false)),
+        ] {
+            assert_eq!(widget.converted(&given), expected, "{given}");
+            assert_eq!(widget.check(&given), None, "{given}");
+        }
+        for (widget, given, code) in [
+            (&whole(false), json!(u64::MAX), "value_bigger_than_max"),
+            (&whole(true), json!(1e20), "value_bigger_than_max"),
+            (&whole(true), json!(-1), "value_smaller_than_min"),
+            (&whole(false), json!("1.5"), "invalid_input_type"),
+            (&whole(false), json!("many"), "invalid_input_type"),
+            (&whole(false), json!(null), "invalid_input_type"),
+            (&float, json!("nan"), "invalid_input_type"),
+            (&float, json!("3"), "value_bigger_than_max"),
+            (&switch, json!("perhaps"), "invalid_input_type"),
+        ] {
+            assert_eq!(widget.check(&given).unwrap().code, code, "{given}");
+        }
+    }
+
+    #[test]
     fn values_that_do_not_fit_are_named_with_the_protocols_codes() {
         let widgets = widgets_of::<Demo>();
-        let given = json!({"steps": 0, "start": "warm", "text": 3});
+        let given = json!({"steps": 0, "start": "warm", "text": ["3"]});
         let codes: Vec<_> = check_all(&widgets, given.as_object().unwrap())
             .into_iter()
             .map(|p| (p.parameter, p.code))

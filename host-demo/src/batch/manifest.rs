@@ -61,7 +61,9 @@ pub(crate) fn read(path: &Path) -> Result<Vec<Entry>, ManifestError> {
     if bytes > MAX_BYTES {
         return Err(ManifestError::TooLarge { path, bytes });
     }
-    let text = std::fs::read_to_string(&path).map_err(unreadable)?;
+    let bytes = std::fs::read(&path).map_err(unreadable)?;
+    let text = String::from_utf8(lenient_json::utf8(&bytes).into_owned())
+        .map_err(|error| unreadable(std::io::Error::other(error)))?;
     let folder = path.parent().unwrap_or(Path::new(""));
     parse(&text, folder).map_err(|problems| ManifestError::Malformed {
         path: path.clone(),
@@ -77,7 +79,7 @@ fn parse(text: &str, folder: &Path) -> Result<Vec<Entry>, Vec<String>> {
         .filter(|(_, text)| !text.trim().is_empty())
     {
         let line = index + 1;
-        let mut entry: Entry = match serde_json::from_str(text) {
+        let mut entry: Entry = match lenient_json::from_str(text) {
             Ok(entry) => entry,
             Err(error) => {
                 problems.push(format!("line {line}: {error}"));

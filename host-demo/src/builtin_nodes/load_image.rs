@@ -191,7 +191,17 @@ fn locate(name: &str, places: &Places) -> Result<Found, NodeError> {
     found.map(Found::File).map_err(refuse)
 }
 
+/// How the editor notes a folder.
+const FOLDERS: [&str; 3] = ["input]", "output]", "temp]"];
+
 fn own_file(name: &str, workflow_dir: &Path, input_dir: &Path) -> Result<PathBuf, String> {
+    // The editor notes the folder behind the name; a run on the command line has one.
+    let plain = name
+        .rsplit_once(" [")
+        .filter(|(_, folder)| FOLDERS.contains(folder));
+    if let Some((plain, _)) = plain.filter(|_| !workflow_dir.join(name).is_file()) {
+        return own_file(plain, workflow_dir, input_dir);
+    }
     // Joining an absolute path gives that path.
     let tried = [workflow_dir.join(name), input_dir.join(name)];
     let found = tried.iter().find(|path| path.is_file());

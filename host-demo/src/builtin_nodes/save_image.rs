@@ -10,11 +10,12 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{BuiltinNode, parse};
-use crate::{pictures, png_text, run_folder};
+use crate::{file_words, pictures, png_text, run_folder};
 
 #[derive(Deserialize, JsonSchema)]
 struct SaveParameters {
-    /// Start of the file names, in the run's folder; a / makes a folder in it
+    /// Start of the file names, in the run's folder; a / makes a folder in it, %date:yyyy-MM-dd%, %width%, %height% and
+    /// %Node.parameter% are replaced
     #[serde(default = "default_prefix")]
     filename_prefix: String,
 }
@@ -66,11 +67,12 @@ impl BuiltinNode for SaveImage {
     ) -> Result<Outputs, NodeError> {
         let SaveParameters { filename_prefix } = parse(parameters)?;
         let info = host.run_info();
-        let prefix = Path::new(info.output_dir.as_str()).join(relative(&filename_prefix)?);
+        let folder = Path::new(info.output_dir.as_str());
         let texts = metadata(&info);
         for picture in pictures::from_image("images", inputs.tensor("images")?)? {
             let png = png_text::encode(&picture, &texts)?;
-            let path = free_path(&prefix);
+            let prefix = file_words::sized(&filename_prefix, [picture.width, picture.height]);
+            let path = free_path(&folder.join(relative(&prefix)?));
             run_folder::write_new(&path, &png)
                 .map_err(|error| NodeError::new(ErrorCode::CannotWrite, error.to_string()))?;
             host.saved(&path);

@@ -13,10 +13,11 @@ mod curves;
 mod html;
 mod page;
 
+use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use crate::catalog::Catalog;
-use crate::clock::Moment;
+use crate::clock;
 use crate::pictures::RgbPicture;
 use crate::png_text;
 use crate::recorder::Record;
@@ -29,7 +30,7 @@ pub(crate) const FILE_NAME: &str = "report.html";
 /// The run in numbers.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Summary {
-    pub(crate) started: Moment,
+    pub(crate) started: Timestamp,
     pub(crate) seconds: f64,
 }
 
@@ -126,7 +127,7 @@ fn run_json(workflow: &Workflow, catalog: &Catalog, record: &Record, summary: &S
         "status": "success",
         "workflow": workflow.name,
         "host": env!("CARGO_PKG_VERSION"),
-        "started": summary.started.iso(),
+        "started": clock::iso(summary.started),
         "seconds": summary.seconds,
         "plugins": plugins,
         "prompt": workflow.graph.to_api(),

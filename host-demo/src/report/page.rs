@@ -127,9 +127,7 @@ impl<'a> Page<'a> {
         format!(
             "<header>\n<h1>{}</h1>\n<p class=\"when\">{} · {}</p>\n<dl class=\"headline\">\n{figures}</dl>\n</header>\n",
             escape(&self.workflow.name),
-            self.summary
-                .started
-                .iso()
+            clock::iso(self.summary.started)
                 .replace('T', " ")
                 .replace('Z', " UTC"),
             escape(&plugins.join(", ")),

@@ -33,7 +33,7 @@ impl Settings {
     pub(crate) fn open(user: &Root, front_end_version: &str) -> Result<Self, SettingsError> {
         let path = user.path().join("settings.json");
         let mut values = match std::fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes)
+            Ok(bytes) => lenient_json::from_slice(&bytes)
                 .map_err(|_| SettingsError::NotAnObject(path.clone()))?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Map::new(),
             Err(error) => return Err(SettingsError::File { path, error }),

@@ -22,10 +22,19 @@ pub(super) struct EditorGraph {
     #[serde(default)]
     pub(super) id: Value,
     pub(super) nodes: Vec<EditorNode>,
+    /// Of a subgraph: what its nodes are given, in the order of the slots of [`SUBGRAPH_INPUT`].
+    #[serde(default)]
+    pub(super) inputs: Vec<SubgraphSocket>,
     #[serde(default)]
     pub(super) links: Vec<Option<EditorLink>>,
     #[serde(default)]
     pub(super) definitions: Definitions,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct SubgraphSocket {
+    #[serde(default)]
+    pub(super) name: String,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -51,6 +60,37 @@ pub(super) struct EditorNode {
     pub(super) widgets_values: Value,
     #[serde(default)]
     pub(super) widgets_values_named: Option<Map<String, Value>>,
+    #[serde(default)]
+    properties: Properties,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(from = "Value")]
+struct Properties {
+    proxy_widgets: Vec<ProxyWidget>,
+}
+
+/// Whose widget a subgraph's node shows: an inner node's, or -1 for that of the subgraph's own input of this name.
+#[derive(Debug)]
+pub(super) struct ProxyWidget {
+    pub(super) node: String,
+    pub(super) widget: String,
+}
+
+impl From<Value> for Properties {
+    /// What extensions keep there is theirs: other shapes are no error.
+    fn from(properties: Value) -> Self {
+        let proxy = |entry: &Value| {
+            Some(ProxyWidget {
+                node: id_text(entry.get(0)?),
+                widget: entry.get(1)?.as_str()?.to_owned(),
+            })
+        };
+        let listed = properties.get("proxyWidgets").and_then(Value::as_array);
+        Self {
+            proxy_widgets: listed.into_iter().flatten().filter_map(proxy).collect(),
+        }
+    }
 }
 
 impl EditorNode {
@@ -64,6 +104,20 @@ impl EditorNode {
 
     pub(super) fn outputs(&self) -> &[EditorSocket] {
         self.outputs.as_deref().unwrap_or_default()
+    }
+
+    /// In the order of the node's values, as far as there are any.
+    pub(super) fn proxy_widgets(&self) -> &[ProxyWidget] {
+        &self.properties.proxy_widgets
+    }
+
+    /// The first of the saved values.
+    pub(super) fn first_value(&self) -> Option<&Value> {
+        match &self.widgets_values {
+            Value::Array(values) => values.first(),
+            Value::Object(named) => named.values().next(),
+            _ => None,
+        }
     }
 
     /// Nodes that exist in the editor only.

@@ -1,5 +1,5 @@
-//! The editor's document to a plain graph: subgraphs are opened, reroutes and bypassed nodes become the links that
-//! they stand for, notes and muted nodes are gone.
+//! The editor's document to a plain graph: subgraphs are opened, reroutes, pairs of Set and Get nodes and bypassed nodes
+//! become the links that they stand for, notes and muted nodes are gone.
 
 use std::collections::BTreeMap;
 
@@ -52,6 +52,14 @@ pub(super) fn graph_of(
     Ok(graph)
 }
 
+/// Nodes of the editor alone that pass their input on.
+const REROUTES: [&str; 2] = ["Reroute", "Reroute (rgthree)"];
+/// Nodes of the editor alone that give their input a name, and those that take it from there.
+const SETTERS: [&str; 2] = ["SetNode", "easy setNode"];
+const GETTERS: [&str; 2] = ["GetNode", "easy getNode"];
+/// Starts the classes of group nodes, the form before subgraphs.
+const GROUP_NODES: [&str; 2] = ["workflow>", "workflow/"];
+
 /// Where a value comes from once everything in between is followed.
 enum Source {
     Node(NodeId, usize),
@@ -61,6 +69,7 @@ enum Source {
 
 /// One graph, or one use of a subgraph.
 struct Scope<'a> {
+    graph: &'a EditorGraph,
     nodes: BTreeMap<String, &'a EditorNode>,
     links: BTreeMap<i64, &'a EditorLink>,
     /// The scope and node that stand for this subgraph.
@@ -103,6 +112,7 @@ impl<'a> Scopes<'a> {
         });
         let index = self.all.len();
         self.all.push(Scope {
+            graph,
             nodes: graph.nodes.iter().map(|node| (node.id(), node)).collect(),
             links: graph
                 .links
@@ -116,6 +126,18 @@ impl<'a> Scopes<'a> {
         });
         for node in &graph.nodes {
             let is_open = node.mode != MODE_MUTED && node.mode != MODE_BYPASSED;
+            let starts_so = |start: &&str| node.class.starts_with(start);
+            if let Some(name) = node
+                .class
+                .get("workflow>".len()..)
+                .filter(|_| is_open && GROUP_NODES.iter().any(starts_so))
+            {
+                return Err(format!(
+                    "the node {} is the group node \"{name}\", which is no longer made: open the workflow in ComfyUI, \
+                     convert the group node to a subgraph or to its nodes, and save it again",
+                    node.id()
+                ));
+            }
             if let Some(subgraph) = subgraphs.get(&node.class).filter(|_| is_open) {
                 let inner = self.open(subgraph, Some((index, node)), subgraphs, depth + 1)?;
                 self.all[index].inner.insert(node.id(), inner);
@@ -125,8 +147,10 @@ impl<'a> Scopes<'a> {
     }
 
     fn runs(&self, scope: usize, node: &EditorNode) -> bool {
-        let is_virtual =
-            node.is_note() || matches!(node.class.as_str(), "Reroute" | "PrimitiveNode");
+        let class = node.class.as_str();
+        let is_virtual = node.is_note()
+            || class == "PrimitiveNode"
+            || [REROUTES, SETTERS, GETTERS].concat().contains(&class);
         let is_off = node.mode == MODE_MUTED || node.mode == MODE_BYPASSED;
         !is_virtual && !is_off && !self.all[scope].inner.contains_key(&node.id())
     }
@@ -196,10 +220,47 @@ impl<'a> Scopes<'a> {
         match (node.mode, node.class.as_str()) {
             (MODE_MUTED, _) => Ok(Source::Nothing),
             (MODE_BYPASSED, _) => passed_on(bypass(node, slot)),
-            (_, "Reroute") => passed_on(node.inputs().first()),
-            (_, "PrimitiveNode") => Ok(primitive(node)),
+            (_, class) if REROUTES.contains(&class) || SETTERS.contains(&class) => {
+                passed_on(node.inputs().first())
+            }
+            (_, class) if GETTERS.contains(&class) => self.follow_name(scope, node, hops),
+            (_, "PrimitiveNode") => {
+                let value = node.first_value().cloned();
+                Ok(value.map_or(Source::Nothing, Source::Value))
+            }
             _ => Ok(Source::Node(here.id(node), slot)),
         }
+    }
+
+    /// From a Get node to what the Set node of its name is given, here or in a graph around.
+    fn follow_name(
+        &self,
+        scope: usize,
+        getter: &EditorNode,
+        hops: usize,
+    ) -> Result<Source, String> {
+        let name = getter.first_value();
+        let sets_it = |node: &&&EditorNode| {
+            SETTERS.contains(&node.class.as_str()) && name.is_some() && node.first_value() == name
+        };
+        let mut around = Some(scope);
+        while let Some(scope) = around {
+            let here = &self.all[scope];
+            if let Some(setter) = here.nodes.values().find(sets_it) {
+                let link = setter.inputs().first().and_then(|socket| socket.link);
+                return match link.filter(|_| setter.mode != MODE_MUTED) {
+                    Some(link) => self.follow(scope, link, hops + 1),
+                    None => Ok(Source::Nothing),
+                };
+            }
+            around = here.outer.map(|(outer, _)| outer);
+        }
+        let name = name.and_then(Value::as_str).unwrap_or_default();
+        Err(format!(
+            "the node {} ({}) asks for \"{name}\", which no Set node gives",
+            getter.id(),
+            getter.class
+        ))
     }
 
     /// From inside of a subgraph to what its node is given.
@@ -207,22 +268,74 @@ impl<'a> Scopes<'a> {
         let Some((outer, node)) = self.all[scope].outer else {
             return Err("a link comes from the inputs of a subgraph outside of any".to_owned());
         };
-        let Some(socket) = node.inputs().get(slot) else {
-            return Ok(Source::Nothing);
+        let definition = &self.all[scope].graph.inputs;
+        let name = match definition.get(slot) {
+            Some(input) => &input.name,
+            None => match node.inputs().get(slot) {
+                Some(socket) => &socket.name,
+                None => return Ok(Source::Nothing),
+            },
         };
-        if let Some(link) = socket.link {
+        // Sockets of widgets that nothing is linked to may be left out: slots are those of the definition.
+        let socket = node.inputs().iter().find(|socket| socket.name == *name);
+        if let Some(link) = socket.and_then(|socket| socket.link) {
             return self.follow(outer, link, hops + 1);
         }
-        let is_widget = |socket: &&EditorSocket| socket.widget.is_some();
-        let named = node
+        let value = self.promoted_value(scope, node, slot, name);
+        Ok(value.map_or(Source::Nothing, |value| Source::Value(value.clone())))
+    }
+
+    /// What was typed on a subgraph's node for one of its inputs.
+    fn promoted_value<'n>(
+        &self,
+        scope: usize,
+        node: &'n EditorNode,
+        slot: usize,
+        name: &str,
+    ) -> Option<&'n Value> {
+        if let Some(value) = node
             .widgets_values_named
             .as_ref()
-            .and_then(|named| named.get(&socket.name));
-        let position = node.inputs()[..slot].iter().filter(is_widget).count();
-        let value = named
-            .or_else(|| node.widgets_values.get(position))
-            .filter(|_| socket.widget.is_some());
-        Ok(value.map_or(Source::Nothing, |value| Source::Value(value.clone())))
+            .and_then(|named| named.get(name))
+        {
+            return Some(value);
+        }
+        if let Value::Object(named) = &node.widgets_values {
+            return named.get(name);
+        }
+        let values = node.widgets_values.as_array()?;
+        let proxies = node.proxy_widgets();
+        let position = if !proxies.is_empty() && proxies.len() == values.len() {
+            let inner = self.inner_widgets(scope, slot);
+            proxies.iter().position(|proxy| match proxy.node.as_str() {
+                "-1" => proxy.widget == name,
+                id => inner.contains(&(id.to_owned(), proxy.widget.as_str())),
+            })?
+        } else {
+            if self.inner_widgets(scope, slot).is_empty() {
+                return None;
+            }
+            let is_widget = |slot: &usize| !self.inner_widgets(scope, *slot).is_empty();
+            (0..slot).filter(is_widget).count()
+        };
+        values.get(position)
+    }
+
+    /// Nodes and widgets inside of a subgraph that one of its inputs leads to.
+    fn inner_widgets(&self, scope: usize, slot: usize) -> Vec<(String, &str)> {
+        let here = &self.all[scope];
+        let from_input = |link: &&&EditorLink| link.source() == (SUBGRAPH_INPUT.to_owned(), slot);
+        let widget = |link: &&EditorLink| {
+            let (id, slot) = link.target();
+            let socket = here.nodes.get(&id)?.inputs().get(slot)?;
+            socket.widget.as_ref()?;
+            Some((id, socket.name.as_str()))
+        };
+        here.links
+            .values()
+            .filter(from_input)
+            .filter_map(widget)
+            .collect()
     }
 
     /// From a subgraph's output to the node inside that makes it.
@@ -235,21 +348,38 @@ impl<'a> Scopes<'a> {
     }
 }
 
-/// The input that a bypassed node passes on: the one beside the output if it fits, else the first that does.
+/// The input that a bypassed node passes on: the one beside the output if it fits, else the first of just its type, else
+/// the first that fits.
 fn bypass(node: &EditorNode, output: usize) -> Option<&EditorSocket> {
     let kind = &node.outputs().get(output)?.kind;
-    let fits = |socket: &&EditorSocket| socket.kind == *kind;
+    let fitting = || {
+        node.inputs()
+            .iter()
+            .filter(|socket| fits(&socket.kind, kind))
+    };
     node.inputs()
         .get(output)
-        .filter(fits)
-        .or_else(|| node.inputs().iter().find(fits))
+        .filter(|socket| fits(&socket.kind, kind))
+        .or_else(|| fitting().find(|socket| socket.kind == *kind))
+        .or_else(|| fitting().next())
 }
 
-fn primitive(node: &EditorNode) -> Source {
-    let values = match &node.widgets_values {
-        Value::Array(values) => values.first(),
-        Value::Object(named) => named.values().next(),
-        _ => None,
+/// Whether sockets of these types may be linked: lists of types that share one, or a wildcard.
+fn fits(input: &Value, output: &Value) -> bool {
+    let names = |kind: &Value| -> Option<Vec<String>> {
+        let names = kind.as_str()?;
+        let is_wild = names.is_empty() || names == "*";
+        (!is_wild).then(|| {
+            names
+                .to_lowercase()
+                .split(',')
+                .map(|name| name.trim().to_owned())
+                .collect()
+        })
     };
-    values.map_or(Source::Nothing, |value| Source::Value(value.clone()))
+    match (names(input), names(output)) {
+        (Some(input), Some(output)) => input.iter().any(|name| output.contains(name)),
+        // Events are numbers in very old files.
+        _ => input == output || !(input.is_number() || output.is_number()),
+    }
 }

@@ -1,4 +1,4 @@
-//! Workflow files: what ComfyUI's editor saves (format 0.4 and 1) and what its API takes.
+//! Workflow files: what ComfyUI's editor saves (format 0.4 and 1), what its API takes, and pictures with one inside.
 //!
 //! | file | what it holds |
 //! | --- | --- |
@@ -20,10 +20,12 @@ use serde_json::{Value, json};
 
 use crate::catalog::Catalog;
 use crate::graph::{Graph, Input, NodeId};
+use crate::png_text;
 use crate::validate::Problem;
 
-/// Largest file that is read.
+/// Largest file that is read, and the largest picture.
 const MAX_BYTES: u64 = 16 << 20;
+const MAX_PICTURE_BYTES: u64 = 256 << 20;
 /// Most nodes of a graph, subgraphs counted as often as they are used.
 pub(crate) const MAX_NODES: usize = 4096;
 
@@ -35,8 +37,17 @@ pub(crate) enum WorkflowError {
         path: PathBuf,
         error: std::io::Error,
     },
-    #[error("the workflow {} has {bytes} bytes, at most {MAX_BYTES} are read", path.display())]
-    TooLarge { path: PathBuf, bytes: u64 },
+    #[error("the workflow {} has {bytes} bytes, at most {most} are read", path.display())]
+    TooLarge {
+        path: PathBuf,
+        bytes: u64,
+        most: u64,
+    },
+    #[error(
+        "{name} is a picture and holds no workflow; PNG files that ComfyUI or host-demo saved hold one, unless metadata \
+         was turned off or another program saved them again"
+    )]
+    PlainPicture { name: String },
     #[error("the workflow {name} is no JSON: {error}")]
     NotJson {
         name: String,
@@ -80,10 +91,15 @@ impl Workflow {
         if meta.is_dir() {
             return Err(unreadable(std::io::Error::other("it is a directory")));
         }
-        if meta.len() > MAX_BYTES {
+        let is_png = path
+            .extension()
+            .is_some_and(|extension| extension.eq_ignore_ascii_case("png"));
+        let most = if is_png { MAX_PICTURE_BYTES } else { MAX_BYTES };
+        if meta.len() > most {
             return Err(WorkflowError::TooLarge {
                 path: path.to_owned(),
                 bytes: meta.len(),
+                most,
             });
         }
         let bytes = std::fs::read(path).map_err(unreadable)?;
@@ -110,15 +126,37 @@ impl Workflow {
         bytes: &[u8],
         catalog: &Catalog,
     ) -> Result<Self, WorkflowError> {
+        let inside = match image::guess_format(bytes) {
+            Ok(_) => {
+                Some(
+                    png_text::workflow(bytes).ok_or_else(|| WorkflowError::PlainPicture {
+                        name: name.to_owned(),
+                    })?,
+                )
+            }
+            Err(_) => None,
+        };
+        let bytes = inside.as_deref().map_or(bytes, str::as_bytes);
+        let document = lenient_json::from_slice(bytes).map_err(|error| WorkflowError::NotJson {
+            name: name.to_owned(),
+            error,
+        })?;
+        Self::of_document(name, document, catalog)
+    }
+
+    /// What a document describes; `name` is what errors call it.
+    ///
+    /// # Errors
+    /// See [`WorkflowError`].
+    pub(crate) fn of_document(
+        name: &str,
+        document: Value,
+        catalog: &Catalog,
+    ) -> Result<Self, WorkflowError> {
         let malformed = |reason| WorkflowError::Malformed {
             name: name.to_owned(),
             reason,
         };
-        let document: Value =
-            serde_json::from_slice(bytes).map_err(|error| WorkflowError::NotJson {
-                name: name.to_owned(),
-                error,
-            })?;
         let (editor, graph) = match Form::of(&document) {
             Some(Form::Editor) => {
                 let graph = flatten::graph_of(&document, catalog, MAX_NODES).map_err(malformed)?;
@@ -290,10 +328,15 @@ enum Form<'a> {
     Api(&'a serde_json::Map<String, Value>),
 }
 
+/// Whether this is the editor's document, not its API form.
+pub(crate) fn is_editors(document: &Value) -> bool {
+    document.get("nodes").is_some_and(Value::is_array)
+}
+
 impl<'a> Form<'a> {
     fn of(document: &'a Value) -> Option<Self> {
         let object = document.as_object()?;
-        if object.get("nodes").is_some_and(Value::is_array) {
+        if is_editors(document) {
             return Some(Self::Editor);
         }
         // What is posted to a server carries the graph inside.

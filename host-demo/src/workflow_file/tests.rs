@@ -140,6 +140,160 @@ fn subgraphs_are_opened() {
     assert_eq!(graph["5:6"]["inputs"]["image"], "outer.png");
 }
 
+/// Pictures of three inner nodes by the inputs that the editor promoted, whose sockets it may leave out.
+fn promoted(inputs: Value, proxies: Option<Value>, values: Value) -> Value {
+    let load = |id: i64, link: i64| {
+        json!({"id": id, "type": "LoadImage", "outputs": [{"name": "IMAGE", "type": "IMAGE"}],
+            "inputs": [{"name": "image", "type": "COMBO", "widget": {"name": "image"}, "link": link}],
+            "widgets_values": ["inner.png"]})
+    };
+    let link = |id: i64, slot: usize, target: i64| json!({"id": id, "origin_id": -10, "origin_slot": slot, "target_id": target, "target_slot": 0, "type": "COMBO"});
+    let out = |id: i64, from: i64, slot: usize| json!({"id": id, "origin_id": from, "origin_slot": 0, "target_id": -20, "target_slot": slot, "type": "IMAGE"});
+    let inner = json!({
+        "id": "sub", "nodes": [load(3, 10), load(4, 11), load(6, 12),
+            {"id": 7, "type": "MaskToImage", "inputs": [{"name": "mask", "type": "MASK", "link": 13}]}],
+        "inputs": [{"name": "first"}, {"name": "mask"}, {"name": "second"}, {"name": "third"}],
+        "links": [link(10, 0, 3), link(13, 1, 7), link(11, 2, 4), link(12, 3, 6), out(20, 3, 0), out(21, 4, 1), out(22, 6, 2)],
+    });
+    let node = json!({"id": 5, "type": "sub", "inputs": inputs, "widgets_values": values,
+        "properties": {"proxyWidgets": proxies},
+        "outputs": [{"name": "IMAGE"}, {"name": "IMAGE_1"}, {"name": "IMAGE_2"}]});
+    let primitive = json!({"id": 8, "type": "PrimitiveNode", "outputs": [{"name": "COMBO"}], "widgets_values": ["linked.png"]});
+    let mut document = editor(
+        vec![node, primitive],
+        json!([[2, 5, 0, 9, 0, "IMAGE"], [4, 8, 0, 5, 0, "COMBO"]]),
+    );
+    document["definitions"] = json!({"subgraphs": [inner]});
+    let graph = api(&document);
+    Value::from_iter(["5:3", "5:4", "5:6"].map(|id| graph[id]["inputs"]["image"].clone()))
+}
+
+#[test]
+fn promoted_values_go_by_the_definitions_names() {
+    let values = json!(["a.png", "b.png", "c.png"]);
+    let socket = |name: &str, link: Value| json!({"name": name, "type": "COMBO", "widget": {"name": name}, "link": link});
+    let all = json!(["a.png", "b.png", "c.png"]);
+    // Sockets of widgets that nothing is linked to are left out, or there in any order.
+    for sockets in [
+        json!([]),
+        json!([socket("third", Value::Null), socket("first", Value::Null)]),
+    ] {
+        assert_eq!(promoted(sockets, None, values.clone()), all);
+    }
+    let linked = json!([socket("second", json!(4))]);
+    assert_eq!(
+        promoted(linked.clone(), None, values.clone()),
+        json!(["a.png", "linked.png", "c.png"])
+    );
+    // The node's own list of what its values are.
+    let own = json!([["-1", "third"], ["-1", "first"], ["-1", "second"]]);
+    assert_eq!(
+        promoted(json!([]), Some(own), values.clone()),
+        json!(["b.png", "c.png", "a.png"])
+    );
+    let inner = json!([["6", "image"], ["3", "image"], ["4", "image"]]);
+    assert_eq!(
+        promoted(json!([]), Some(inner.clone()), values),
+        json!(["b.png", "c.png", "a.png"])
+    );
+    // Without values the inner nodes keep theirs.
+    assert_eq!(
+        promoted(linked, Some(inner), json!([])),
+        json!(["inner.png", "linked.png", "inner.png"])
+    );
+}
+
+#[test]
+fn a_bypassed_node_passes_on_what_fits() {
+    let given = |inputs: Value| {
+        let document = through("Anything", 4, inputs, two_links());
+        api(&document)["9"]["inputs"].get("images").cloned()
+    };
+    let one = |kind: &str| given(json!([{"name": "x", "type": kind, "link": 1}]));
+    for kind in ["IMAGE", "*", "", "IMAGE,MASK", "mask,image"] {
+        assert_eq!(one(kind), Some(json!(["1", 0])), "{kind}");
+    }
+    assert_eq!(one("MASK"), None);
+    let beside = json!([{"name": "a", "type": "IMAGE,MASK", "link": 1}, {"name": "b", "type": "IMAGE", "link": null}]);
+    assert_eq!(
+        given(beside),
+        Some(json!(["1", 0])),
+        "what is beside the output comes first"
+    );
+    let exact = json!([{"name": "a", "type": "MASK", "link": null}, {"name": "b", "type": "*", "link": null},
+        {"name": "c", "type": "IMAGE", "link": 1}]);
+    assert_eq!(given(exact), Some(json!(["1", 0])), "then its very type");
+    assert_eq!(
+        api(&through(
+            "Reroute",
+            4,
+            json!([{"name": "", "type": "*", "link": 1}]),
+            two_links()
+        ))["9"]["inputs"]["images"],
+        json!(["1", 0])
+    );
+}
+
+#[test]
+fn set_and_get_nodes_are_followed_by_their_name() {
+    let set = |name: &str| json!({"id": 6, "type": "SetNode", "inputs": [{"name": "IMAGE", "type": "IMAGE", "link": 1}], "widgets_values": [name]});
+    let get = json!({"id": 5, "type": "GetNode", "outputs": [{"name": "IMAGE", "type": "IMAGE"}], "widgets_values": ["photo"]});
+    let links = json!([[1, 1, 0, 6, 0, "IMAGE"], [2, 5, 0, 9, 0, "IMAGE"]]);
+    let document = editor(vec![set("photo"), get.clone()], links.clone());
+    assert_eq!(image_source(&document), json!(["1", 0]));
+    assert_eq!(
+        api(&document).as_object().unwrap().len(),
+        2,
+        "they are no nodes that run"
+    );
+    let error = read(&editor(vec![set("other"), get], links))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("the node 5 (GetNode) asks for \"photo\", which no Set node gives"),
+        "{error}"
+    );
+}
+
+#[test]
+fn group_nodes_are_named_with_what_to_do() {
+    let group =
+        json!({"id": 5, "type": "workflow>pair", "outputs": [{"name": "IMAGE", "type": "IMAGE"}]});
+    let error = read(&editor(vec![group], json!([[2, 5, 0, 9, 0, "IMAGE"]])))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("node 5 is the group node \"pair\"") && error.contains("subgraph"),
+        "{error}"
+    );
+}
+
+#[test]
+fn other_programs_json_and_pictures_are_read() {
+    let parse = |bytes: &[u8]| Workflow::parse("w", bytes, &Catalog::builtin_only());
+    let graph = |bytes: &[u8]| parse(bytes).unwrap().graph.to_api();
+    let expected = api(&direct());
+    let text = direct().to_string();
+    assert_eq!(graph(format!("\u{feff}{text}").as_bytes()), expected);
+    let with_nan = text.replace(r#""mode":0"#, r#""mode":0,"is_changed":[NaN,-Infinity]"#);
+    assert_ne!(with_nan, text);
+    assert_eq!(graph(with_nan.as_bytes()), expected);
+    let picture = crate::pictures::RgbPicture {
+        width: 1,
+        height: 1,
+        pixels: vec![0; 3],
+    };
+    let png = |texts: &[(&str, String)]| crate::png_text::encode(&picture, texts).unwrap();
+    let both = [("prompt", "{}".to_owned()), ("workflow", text)];
+    assert_eq!(graph(&png(&both)), expected);
+    assert_eq!(graph(&png(&[("prompt", expected.to_string())])), expected);
+    let plain = parse(&png(&[])).unwrap_err().to_string();
+    assert!(
+        plain.starts_with("w is a picture and holds no workflow"),
+        "{plain}"
+    );
+}
+
 #[test]
 fn controls_between_positional_values_are_skipped() {
     let upload_in_between =

@@ -172,7 +172,7 @@ pub(crate) async fn change_setting(
         Ok(bytes) => bytes,
         Err(refusal) => return refusal,
     };
-    match serde_json::from_slice(&bytes) {
+    match lenient_json::from_slice(&bytes) {
         Ok(value) => change(server, Map::from_iter([(id, value)])).await,
         Err(error) => bad_request(&format!(
             "the value of the setting {id} is no JSON: {error}"

@@ -114,7 +114,7 @@ async fn json_body(request: Request) -> Result<Map<String, Value>, Response> {
     if bytes.is_empty() {
         return Ok(Map::new());
     }
-    match serde_json::from_slice(&bytes) {
+    match lenient_json::from_slice(&bytes) {
         Ok(Value::Object(object)) => Ok(object),
         Ok(Value::Null) => Ok(Map::new()),
         Ok(_) => Err(bad_request("the body is no JSON object")),

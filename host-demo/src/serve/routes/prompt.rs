@@ -18,7 +18,7 @@ use crate::clock::now_ms;
 use crate::demo;
 use crate::graph::{Graph, Input, NodeId};
 use crate::validate::{Verdict, judge};
-use crate::workflow_file::{MAX_NODES, Workflow};
+use crate::workflow_file::{MAX_NODES, Workflow, is_editors};
 
 /// `POST /prompt`.
 pub(crate) async fn accept(State(server): State<Arc<Server>>, request: Request) -> Response {
@@ -78,6 +78,7 @@ fn take_in(server: &Server, mut body: Map<String, Value>) -> Result<Response, Re
             "the request has no \"prompt\"",
         ));
     };
+    let prompt = in_api_form(server, prompt, &mut body)?;
     let graph = graph_of(&prompt)?;
     let wanted = body
         .get("partial_execution_targets")
@@ -127,6 +128,31 @@ fn take_in(server: &Server, mut body: Map<String, Value>) -> Result<Response, Re
     Ok(ok(
         &json!({"prompt_id": id, "number": number, "node_errors": errors}),
     ))
+}
+
+/// The prompt as the API takes it: people post what the editor saved, too.
+fn in_api_form(
+    server: &Server,
+    prompt: Value,
+    body: &mut Map<String, Value>,
+) -> Result<Value, Response> {
+    if !is_editors(&prompt) {
+        return Ok(prompt);
+    }
+    let workflow = Workflow::of_document("prompt", prompt, &server.catalog).map_err(|error| {
+        refuse(
+            StatusCode::BAD_REQUEST,
+            "invalid_prompt",
+            &error.to_string(),
+        )
+    })?;
+    let extra = body.entry("extra_data").or_insert_with(|| json!({}));
+    if let Some(extra) = extra.as_object_mut() {
+        extra
+            .entry("extra_pnginfo")
+            .or_insert_with(|| json!({"workflow": workflow.editor}));
+    }
+    Ok(workflow.graph.to_api())
 }
 
 fn graph_of(prompt: &Value) -> Result<Graph, Response> {

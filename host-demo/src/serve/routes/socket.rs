@@ -70,7 +70,7 @@ async fn attend(server: Arc<Server>, socket: WebSocket, id: String) {
 
 /// Clients say what they understand; nothing else is expected.
 fn hear(server: &Server, id: &str, text: &str) {
-    let Ok(message) = serde_json::from_str::<Value>(text) else {
+    let Ok(message) = lenient_json::from_str::<Value>(text) else {
         return;
     };
     if message["type"] != "feature_flags" {

@@ -72,7 +72,7 @@ async fn read(mut form: Multipart) -> Result<Upload, Response> {
             "type" => upload.kind = text,
             "subfolder" => upload.subfolder = text,
             "overwrite" => upload.overwrite = text == "true" || text == "1",
-            "original_ref" => upload.original = serde_json::from_str(&text).ok(),
+            "original_ref" => upload.original = lenient_json::from_str(&text).ok(),
             _ => {}
         }
     }
