@@ -390,7 +390,7 @@ mod tests {
             "2": node("SaveImage", json!({"images": ["1", 1]})),
             "3": node("SaveImage", json!({"images": ["1", 7]})),
             "4": node("SaveImage", json!({"images": ["44", 0]})),
-            "5": node("SaveImage", json!({"filename_prefix": 3})),
+            "5": node("SaveImage", json!({"filename_prefix": [3]})),
             "6": node("SaveImage", json!({"images": "a.png"})),
             "7": node("LoadImageMask", json!({"image": "demo:man-and-cat.png", "channel": "infrared"})),
             "8": node("MaskToImage", json!({"mask": ["7", 0]})),

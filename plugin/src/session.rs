@@ -1,6 +1,6 @@
 //! What nodes share beside their wires: one device, and the model that is in use.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use candle_core::Device;
@@ -50,12 +50,13 @@ pub(crate) fn checkpoint_source(name: &str) -> CheckpointSource {
 /// it: a host that drops its values has the memory back.
 static LAST: Mutex<Option<(String, WeakModel)>> = Mutex::new(None);
 
-/// Loads a checkpoint, or returns the one that is loaded already.
+/// Loads a checkpoint, with the VAE of another path if one is named, or returns the one that is loaded already.
 ///
 /// # Errors
 /// The file is missing, truncated, or no Stable Diffusion 1.x / 2.x checkpoint.
-pub(crate) fn load_model(name: &str) -> Result<ModelValue, NodeError> {
-    let key = format!("{}\n{}", name.trim(), fingerprint(name));
+pub(crate) fn load_model(name: &str, vae: &str) -> Result<ModelValue, NodeError> {
+    let (name, vae) = (name.trim(), vae.trim());
+    let key = format!("{name}\n{vae}\n{}", fingerprint(name, vae));
     let mut last = LAST.lock();
     if let Some((loaded, model)) = &*last
         && *loaded == key
@@ -63,38 +64,45 @@ pub(crate) fn load_model(name: &str) -> Result<ModelValue, NodeError> {
     {
         return Ok(model);
     }
-    let model = DiffusionModel::load(&checkpoint_source(name), device())
+    let other_vae = (!vae.is_empty()).then(|| Path::new(vae));
+    let model = DiffusionModel::load_with_vae(&checkpoint_source(name), other_vae, device())
         .map_err(|error| from_model("checkpoint", &error))?;
     let model = ModelValue::new(model);
     *last = Some((key, model.downgrade()));
     Ok(model)
 }
 
-/// Changes when a file of the checkpoint does: names, sizes and times of modification.
-pub(crate) fn fingerprint(name: &str) -> String {
-    match checkpoint_source(name) {
+/// Changes when a file of the checkpoint or of the other VAE does: names, sizes and times of modification.
+pub(crate) fn fingerprint(name: &str, vae: &str) -> String {
+    let own = match checkpoint_source(name) {
         CheckpointSource::Embedded { name, .. } => format!("{name} {}", env!("CARGO_PKG_VERSION")),
-        CheckpointSource::Path(path) => {
-            let mut seen = Vec::new();
-            let folders = ["", "unet", "vae", "text_encoder", "tokenizer", "scheduler"];
-            for folder in folders {
-                let Ok(entries) = std::fs::read_dir(path.join(folder)) else {
-                    continue;
-                };
-                seen.extend(
-                    entries
-                        .flatten()
-                        .filter_map(|entry| describe(&entry.path())),
-                );
-            }
-            seen.extend(describe(&path));
-            seen.sort();
-            seen.join("\n")
-        }
+        CheckpointSource::Path(path) => described(&path),
+    };
+    match vae.trim() {
+        "" => own,
+        vae => format!("{own}\n{}", described(Path::new(vae))),
     }
 }
 
-fn describe(path: &std::path::Path) -> Option<String> {
+/// The files that a path may mean.
+fn described(path: &Path) -> String {
+    let mut seen = Vec::new();
+    for folder in ["", "unet", "vae", "text_encoder", "tokenizer", "scheduler"] {
+        let Ok(entries) = std::fs::read_dir(path.join(folder)) else {
+            continue;
+        };
+        seen.extend(
+            entries
+                .flatten()
+                .filter_map(|entry| describe(&entry.path())),
+        );
+    }
+    seen.extend(describe(path));
+    seen.sort();
+    seen.join("\n")
+}
+
+fn describe(path: &Path) -> Option<String> {
     let meta = path.metadata().ok()?;
     Some(format!(
         "{} {} {:?}",

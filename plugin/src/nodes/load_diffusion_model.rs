@@ -18,6 +18,9 @@ pub(crate) struct Parameters {
     /// `.safetensors` file.
     #[serde(default = "bundled")]
     checkpoint: String,
+    /// Path of another VAE for the model: a `.safetensors` file or a diffusers directory; empty for the checkpoint's own.
+    #[serde(default)]
+    vae: String,
 }
 
 fn bundled() -> String {
@@ -39,7 +42,7 @@ impl Node for LoadDiffusionModel {
     }
 
     fn fingerprint(&self, parameters: &Parameters) -> String {
-        session::fingerprint(&parameters.checkpoint)
+        session::fingerprint(&parameters.checkpoint, &parameters.vae)
     }
 
     fn run(
@@ -49,7 +52,7 @@ impl Node for LoadDiffusionModel {
         host: &Host,
     ) -> Result<Outputs, NodeError> {
         host.progress("loading", 0, 1, &parameters.checkpoint);
-        let model = session::load_model(&parameters.checkpoint)?;
+        let model = session::load_model(&parameters.checkpoint, &parameters.vae)?;
         host.progress("loading", 1, 1, &parameters.checkpoint);
         Ok(vec![model_value(model)])
     }

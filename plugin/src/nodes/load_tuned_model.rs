@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use plugin_api::host::LogLevel;
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -16,9 +17,18 @@ pub(crate) struct LoadTunedModel;
 /// Parameters of the node.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct Parameters {
-    /// A folder with a tuned `unet`, or a LoRA `.safetensors` file, as SaveConcepts writes them.
+    /// A folder with a tuned `unet`, or a LoRA `.safetensors` file: what SaveConcepts, diffusers, PEFT, kohya's scripts or
+    /// ComfyUI wrote.
     #[serde(default)]
     path: String,
+    /// How many times the change counts: 0 is the checkpoint, 1 the change as it was learned.
+    #[serde(default = "whole")]
+    #[schemars(range(min = -10.0, max = 10.0), extend("x-step" = 0.05))]
+    strength: f64,
+}
+
+fn whole() -> f64 {
+    1.0
 }
 
 impl Node for LoadTunedModel {
@@ -64,13 +74,21 @@ impl Node for LoadTunedModel {
         &mut self,
         inputs: &Inputs,
         parameters: Parameters,
-        _host: &Host,
+        host: &Host,
     ) -> Result<Outputs, NodeError> {
         let base = ModelValue::of(inputs)?;
-        let tuned = base
+        let (tuned, left_out) = base
             .model
-            .with_tuned_weights(Path::new(parameters.path.trim()))
+            .with_tuned_weights(Path::new(parameters.path.trim()), parameters.strength)
             .map_err(|error| from_model("path", &error))?;
+        if let Some(first) = left_out.first() {
+            let text = format!(
+                "{} layers of {} were left out, because this model does not have them (the first is {first})",
+                left_out.len(),
+                parameters.path.trim()
+            );
+            host.log(LogLevel::Warning, &text);
+        }
         Ok(vec![model_value(base.tuned(tuned))])
     }
 }

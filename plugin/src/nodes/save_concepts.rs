@@ -10,6 +10,7 @@ use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use stable_diffusion::DiffusionModel;
+use stable_diffusion::lora::LoraNames;
 
 use crate::failure::{from_method, from_model};
 use crate::values::{ConceptsValue, ModelValue};
@@ -22,9 +23,10 @@ pub(crate) struct SaveConcepts;
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 enum Format {
-    /// `emb_params`: loads in ComfyUI, A1111 and InvokeAI, and in diffusers with `token=`.
+    /// `emb_params`, and LoRA under kohya's names: loads in ComfyUI, A1111 and InvokeAI, and in diffusers (tokens with
+    /// `token=`).
     Shared,
-    /// The token itself: loads in diffusers as it is.
+    /// The token itself, and LoRA under PEFT's names: loads in diffusers as it is.
     Diffusers,
     /// A file of each kind.
     Both,
@@ -131,6 +133,7 @@ impl Node for SaveConcepts {
             let base = Base {
                 folder: &base,
                 prefix: &prefix,
+                format: parameters.format,
             };
             base.save_tuned(&model.model, parameters.tuned_unet, &metadata, host)?;
         }
@@ -142,6 +145,7 @@ impl Node for SaveConcepts {
 struct Base<'a> {
     folder: &'a Path,
     prefix: &'a str,
+    format: Format,
 }
 
 impl Base<'_> {
@@ -155,9 +159,17 @@ impl Base<'_> {
     ) -> Result<(), NodeError> {
         let failed = |error| from_model("model", &error);
         if let Some(lora) = &model.lora {
-            let path = free_path(self.folder, &format!("{}lora", self.prefix))?;
-            lora.save(&path).map_err(failed)?;
-            host.saved(&path);
+            let both = [(LoraNames::Kohya, ""), (LoraNames::Peft, "-diffusers")];
+            let names = match self.format {
+                Format::Shared => &both[..1],
+                Format::Diffusers => &[(LoraNames::Peft, "")],
+                Format::Both => &both,
+            };
+            for (names, suffix) in names {
+                let path = free_path(self.folder, &format!("{}lora{suffix}", self.prefix))?;
+                lora.save(&path, *names).map_err(failed)?;
+                host.saved(&path);
+            }
         }
         let dtype = match unet {
             TunedUnet::F16 => DType::F16,

@@ -159,10 +159,12 @@ struct Trained {
 impl Trained {
     fn start(model: &DiffusionModel, config: &JointConfig, seed: u64) -> Result<Self> {
         let base = &model.unet;
+        // An adapter that the model has already becomes part of what is tuned.
+        let weights = model.unet_weights()?;
         if let JointScope::Lora { rank } = config.scope {
-            let lora = LoraAdapter::new(base.weights(), rank, alpha_of(rank), seed)?;
+            let lora = LoraAdapter::new(&weights, rank, alpha_of(rank), seed)?;
             let variables = lora.variables();
-            let unet = UNet::new(base.config(), base.weights(), Some(&lora))?;
+            let unet = UNet::new(base.config(), &weights, Some(&lora))?;
             return Ok(Self {
                 unet: Arc::new(unet),
                 lora: Some(lora),
@@ -170,7 +172,7 @@ impl Trained {
             });
         }
         let is_trained = |name: &str| config.scope == JointScope::Full || is_key_or_value(name);
-        let (weights, variables) = base.weights().trainable(is_trained)?;
+        let (weights, variables) = weights.trainable(is_trained)?;
         let unet = UNet::new(base.config(), &weights, None)?;
         Ok(Self {
             unet: Arc::new(unet),
@@ -186,7 +188,7 @@ impl Trained {
         let unet = UNet::new(self.unet.config(), &weights, lora.as_ref())?;
         Ok(DiffusionModel {
             unet: Arc::new(unet),
-            is_tuned: model.is_tuned || lora.is_none(),
+            is_tuned: model.is_tuned || model.lora.is_some() || lora.is_none(),
             lora,
             ..model.clone()
         })

@@ -9,7 +9,7 @@
 //! | prompt to ids, seed to noise | [`tokenizer`], [`rng`] |
 //! | kernels with a backward | [`ops`] |
 //! | ids to context, latents and context to prediction | [`text_encoder`], [`unet`] |
-//! | small trainable deltas | [`lora`] |
+//! | small trainable deltas, and those of other tools | [`lora`], `lora_file` |
 //! | pictures to latents and back | [`vae`] |
 //! | noise levels, sampling | [`noise_schedule`], [`scheduler`], [`generate`] |
 //! | all of it in one value | [`model`] |
@@ -34,6 +34,7 @@ pub mod text_encoder;
 pub mod unet;
 
 pub mod lora;
+mod lora_file;
 
 pub mod vae;
 

@@ -5,22 +5,29 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 
 use crate::{
     Error, Result,
+    lora_file::CONFIGURATION,
     rng::Rng,
-    weights::{TensorFile, WeightMap, save_tensors},
+    weights::{WeightMap, save_tensors},
 };
 
 /// Paths of the adapted projections end in one of these.
 const ADAPTED: [&str; 4] = ["to_q", "to_k", "to_v", "to_out.0"];
-/// Names in a file: `unet.<path>.lora_A.weight` and so on (PEFT's, as diffusers writes them).
-const PREFIX: &str = "unet.";
+/// Ends of the factors' names (PEFT's).
 const DOWN: &str = ".lora_A.weight";
 const UP: &str = ".lora_B.weight";
-/// Key of a file's metadata under which diffusers keeps PEFT's configuration, as JSON.
-const CONFIGURATION: &str = "lora_adapter_metadata";
+
+/// What the tensors of a file are called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoraNames {
+    /// `lora_unet_down_blocks_0_….lora_down.weight`: loads in ComfyUI, A1111, InvokeAI and diffusers.
+    Kohya,
+    /// `unet.down_blocks.0.….lora_A.weight`: loads in diffusers.
+    Peft,
+}
 
 /// The two factors of one change of weight, up·down.
 #[derive(Debug, Clone)]
@@ -111,79 +118,61 @@ impl LoraAdapter {
         })
     }
 
-    /// Writes a file that diffusers' `load_lora_weights` reads. A file of this name is replaced only once the
-    /// new one is complete.
+    /// Writes a file under these names. A file of this name is replaced only once the new one is complete.
     ///
     /// # Errors
-    /// [`Error::Unreadable`] when the file cannot be written.
-    pub fn save(&self, path: &Path) -> Result<()> {
+    /// [`Error::CannotWrite`] when the file cannot be written.
+    pub fn save(&self, path: &Path, names: LoraNames) -> Result<()> {
         let mut tensors = BTreeMap::new();
+        let mut metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
         for (module, factors) in &self.factors {
-            tensors.insert(format!("{PREFIX}{module}{DOWN}"), factors.down.clone());
-            tensors.insert(format!("{PREFIX}{module}{UP}"), factors.up.clone());
+            let (down, up) = match names {
+                LoraNames::Kohya => {
+                    let module = format!("lora_unet_{}", module.replace('.', "_"));
+                    let alpha = Tensor::new(self.alpha as f32, factors.down.device())?;
+                    tensors.insert(format!("{module}.alpha"), alpha);
+                    (
+                        format!("{module}.lora_down.weight"),
+                        format!("{module}.lora_up.weight"),
+                    )
+                }
+                LoraNames::Peft => (format!("unet.{module}{DOWN}"), format!("unet.{module}{UP}")),
+            };
+            tensors.insert(down, factors.down.clone());
+            tensors.insert(up, factors.up.clone());
         }
-        let configuration = serde_json::json!({
-            "unet.r": self.rank,
-            "unet.lora_alpha": self.alpha,
-            "unet.target_modules": ADAPTED,
-        });
-        let metadata = BTreeMap::from([
-            ("format".to_owned(), "pt".to_owned()),
-            (CONFIGURATION.to_owned(), configuration.to_string()),
-        ]);
+        match names {
+            LoraNames::Kohya => metadata.extend([
+                ("ss_network_module".to_owned(), "networks.lora".to_owned()),
+                ("ss_network_dim".to_owned(), self.rank.to_string()),
+                ("ss_network_alpha".to_owned(), self.alpha.to_string()),
+            ]),
+            LoraNames::Peft => {
+                let configuration = serde_json::json!({
+                    "unet.r": self.rank,
+                    "unet.lora_alpha": self.alpha,
+                    "unet.target_modules": ADAPTED,
+                });
+                metadata.insert(CONFIGURATION.to_owned(), configuration.to_string());
+            }
+        }
         save_tensors(path, &tensors, DType::F32, &metadata)
     }
 
-    /// Reads what [`Self::save`] or diffusers wrote; the factors are frozen.
+    /// These weights with the change in them.
     ///
     /// # Errors
-    /// [`Error::Unreadable`] when the file is not such an adapter.
-    pub fn load(path: &Path, device: &Device) -> Result<Self> {
-        let unreadable =
-            |reason: &dyn std::fmt::Display| Error::unreadable(path.display().to_string(), reason);
-        let file = TensorFile::open(path)?;
-        let mut factors = BTreeMap::new();
-        for name in file.names() {
-            let Some(parameter) = name.strip_prefix(PREFIX) else {
-                return Err(unreadable(&format!("{name} does not belong to the U-Net")));
-            };
-            if let Some(module) = parameter.strip_suffix(DOWN) {
-                let up = format!("{PREFIX}{module}{UP}");
-                if file.shape(&up).is_none() {
-                    return Err(unreadable(&format!("{module} has no {}", &UP[1..])));
-                }
-                let (down, up) = (file.read(name, device)?, file.read(&up, device)?);
-                factors.insert(module.to_owned(), LoraFactors { down, up });
-            } else if !parameter.ends_with(UP) {
-                return Err(unreadable(&format!("{name} is not part of an adapter")));
+    /// [`Error::Argument`] when the adapter is of other weights.
+    pub fn merged(&self, weights: &WeightMap) -> Result<WeightMap> {
+        self.check(weights)?;
+        let mut merged = weights.clone();
+        for (path, factors) in &self.factors {
+            if let Some(weight) = merged.0.get_mut(&format!("{path}.weight")) {
+                let change = (factors.up.detach().matmul(&factors.down.detach())? * self.scale())?;
+                *weight = (weight.detach() + change)?;
             }
         }
-        let Some(first) = factors.values().next() else {
-            return Err(unreadable(&"it holds no adapter"));
-        };
-        let rank = first.down.dims().first().copied().unwrap_or(0);
-        if rank == 0
-            || factors
-                .values()
-                .any(|factors| factors.down.dims().first() != Some(&rank))
-        {
-            return Err(unreadable(&"its layers have different ranks"));
-        }
-        // Without a configuration the changes are not scaled.
-        let configuration = file.metadata().get(CONFIGURATION);
-        let configuration: serde_json::Value = configuration
-            .map_or(Ok(serde_json::Value::Null), |json| {
-                serde_json::from_str(json)
-            })
-            .map_err(|error| unreadable(&error))?;
-        let alpha = configuration["unet.lora_alpha"]
-            .as_f64()
-            .unwrap_or(rank as f64);
-        Ok(Self {
-            rank,
-            alpha,
-            factors,
-        })
+        Ok(merged)
     }
 
     /// Whether every factor fits a weight of this U-Net.

@@ -1,14 +1,16 @@
 //! A whole checkpoint in memory: diffusers' folder, a single file, or one that is part of the program.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
+use serde::Deserialize;
 
 use crate::config::{ModelConfig, SchedulerConfig, TextEncoderConfig, UNetConfig, VaeConfig};
 use crate::error::{CheckpointError, Error, Result};
 use crate::lora::LoraAdapter;
+use crate::lora_file::LoraFile;
 use crate::noise_schedule::NoiseSchedule;
 use crate::single_file::{self, Components};
 use crate::text_encoder::TextEncoder;
@@ -19,6 +21,8 @@ use crate::weights::{TensorFile, WeightMap, refuse_pickle, save_tensors};
 
 /// Name of the weights in a folder of diffusers' layout.
 const TUNED_WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
+/// Ends the name of the vocabulary's embeddings.
+const TOKEN_TABLE: &str = "embeddings.token_embedding.weight";
 /// Metadata of tuned weights: the checkpoint that they belong to.
 const BASE_MODEL: &str = "base_model_blake3";
 
@@ -48,6 +52,8 @@ pub struct DiffusionModel {
     pub tokenizer: Tokenizer,
     /// Ids to text embeddings.
     pub text_encoder: Arc<TextEncoder>,
+    /// Its weights, by transformers' names.
+    pub text_encoder_weights: WeightMap,
     /// The denoiser.
     pub unet: Arc<UNet>,
     /// Pictures to latents and back.
@@ -71,13 +77,25 @@ impl DiffusionModel {
     /// One message that names the file and everything wrong with it: missing, truncated, a pickle,
     /// not supported, or tensors missing, left over or of the wrong shape.
     pub fn load(source: &CheckpointSource, device: &Device) -> Result<Self> {
+        Self::load_with_vae(source, None, device)
+    }
+
+    /// Loads a checkpoint with the VAE of another file, or of a folder in diffusers' layout, in the place of its own.
+    ///
+    /// # Errors
+    /// Those of [`load`](Self::load).
+    pub fn load_with_vae(
+        source: &CheckpointSource,
+        vae: Option<&Path>,
+        device: &Device,
+    ) -> Result<Self> {
         match source {
             CheckpointSource::Path(path) if path.is_file() || !path.exists() => {
-                load_single_file(path, device)
+                load_single_file(path, vae, device)
             }
-            CheckpointSource::Path(path) => load_folder(&Folder::Directory(path), device),
+            CheckpointSource::Path(path) => load_folder(&Folder::Directory(path), vae, device),
             CheckpointSource::Embedded { name, files } => {
-                load_folder(&Folder::Embedded { name, files }, device)
+                load_folder(&Folder::Embedded { name, files }, vae, device)
             }
         }
     }
@@ -121,17 +139,26 @@ impl DiffusionModel {
         fingerprint: String,
     ) -> Result<Self> {
         config.check(name)?;
+        let mut config = config;
+        let mut text_encoder_weights = components.text_encoder.clone();
         let (ids, rows) = (tokenizer.base_vocab_size(), config.text_encoder.vocab_size);
-        if ids != rows {
-            let reason =
-                format!("the tokenizer has {ids} tokens, the text encoder's table {rows} rows");
+        if ids > rows {
+            let reason = format!(
+                "the tokenizer has {ids} tokens, the text encoder's table only {rows} rows"
+            );
             return Err(Error::config(name, reason));
         }
-        let text_encoder = components
-            .text_encoder
-            .build(&format!("{name}, text encoder"), |w| {
-                TextEncoder::new(&config.text_encoder, w)
-            })?;
+        // A table may be padded beyond its vocabulary; concepts' ids follow the vocabulary.
+        let tables = text_encoder_weights.0.iter_mut();
+        for (_, table) in tables.filter(|(name, _)| name.ends_with(TOKEN_TABLE)) {
+            if table.dim(0)? == rows && ids < rows {
+                *table = table.narrow(0, 0, ids)?.force_contiguous()?;
+            }
+        }
+        config.text_encoder.vocab_size = ids;
+        let text_encoder = text_encoder_weights.build(&format!("{name}, text encoder"), |w| {
+            TextEncoder::new(&config.text_encoder, w)
+        })?;
         let vae = components
             .vae
             .build(&format!("{name}, VAE"), |w| Vae::new(&config.vae, w))?;
@@ -148,6 +175,7 @@ impl DiffusionModel {
             noise_schedule: NoiseSchedule::new(&config.scheduler),
             tokenizer,
             text_encoder: Arc::new(text_encoder),
+            text_encoder_weights,
             unet: Arc::new(unet),
             vae: Arc::new(vae),
             device: device.clone(),
@@ -186,19 +214,26 @@ impl DiffusionModel {
         Ok(path)
     }
 
-    /// This model with weights that were tuned on it: a folder that [`save_unet`](Self::save_unet) wrote (or its
-    /// weights), or a LoRA file.
+    /// This model with weights that were tuned on it: a folder that [`save_unet`](Self::save_unet) wrote (or its weights),
+    /// or a LoRA file or folder of any tool (see `lora_file.rs`), whose changes count `strength` times. Also what the file
+    /// calls layers that this model does not have.
     ///
     /// # Errors
     /// One message that names the file: it cannot be read, was tuned on another model, or does not fit.
-    pub fn with_tuned_weights(&self, path: &Path) -> Result<Self> {
+    pub fn with_tuned_weights(&self, path: &Path, strength: f64) -> Result<(Self, Vec<String>)> {
         let in_folder = [
             path.join("unet").join(TUNED_WEIGHTS),
             path.join(TUNED_WEIGHTS),
         ];
         let file = in_folder.iter().find(|file| file.is_file());
-        let path = file.map_or(path, PathBuf::as_path);
-        let weights = TensorFile::open(path)?;
+        let path = file.cloned().unwrap_or_else(|| LoraFile::find(path));
+        if path.is_dir() {
+            return Err(Error::unreadable(
+                path.display().to_string(),
+                "this folder holds neither a tuned U-Net nor a LoRA; name its .safetensors file",
+            ));
+        }
+        let weights = TensorFile::open(&path)?;
         let name = path.display().to_string();
         let base = weights.metadata().get(BASE_MODEL);
         if base.is_some_and(|base| *base != self.fingerprint) {
@@ -207,22 +242,58 @@ impl DiffusionModel {
                 "it was tuned on another model; load that one",
             ));
         }
-        if weights.names().any(|name| name.starts_with("unet.")) {
-            let lora = LoraAdapter::load(path, &self.device)?;
-            let unet = UNet::new(&self.config.unet, self.unet.weights(), Some(&lora))?;
-            return Ok(Self {
-                unet: Arc::new(unet),
-                lora: Some(lora),
-                ..self.clone()
-            });
+        let mine = self.unet_weights()?;
+        if LoraFile::is_one(&weights) {
+            let file = LoraFile::new(weights)?;
+            let changed = file.applied(
+                &mine,
+                &self.text_encoder_weights,
+                &self.config.unet,
+                strength,
+            )?;
+            let text_encoder = changed
+                .text_encoder
+                .build(&name, |w| TextEncoder::new(&self.config.text_encoder, w))?;
+            let tuned = Self {
+                text_encoder: Arc::new(text_encoder),
+                text_encoder_weights: changed.text_encoder,
+                ..self.with_unet(&changed.unet)?
+            };
+            return Ok((tuned, changed.left_out));
         }
         let weights = WeightMap::read(&weights, &self.device)?;
-        let unet = UNet::new(&self.config.unet, &weights, None).map_err(|error| match error {
-            Error::Checkpoint(e) => CheckpointError { file: name, ..e }.into(),
+        let named = |error| match error {
+            Error::Checkpoint(e) => CheckpointError {
+                file: name.clone(),
+                ..e
+            }
+            .into(),
             other => other,
-        })?;
+        };
+        let tuned = self.with_unet(&weights).map_err(named)?;
+        if strength == 1.0 {
+            return Ok((tuned, Vec::new()));
+        }
+        Ok((
+            self.with_unet(&mine.towards(&weights, strength)?)?,
+            Vec::new(),
+        ))
+    }
+
+    /// The weights of the U-Net with its adapter in them.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] when the tensor library fails.
+    pub fn unet_weights(&self) -> Result<WeightMap> {
+        match &self.lora {
+            Some(lora) => lora.merged(self.unet.weights()),
+            None => Ok(self.unet.weights().clone()),
+        }
+    }
+
+    fn with_unet(&self, weights: &WeightMap) -> Result<Self> {
         Ok(Self {
-            unet: Arc::new(unet),
+            unet: Arc::new(UNet::new(&self.config.unet, weights, None)?),
             lora: None,
             is_tuned: true,
             ..self.clone()
@@ -273,20 +344,21 @@ impl Folder<'_> {
             .ok_or_else(|| Error::unreadable(self.name(file), "no such file"))
     }
 
-    /// Opens `folder/stem.safetensors`, or its half-precision variant.
-    fn tensors(&self, folder: &str, stem: &str) -> Result<TensorFile> {
+    /// Opens `folder/stem.safetensors`, its half-precision variant, or the shards that an index lists.
+    fn tensors(&self, folder: &str, stem: &str) -> Result<Vec<TensorFile>> {
         let full = format!("{folder}/{stem}.safetensors");
         for file in [&full, &format!("{folder}/{stem}.fp16.safetensors")] {
-            match self {
-                Self::Directory(path) if path.join(file).is_file() => {
-                    return TensorFile::open(&path.join(file));
-                }
-                Self::Directory(_) => {}
-                Self::Embedded { files, .. } => {
-                    if let Some((_, bytes)) = files.iter().find(|(name, _)| name == file) {
-                        return TensorFile::embedded(self.name(file), bytes);
-                    }
-                }
+            if let Some(file) = self.open(file)? {
+                return Ok(vec![file]);
+            }
+        }
+        for index in [
+            format!("{full}.index.json"),
+            format!("{full}.index.fp16.json"),
+            format!("{folder}/{stem}.fp16.safetensors.index.json"),
+        ] {
+            if let Some(json) = self.read(&index)? {
+                return self.shards(folder, &index, &json);
             }
         }
         if let Self::Directory(path) = self {
@@ -301,6 +373,54 @@ impl Folder<'_> {
         }
         Err(Error::unreadable(self.name(&full), "no such file"))
     }
+
+    fn open(&self, file: &str) -> Result<Option<TensorFile>> {
+        match self {
+            Self::Directory(path) if path.join(file).is_file() => {
+                TensorFile::open(&path.join(file)).map(Some)
+            }
+            Self::Directory(_) => Ok(None),
+            Self::Embedded { files, .. } => {
+                let found = files.iter().find(|(name, _)| *name == file);
+                found
+                    .map(|(_, bytes)| TensorFile::embedded(self.name(file), bytes))
+                    .transpose()
+            }
+        }
+    }
+
+    /// The files of an index, in the order of their names.
+    fn shards(&self, folder: &str, index: &str, json: &[u8]) -> Result<Vec<TensorFile>> {
+        let fault = |reason: String| Error::config(self.name(index), reason);
+        let Index { weight_map } =
+            lenient_json::from_slice(json).map_err(|e| fault(format!("not an index: {e}")))?;
+        let names: BTreeSet<&String> = weight_map.values().collect();
+        let mut shards = Vec::new();
+        for name in names {
+            if name.contains(['/', '\\']) {
+                return Err(fault(format!(
+                    "\"{name}\" is no name of a file in its folder"
+                )));
+            }
+            let shard = self.open(&format!("{folder}/{name}"))?;
+            shards.push(shard.ok_or_else(|| fault(format!("its file {name} is not there")))?);
+        }
+        let is_missing = |(tensor, file): &(&String, &String)| {
+            !shards
+                .iter()
+                .any(|shard| shard.name().ends_with(file.as_str()) && shard.shape(tensor).is_some())
+        };
+        match weight_map.iter().find(is_missing) {
+            Some((tensor, file)) => Err(fault(format!("{file} does not hold {tensor}"))),
+            None => Ok(shards),
+        }
+    }
+}
+
+/// What Hugging Face's libraries write beside weights in several files.
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
 }
 
 fn read_optional(path: &Path) -> Result<Option<Vec<u8>>> {
@@ -311,9 +431,26 @@ fn read_optional(path: &Path) -> Result<Option<Vec<u8>>> {
     }
 }
 
-fn load_folder(folder: &Folder<'_>, device: &Device) -> Result<DiffusionModel> {
+/// The VAE that was given in the place of a checkpoint's own.
+fn other_vae(
+    path: &Path,
+    config: &VaeConfig,
+    hasher: &mut blake3::Hasher,
+    device: &Device,
+) -> Result<WeightMap> {
+    let in_folder = [
+        path.join("vae").join(TUNED_WEIGHTS),
+        path.join(TUNED_WEIGHTS),
+    ];
+    let file = in_folder.iter().find(|file| file.is_file());
+    let file = TensorFile::open(file.map_or(path, PathBuf::as_path))?;
+    file.hash_into(hasher)?;
+    single_file::read_vae(&file, config, device)
+}
+
+fn load_folder(folder: &Folder<'_>, vae: Option<&Path>, device: &Device) -> Result<DiffusionModel> {
     let json = |file: &str| Ok::<_, Error>((folder.name(file), folder.require(file)?));
-    let (unet, vae) = (json("unet/config.json")?, json("vae/config.json")?);
+    let (unet, vae_config) = (json("unet/config.json")?, json("vae/config.json")?);
     let (text_encoder, scheduler) = (
         json("text_encoder/config.json")?,
         json("scheduler/scheduler_config.json")?,
@@ -321,7 +458,7 @@ fn load_folder(folder: &Folder<'_>, device: &Device) -> Result<DiffusionModel> {
     let config = ModelConfig {
         unet: UNetConfig::from_json(&unet.0, &unet.1)?,
         text_encoder: TextEncoderConfig::from_json(&text_encoder.0, &text_encoder.1)?,
-        vae: VaeConfig::from_json(&vae.0, &vae.1)?,
+        vae: VaeConfig::from_json(&vae_config.0, &vae_config.1)?,
         scheduler: SchedulerConfig::from_json(&scheduler.0, &scheduler.1)?,
     };
     let tokenizer = Tokenizer::from_files(
@@ -331,14 +468,23 @@ fn load_folder(folder: &Folder<'_>, device: &Device) -> Result<DiffusionModel> {
     )?;
     let mut hasher = blake3::Hasher::new();
     let mut read = |component: &str, stem: &str| -> Result<WeightMap> {
-        let file = folder.tensors(component, stem)?;
-        file.hash_into(&mut hasher)?;
-        WeightMap::read(&file, device)
+        let mut weights = WeightMap::default();
+        for file in folder.tensors(component, stem)? {
+            file.hash_into(&mut hasher)?;
+            weights.0.extend(WeightMap::read(&file, device)?.0);
+        }
+        Ok(weights)
+    };
+    let text_encoder = read("text_encoder", "model")?;
+    let unet = read("unet", "diffusion_pytorch_model")?;
+    let vae = match vae {
+        Some(vae) => other_vae(vae, &config.vae, &mut hasher, device)?,
+        None => vae::canonical_names(read("vae", "diffusion_pytorch_model")?)?,
     };
     let components = Components {
-        text_encoder: read("text_encoder", "model")?,
-        unet: read("unet", "diffusion_pytorch_model")?,
-        vae: vae::canonical_names(read("vae", "diffusion_pytorch_model")?)?,
+        text_encoder,
+        unet,
+        vae,
     };
     let name = match folder {
         Folder::Directory(path) => path.display().to_string(),
@@ -348,8 +494,14 @@ fn load_folder(folder: &Folder<'_>, device: &Device) -> Result<DiffusionModel> {
     DiffusionModel::assemble(&name, config, tokenizer, &components, device, fingerprint)
 }
 
-fn load_single_file(path: &Path, device: &Device) -> Result<DiffusionModel> {
+fn load_single_file(path: &Path, vae: Option<&Path>, device: &Device) -> Result<DiffusionModel> {
     let file = TensorFile::open(path)?;
+    if LoraFile::is_one(&file) {
+        return Err(Error::config(
+            file.name(),
+            "this is a LoRA, no checkpoint; load its checkpoint, and put it on with LoadTunedModel",
+        ));
+    }
     let mut config = single_file::detect(&file)?;
     let beside = path.parent().unwrap_or(Path::new("."));
     for place in ["scheduler_config.json", "scheduler/scheduler_config.json"] {
@@ -373,9 +525,17 @@ fn load_single_file(path: &Path, device: &Device) -> Result<DiffusionModel> {
     if let Some(padding) = single_file::padding(&config) {
         tokenizer = tokenizer.with_padding(padding)?;
     }
-    let components = single_file::read(&file, &config, device)?;
+    let mut components = single_file::read(&file, &config, device)?;
     let mut hasher = blake3::Hasher::new();
     file.hash_into(&mut hasher)?;
+    if let Some(vae) = vae {
+        components.vae = other_vae(vae, &config.vae, &mut hasher, device)?;
+    } else if components.vae.0.is_empty() {
+        return Err(Error::config(
+            file.name(),
+            "it has no VAE; name the file of one as well (the parameter vae)",
+        ));
+    }
     let fingerprint = hasher.finalize().to_hex().to_string();
     DiffusionModel::assemble(
         file.name(),

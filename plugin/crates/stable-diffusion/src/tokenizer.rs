@@ -4,6 +4,7 @@
 //! (contractions, runs of letters, single digits, runs of anything else), and each piece is
 //! byte-pair encoded with `</w>` at its end.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde_json::{Map, Value, json};
@@ -62,8 +63,8 @@ impl fmt::Debug for Tokenizer {
 
 impl Tokenizer {
     /// Builds the tokenizer from a checkpoint's `tokenizer` folder: `tokenizer.json`, or
-    /// `vocab.json` and `merges.txt`; with `tokenizer_config.json` and `special_tokens_map.json`
-    /// where they exist.
+    /// `vocab.json` and `merges.txt`; with `added_tokens.json`, `tokenizer_config.json` and
+    /// `special_tokens_map.json` where they exist.
     ///
     /// * `folder`: names the folder in errors
     /// * `read`: a file of the folder, `None` if there is no such file
@@ -93,8 +94,11 @@ impl Tokenizer {
                 return Err(Error::unreadable(folder, reason));
             }
         };
-        let inner = tokenizers::Tokenizer::from_bytes(json)
+        let mut inner = tokenizers::Tokenizer::from_bytes(lenient_json::utf8(&json))
             .map_err(|e| Error::config(path(file), format!("{e}")))?;
+        if let Some(json) = read("added_tokens.json")? {
+            add_tokens(&path("added_tokens.json"), &json, &mut inner)?;
+        }
         Self::new(&path(file), inner, &names, length)
     }
 
@@ -270,7 +274,7 @@ impl SpecialNames {
             let Some(json) = read(file)? else {
                 return Ok(Map::new());
             };
-            serde_json::from_slice(&json).map_err(|e| {
+            lenient_json::from_slice(&json).map_err(|e| {
                 Error::config(
                     format!("{folder}/{file}"),
                     format!("not a JSON object: {e}"),
@@ -309,6 +313,31 @@ impl SpecialNames {
     }
 }
 
+/// Adds what `added_tokens.json` holds (token -> id), as whole tokens: what textual inversion learned and was saved with
+/// the model. What the vocabulary has already stays.
+fn add_tokens(file: &str, json: &[u8], inner: &mut tokenizers::Tokenizer) -> Result<()> {
+    let fault = |reason: String| Error::config(file, reason);
+    let added: BTreeMap<String, u32> =
+        lenient_json::from_slice(json).map_err(|e| fault(format!("not a table of ids: {e}")))?;
+    let mut by_id: Vec<(&u32, &String)> = added.iter().map(|(token, id)| (id, token)).collect();
+    by_id.sort();
+    for (&id, token) in by_id {
+        if inner.token_to_id(token) == Some(id) {
+            continue;
+        }
+        let whole = AddedToken::from(token.clone(), false).normalized(false);
+        inner
+            .add_tokens([whole])
+            .map_err(|e| fault(format!("{e}")))?;
+        if inner.token_to_id(token) != Some(id) {
+            return Err(fault(format!(
+                "\"{token}\" has the id {id}, which does not follow the vocabulary's last"
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// CLIP's `tokenizer.json` for a vocabulary and merges.
 fn from_vocab_and_merges(
     file: &str,
@@ -318,7 +347,7 @@ fn from_vocab_and_merges(
 ) -> Result<Vec<u8>> {
     let fault = |reason: String| Error::config(file, reason);
     let vocab: Map<String, Value> =
-        serde_json::from_slice(vocab).map_err(|e| fault(format!("not a JSON object: {e}")))?;
+        lenient_json::from_slice(vocab).map_err(|e| fault(format!("not a JSON object: {e}")))?;
     let merges = std::str::from_utf8(merges).map_err(|e| fault(format!("merges.txt: {e}")))?;
     let mut pairs = Vec::new();
     for line in merges

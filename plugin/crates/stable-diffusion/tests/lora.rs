@@ -3,7 +3,7 @@
 
 mod small;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use small::{distance, random};
 use stable_diffusion::{Error, lora::LoraAdapter, unet::UNet};
 
@@ -74,11 +74,12 @@ fn a_new_adapter_changes_nothing_and_trains_every_attention() {
 fn an_adapter_is_the_change_of_weight_that_it_stands_for() {
     let unet = small::unet();
     let adapter = moved_adapter(&unet);
-    let mut merged = unet.weights().clone();
+    let merged = adapter.merged(unet.weights()).unwrap();
     for (path, factors) in &adapter.factors {
         let change = (factors.up.matmul(&factors.down).unwrap() * (6.0 / 3.0)).unwrap();
-        let weight = merged.0.get_mut(&format!("{path}.weight")).unwrap();
-        *weight = (&*weight + change).unwrap().detach();
+        let name = format!("{path}.weight");
+        let expected = (&unet.weights().0[&name] + change).unwrap();
+        assert_eq!(distance(&merged.0[&name], &expected), 0.0, "{path}");
     }
     let merged = UNet::new(unet.config(), &merged, None).unwrap();
     let adapted = predict(&with_adapter(&unet, &adapter));
@@ -100,23 +101,10 @@ fn the_start_depends_on_seed_and_path_only() {
 }
 
 #[test]
-fn a_file_keeps_everything_and_a_copy_does_not_follow() {
+fn a_copy_does_not_follow() {
     let unet = small::unet();
     let adapter = moved_adapter(&unet);
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("adapter.safetensors");
-    adapter.save(&path).unwrap();
-    let loaded = LoraAdapter::load(&path, &Device::Cpu).unwrap();
-    assert_eq!((loaded.rank, loaded.alpha), (3, 6.0));
-    assert!(loaded.variables().is_empty());
     let before = predict(&with_adapter(&unet, &adapter));
-    assert_eq!(
-        distance(&before, &predict(&with_adapter(&unet, &loaded))),
-        0.0
-    );
-    // Only the finished file is left.
-    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
-
     let frozen = adapter.detach().unwrap();
     assert!(frozen.variables().is_empty());
     for (_, variable) in adapter.variables() {
@@ -129,7 +117,7 @@ fn a_file_keeps_everything_and_a_copy_does_not_follow() {
 }
 
 #[test]
-fn adapters_of_other_models_and_other_files_are_refused() {
+fn adapters_of_other_models_are_refused() {
     let unet = small::unet();
     let mut adapter = moved_adapter(&unet);
     let factors = adapter.factors.values().next().unwrap().clone();
@@ -162,13 +150,6 @@ fn adapters_of_other_models_and_other_files_are_refused() {
     );
 
     assert!(LoraAdapter::new(unet.weights(), 0, 1.0, 0).is_err());
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("tensors.safetensors");
-    random(&[2], 0)
-        .save_safetensors("unet.conv_in.bias", &path)
-        .unwrap();
-    let error = LoraAdapter::load(&path, &Device::Cpu).unwrap_err();
-    assert!(matches!(error, Error::Unreadable { .. }), "{error}");
 }
 
 #[test]

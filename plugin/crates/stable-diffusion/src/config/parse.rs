@@ -20,7 +20,7 @@ struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     fn new(file: &'a str, json: &[u8]) -> Result<Self> {
-        let values: Map<String, Value> = serde_json::from_slice(json)
+        let values: Map<String, Value> = lenient_json::from_slice(json)
             .map_err(|e| Error::config(file, format!("not a JSON object: {e}")))?;
         Ok(Self {
             file,

@@ -7,13 +7,14 @@
 //! | `cond_stage_model.transformer.` | text encoder of SD 1.x (OpenAI's CLIP, transformers' names) |
 //! | `cond_stage_model.model.` | text encoder of SD 2.x (OpenCLIP's names) |
 //!
-//! Everything else in such a file (EMA copies, the noise schedule, the training state) is ignored.
+//! Everything else in such a file (EMA copies, the noise schedule, the training state) is ignored. A file may lack its VAE,
+//! and a VAE may come as a file of its own, with the names above or without their prefix, or in diffusers' names.
 
 mod names;
 
 use candle_core::Device;
 
-use crate::config::{Activation, ModelConfig};
+use crate::config::{Activation, ModelConfig, VaeConfig};
 use crate::error::{Error, Result};
 use crate::weights::{TensorFile, WeightMap};
 
@@ -131,7 +132,7 @@ pub fn read(file: &TensorFile, config: &ModelConfig, device: &Device) -> Result<
                 place(&mut vae, name, vae_name(&config.vae, rest))?;
             }
         } else if let Some(rest) = name.strip_prefix(CLIP) {
-            if !crate::weights::is_constant(rest) {
+            if !crate::weights::is_unused(rest) {
                 place(&mut text_encoder, name, Some(rest.to_owned()))?;
             }
         } else if let Some(rest) = name.strip_prefix(OPEN_CLIP) {
@@ -154,6 +155,43 @@ pub fn read(file: &TensorFile, config: &ModelConfig, device: &Device) -> Result<
         vae: crate::vae::canonical_names(vae)?,
         text_encoder,
     })
+}
+
+/// The VAE of a file: of a whole checkpoint, or alone, in the original names or in diffusers'.
+///
+/// # Errors
+/// [`Error::Unreadable`]; [`Error::Config`] if the file holds none.
+pub fn read_vae(file: &TensorFile, config: &VaeConfig, device: &Device) -> Result<WeightMap> {
+    let mut vae = WeightMap::default();
+    let is_whole = file.names().any(|name| name.starts_with(VAE));
+    for name in file.names() {
+        let rest = match name.strip_prefix(VAE) {
+            Some(rest) => rest,
+            None if is_whole => continue,
+            None => name,
+        };
+        if is_training_only(rest) {
+            continue;
+        }
+        let is_diffusers = rest.contains("_blocks.")
+            || rest.contains("mid_block.")
+            || rest.contains("conv_norm_out.");
+        let to = if is_diffusers {
+            Some(rest.to_owned())
+        } else {
+            vae_name(config, rest)
+        };
+        if let Some(to) = to {
+            vae.0.insert(to, file.read(name, device)?);
+        }
+    }
+    if vae.0.is_empty() {
+        return Err(Error::config(
+            file.name(),
+            "this holds no VAE of Stable Diffusion 1.x or 2.x",
+        ));
+    }
+    crate::vae::canonical_names(vae)
 }
 
 /// Of the VAE's training: the discriminator and the perceptual loss.

@@ -25,9 +25,18 @@ use crate::rng::Rng;
 /// before 5, and lack since.
 const OPTIONAL_PREFIX: &str = "text_model.";
 
-/// Whether a tensor of this name is a table of constants that some exporters wrote along.
-pub(crate) fn is_constant(name: &str) -> bool {
+/// Whether a tensor of this name is a table of constants, or a part of CLIP beside its text encoder, which some exporters
+/// wrote along.
+pub(crate) fn is_unused(name: &str) -> bool {
     name.ends_with("position_ids")
+        || [
+            "text_projection.weight",
+            "text_projection",
+            "logit_scale",
+            "visual_projection.weight",
+        ]
+        .contains(&name)
+        || name.starts_with("vision_model.")
 }
 
 /// The tensors of one component (U-Net, VAE, text encoder) by their name in diffusers' layout, f32.
@@ -40,9 +49,28 @@ impl WeightMap {
     /// # Errors
     /// [`crate::Error::Unreadable`] naming the tensors that are of no supported type or not finite.
     pub fn read(file: &TensorFile, device: &Device) -> Result<Self> {
-        let names = file.names().filter(|name| !is_constant(name));
+        let names = file.names().filter(|name| !is_unused(name));
         let tensors = names.map(|name| Ok((name.to_owned(), file.read(name, device)?)));
         Ok(Self(tensors.collect::<Result<_>>()?))
+    }
+
+    /// (1 - strength) · these + strength · `other`, for networks of one shape.
+    ///
+    /// # Errors
+    /// [`crate::Error::Tensor`] when the tensor library fails.
+    pub(crate) fn towards(&self, other: &Self, strength: f64) -> Result<Self> {
+        let between = |(name, weight): (&String, &Tensor)| {
+            let Some(goal) = other
+                .0
+                .get(name)
+                .filter(|goal| goal.dims() == weight.dims())
+            else {
+                return Ok((name.clone(), weight.clone()));
+            };
+            let step = ((goal - weight)? * strength)?;
+            Ok((name.clone(), (weight + step)?.detach()))
+        };
+        Ok(Self(self.0.iter().map(between).collect::<Result<_>>()?))
     }
 
     /// Random weights for whatever `build` asks for, on the CPU: matrices and kernels from
@@ -116,7 +144,7 @@ impl WeightMap {
         let unexpected: Vec<String> = self
             .0
             .keys()
-            .filter(|name| !report.taken.contains(*name) && !is_constant(name))
+            .filter(|name| !report.taken.contains(*name) && !is_unused(name))
             .cloned()
             .collect();
         if report.missing.is_empty()

@@ -282,3 +282,192 @@ fn an_embedded_checkpoint_is_the_same_model() {
     let none = load(&[]).unwrap_err().to_string();
     assert_eq!(none, "small/unet/config.json: no such file");
 }
+
+#[test]
+fn what_other_tools_save_loads() {
+    let plain = load(&sd2_small()).unwrap();
+    let table = "text_model.embeddings.token_embedding.weight";
+    let text_encoder = |folder: &Path| folder.join("text_encoder/model.safetensors");
+    let rows = plain.config.text_encoder.vocab_size;
+    let set_rows = |folder: &Path, n: usize| {
+        let config = folder.join("text_encoder/config.json");
+        let text = fs::read_to_string(&config).unwrap();
+        let mut values: serde_json::Value = serde_json::from_str(&text).unwrap();
+        values["vocab_size"] = n.into();
+        fs::write(config, values.to_string()).unwrap();
+    };
+    let grow = |folder: &Path, n: usize| {
+        edit_weights(&text_encoder(folder), |tensors| {
+            let own = tensors
+                .keys()
+                .find(|name| table.ends_with(name.as_str()))
+                .unwrap()
+                .clone();
+            let old = &tensors[&own];
+            let more = Tensor::ones((n, old.dim(1).unwrap()), old.dtype(), &Device::Cpu).unwrap();
+            let grown = Tensor::cat(&[old, &more], 0).unwrap();
+            tensors.insert(own, grown);
+        });
+        set_rows(folder, rows + n);
+    };
+    let same_weights = |folder: &Path| {
+        let model = load(folder).unwrap();
+        for (name, weight) in &plain.unet.weights().0 {
+            let other = &model.unet.weights().0[name];
+            assert_eq!(weight.to_vec1_all(), other.to_vec1_all(), "{name}");
+        }
+        model
+    };
+
+    // A table that is padded beyond the vocabulary.
+    let padded = copy();
+    grow(padded.path(), 30);
+    assert_eq!(
+        same_weights(padded.path()).config.text_encoder.vocab_size,
+        rows
+    );
+
+    // A token that textual inversion added.
+    let inverted = copy();
+    grow(inverted.path(), 1);
+    let added = format!("\u{feff}{{\"<cat-toy>\": {rows}}}");
+    fs::write(inverted.path().join("tokenizer/added_tokens.json"), added).unwrap();
+    let model = same_weights(inverted.path());
+    assert_eq!(model.config.text_encoder.vocab_size, rows + 1);
+    assert_eq!(
+        model.tokenizer.word_ids("<cat-toy>").unwrap(),
+        [rows as u32]
+    );
+    let elsewhere = copy();
+    fs::write(
+        elsewhere.path().join("tokenizer/added_tokens.json"),
+        "{\"<x>\": 7000000}",
+    )
+    .unwrap();
+    assert!(
+        load(elsewhere.path())
+            .unwrap_err()
+            .to_string()
+            .contains("does not follow the vocabulary")
+    );
+
+    // CLIP's other parts.
+    let whole = copy();
+    edit_weights(&text_encoder(whole.path()), |tensors| {
+        for name in [
+            "text_projection.weight",
+            "logit_scale",
+            "vision_model.post_layernorm.weight",
+        ] {
+            tensors.insert(
+                name.to_owned(),
+                Tensor::ones(3, candle_core::DType::F32, &Device::Cpu).unwrap(),
+            );
+        }
+    });
+    same_weights(whole.path());
+
+    // Python's JSON, Windows' mark.
+    let python = copy();
+    let scheduler = python.path().join("scheduler/scheduler_config.json");
+    let text = fs::read_to_string(&scheduler).unwrap().replacen(
+        '{',
+        "{\"lambda_min_clipped\": -Infinity, ",
+        1,
+    );
+    fs::write(&scheduler, format!("\u{feff}{text}")).unwrap();
+    same_weights(python.path());
+}
+
+trait AllValues {
+    fn to_vec1_all(&self) -> Vec<f32>;
+}
+
+impl AllValues for Tensor {
+    fn to_vec1_all(&self) -> Vec<f32> {
+        self.flatten_all().unwrap().to_vec1().unwrap()
+    }
+}
+
+#[test]
+fn weights_in_several_files_are_read_by_their_index() {
+    let plain = load(&sd2_small()).unwrap();
+    let sharded = copy();
+    let unet = sharded.path().join("unet");
+    let whole = unet.join("diffusion_pytorch_model.safetensors");
+    let tensors = candle_core::safetensors::load(&whole, &Device::Cpu).unwrap();
+    fs::remove_file(&whole).unwrap();
+    let mut index = serde_json::Map::new();
+    for i in 0..2 {
+        let file = format!("diffusion_pytorch_model-0000{}-of-00002.safetensors", i + 1);
+        let part: HashMap<_, _> = tensors
+            .iter()
+            .filter(|(name, _)| name.len() % 2 == i)
+            .map(|(k, v)| (k.clone(), v.clone()))
+            .collect();
+        index.extend(part.keys().map(|name| (name.clone(), file.clone().into())));
+        candle_core::safetensors::save(&part, unet.join(file)).unwrap();
+    }
+    let write = |weight_map: &serde_json::Map<String, serde_json::Value>| {
+        let json = serde_json::json!({"metadata": {"total_size": 1}, "weight_map": weight_map});
+        fs::write(
+            unet.join("diffusion_pytorch_model.safetensors.index.json"),
+            json.to_string(),
+        )
+        .unwrap();
+    };
+    write(&index);
+    let model = load(sharded.path()).unwrap();
+    for (name, weight) in &plain.unet.weights().0 {
+        assert_eq!(
+            weight.to_vec1_all(),
+            model.unet.weights().0[name].to_vec1_all(),
+            "{name}"
+        );
+    }
+    let refused = |change: &dyn Fn(&mut serde_json::Map<String, serde_json::Value>)| {
+        let mut changed = index.clone();
+        change(&mut changed);
+        write(&changed);
+        load(sharded.path()).unwrap_err().to_string()
+    };
+    assert!(
+        refused(&|map| drop(map.insert("x".into(), "gone.safetensors".into())))
+            .contains("its file gone.safetensors is not there")
+    );
+    assert!(
+        refused(&|map| drop(map.insert("x".into(), "../x.safetensors".into())))
+            .contains("no name of a file in its folder")
+    );
+    let some = index.values().next().unwrap().clone();
+    assert!(
+        refused(&|map| drop(map.insert("absent".into(), some.clone())))
+            .contains("does not hold absent")
+    );
+}
+
+#[test]
+fn another_vae_takes_the_place_of_the_checkpoints_own() {
+    let folder = copy();
+    let file = folder
+        .path()
+        .join("vae/diffusion_pytorch_model.safetensors");
+    let own = load(folder.path()).unwrap();
+    edit_weights(&file, |tensors| {
+        let bias = tensors["quant_conv.bias"].affine(2.0, 0.5).unwrap();
+        tensors.insert("quant_conv.bias".to_owned(), bias);
+    });
+    let source = CheckpointSource::Path(sd2_small());
+    let with = |vae: &Path| DiffusionModel::load_with_vae(&source, Some(vae), &Device::Cpu);
+    let (by_file, by_folder) = (with(&file).unwrap(), with(folder.path()).unwrap());
+    assert_eq!(by_file.fingerprint, by_folder.fingerprint);
+    assert_ne!(by_file.fingerprint, own.fingerprint);
+    let image = Tensor::zeros((1, 3, 64, 64), candle_core::DType::F32, &Device::Cpu).unwrap();
+    let mean = |model: &DiffusionModel| model.vae.moments(&image).unwrap().mean.to_vec1_all();
+    assert_ne!(mean(&by_file), mean(&own));
+    assert_eq!(mean(&by_file), mean(&load(folder.path()).unwrap()));
+    let none = with(&sd2_small().join("text_encoder/model.safetensors"))
+        .unwrap_err()
+        .to_string();
+    assert!(none.contains("holds no VAE"), "{none}");
+}

@@ -3,6 +3,7 @@
 //! | file | hazard |
 //! |---|---|
 //! | `single_file.rs` | the original layout's names, at SD 1.5's and 2.1's true sizes and in a round trip |
+//! | `adapters.rs` | LoRA under the names of other tools |
 //! | `folder.rs` | diffusers' layout: damaged, incomplete, mismatched |
 //! | `generate.rs` | determinism, cancellation, ranges |
 //! | `models.rs` | small configurations that the others share |
@@ -13,6 +14,7 @@
     reason = "a test's helpers fail the test by panicking"
 )]
 
+mod adapters;
 mod folder;
 mod generate;
 mod models;
