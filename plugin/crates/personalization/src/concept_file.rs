@@ -8,13 +8,11 @@
 //! The metadata says what it is: token, class word, role, steps, seed, hash of the base model, and the workflow if the
 //! user wants it in there, so that dropping the file on an editor's canvas restores the graph.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use safetensors::SafeTensors;
-use safetensors::tensor::Dtype;
-use stable_diffusion::weights::{encode_tensors, write_whole};
+use stable_diffusion::weights::{TensorFile, encode_tensors, write_whole};
 
 use crate::error::{Error, Result};
 use crate::learned::LearnedConcepts;
@@ -43,8 +41,8 @@ pub fn concept_bytes(
     form: ConceptForm,
     extra: &BTreeMap<String, String>,
 ) -> Result<Vec<u8>> {
-    let vectors = learned.vectors_per_concept;
-    let rows = learned.rows.narrow(0, concept * vectors, vectors)?;
+    let own = learned.rows_of(concept);
+    let rows = learned.rows.narrow(0, own.start, own.len())?;
     let Concept {
         token,
         class_word,
@@ -76,40 +74,50 @@ pub fn concept_bytes(
     Ok(encode_tensors(&tensors, &metadata)?)
 }
 
-/// Reads concept files into one value, in their order. They can be used and trained on; the optimizer starts anew.
+/// Reads concept files into one value, in their order: what [`concept_bytes`] wrote, and textual-inversion embeddings of
+/// other programs, of any length and precision. They can be used and trained on; the optimizer starts anew.
+///
+/// | tensors | token |
+/// | --- | --- |
+/// | `emb_params`, `*`, `string_to_param.*` | that of the metadata, else the file's name |
+/// | `<token>` | the token |
 ///
 /// # Errors
 /// A file that is missing, too large, no concept, of another width than the others, or not finite.
 pub fn load_concepts(paths: &[&Path], device: &Device) -> Result<LearnedConcepts> {
-    let loaded = paths
-        .iter()
-        .map(|path| load_one(path))
-        .collect::<Result<Vec<_>>>()?;
-    let first = loaded.first().ok_or(Error::NoConceptFile)?;
-    let (vectors, width) = (first.vectors, first.values.len() / first.vectors);
-    for (one, path) in loaded.iter().zip(paths) {
-        if one.vectors != vectors || one.values.len() != vectors * width {
-            let found = [one.vectors, one.values.len() / one.vectors];
-            return Err(Error::file(
-                path,
-                format!("has the shape {found:?}, the first file has [{vectors}, {width}]"),
-            ));
+    let mut loaded: Vec<LoadedConcept> = Vec::new();
+    for path in paths {
+        for one in load_file(path)? {
+            let first = loaded.first().unwrap_or(&one);
+            if one.width != first.width {
+                let (found, wanted) = (one.width, first.width);
+                let reason = format!(
+                    "is {found} wide, the first file {wanted}; they are of different models"
+                );
+                return Err(Error::file(path, reason));
+            }
+            loaded.push(one);
         }
     }
+    let first = loaded.first().ok_or(Error::NoConceptFile)?;
     let rows: Vec<f32> = loaded
         .iter()
         .flat_map(|one| one.values.iter().copied())
         .collect();
-    let rows = Tensor::from_vec(rows, (loaded.len() * vectors, width), device)?;
+    let rows = Tensor::from_vec(
+        rows.clone(),
+        (rows.len() / first.width, first.width),
+        device,
+    )?;
     let number = |key: &str| {
-        first
-            .metadata
-            .get(key)
-            .and_then(|v| v.parse::<u64>().ok())
-            .unwrap_or(0)
+        let value = first.metadata.get(key);
+        value.and_then(|v| v.parse::<u64>().ok()).unwrap_or(0)
     };
     Ok(LearnedConcepts {
-        vectors_per_concept: vectors,
+        vectors: loaded
+            .iter()
+            .map(|one| one.values.len() / one.width)
+            .collect(),
         initial_rows: rows.clone(),
         optimizer: AdamWState::zeros(std::slice::from_ref(&rows))?,
         rows,
@@ -126,23 +134,26 @@ pub fn load_concepts(paths: &[&Path], device: &Device) -> Result<LearnedConcepts
     })
 }
 
+/// Names of a tensor that is the whole embedding, whatever it is called.
+const UNNAMED: [&str; 3] = ["emb_params", "*", "string_to_param.*"];
+/// Beside the embedding in files that were converted from A1111's.
+const IGNORED: [&str; 5] = [
+    "string_to_token.",
+    "name",
+    "step",
+    "sd_checkpoint",
+    "sd_checkpoint_name",
+];
+
 struct LoadedConcept {
     concept: Concept,
-    vectors: usize,
+    width: usize,
+    /// `[V · D]`.
     values: Vec<f32>,
-    metadata: HashMap<String, String>,
+    metadata: BTreeMap<String, String>,
 }
 
-fn load_one(path: &Path) -> Result<LoadedConcept> {
-    let pickled = path
-        .extension()
-        .is_some_and(|extension| ["pt", "bin", "ckpt"].iter().any(|e| extension == *e));
-    if pickled {
-        return Err(Error::file(
-            path,
-            "is a pickle, which is never read; convert it to .safetensors",
-        ));
-    }
+fn load_file(path: &Path) -> Result<Vec<LoadedConcept>> {
     let size = std::fs::metadata(path)
         .map_err(|error| Error::file(path, error))?
         .len();
@@ -152,48 +163,59 @@ fn load_one(path: &Path) -> Result<LoadedConcept> {
             format!("has {size} bytes, too many for a concept"),
         ));
     }
-    let bytes = std::fs::read(path).map_err(|error| Error::file(path, error))?;
-    let broken = |error: safetensors::SafeTensorError| {
-        Error::file(path, format!("is no .safetensors file: {error}"))
-    };
-    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
-    let metadata = header.metadata().clone().unwrap_or_default();
-    let tensors = SafeTensors::deserialize(&bytes).map_err(broken)?;
-    let names = tensors.names();
-    let [name] = names[..] else {
+    let file = TensorFile::open(path)?;
+    let names: Vec<&str> = file
+        .names()
+        .filter(|name| !IGNORED.iter().any(|ignored| name.starts_with(ignored)))
+        .collect();
+    if names.contains(&"clip_g") {
         return Err(Error::file(
             path,
-            format!("holds {} tensors, a concept is one", names.len()),
-        ));
-    };
-    let view = tensors.tensor(name).map_err(broken)?;
-    let (vectors, values) = match (view.shape(), view.dtype()) {
-        ([width], Dtype::F32) => (1, (*width, f32_values(view.data()))),
-        ([vectors, width], Dtype::F32) if *vectors > 0 => {
-            (*vectors, (*width, f32_values(view.data())))
-        }
-        (shape, dtype) => {
-            return Err(Error::file(
-                path,
-                format!("holds {dtype:?} {shape:?}, a concept is F32 [vectors, width]"),
-            ));
-        }
-    };
-    let (width, values) = values;
-    if width == 0 || values.iter().any(|v| !v.is_finite()) {
-        return Err(Error::file(
-            path,
-            "holds values that are not finite, or none",
+            "is an embedding of SDXL; supported are those of Stable Diffusion 1.x and 2.x",
         ));
     }
-    let stem = path
-        .file_stem()
-        .map(|stem| stem.to_string_lossy().replace(char::is_whitespace, "-"));
-    let in_brackets = |name: &str| format!("<{}>", name.trim_matches(['<', '>']));
-    let token = match metadata.get("token") {
+    if names.is_empty() || names.len() > MOST_TOKENS {
+        let reason = format!(
+            "holds {} tensors, an embedding is one per token",
+            names.len()
+        );
+        return Err(Error::file(path, reason));
+    }
+    let one = names.len() == 1;
+    names
+        .into_iter()
+        .map(|name| load_one(path, &file, name, one))
+        .collect()
+}
+
+/// Most tokens of one file.
+const MOST_TOKENS: usize = 256;
+
+fn load_one(path: &Path, file: &TensorFile, name: &str, is_only: bool) -> Result<LoadedConcept> {
+    let width = match file.shape(name) {
+        Some([width] | [_, width]) if *width > 0 => *width,
+        shape => {
+            let reason = format!(
+                "{name} has the shape {:?}, an embedding has [vectors, width]",
+                shape.unwrap_or_default()
+            );
+            return Err(Error::file(path, reason));
+        }
+    };
+    let values: Vec<f32> = file.read(name, &Device::Cpu)?.flatten_all()?.to_vec1()?;
+    if values.is_empty() {
+        return Err(Error::file(path, "holds no vector"));
+    }
+    let metadata = file.metadata();
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let in_brackets = |name: &str| {
+        let name = name.trim_matches(['<', '>']);
+        format!("<{}>", name.replace(char::is_whitespace, "-"))
+    };
+    let token = match metadata.get("token").filter(|_| is_only) {
         Some(token) => in_brackets(token),
-        None if name != "emb_params" => in_brackets(name),
-        None => in_brackets(&stem.unwrap_or_default()),
+        None if UNNAMED.contains(&name) => in_brackets(&stem),
+        None => in_brackets(name),
     };
     let class_word = metadata.get("class_word").cloned().unwrap_or_default();
     let background = metadata
@@ -210,17 +232,10 @@ fn load_one(path: &Path) -> Result<LoadedConcept> {
             class_word,
             role,
         },
-        vectors,
+        width,
         values,
-        metadata,
+        metadata: metadata.clone(),
     })
-}
-
-fn f32_values(bytes: &[u8]) -> Vec<f32> {
-    bytes
-        .chunks_exact(4)
-        .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-        .collect()
 }
 
 /// Writes a temporary sibling, then renames it: a reader sees the old file, the new one, or none.
@@ -233,4 +248,122 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         reason: error.to_string(),
     };
     write_whole(path, |file| file.write_all(bytes)).map_err(cannot)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use candle_core::DType;
+
+    use super::*;
+
+    fn file(folder: &Path, name: &str, tensors: &[(&str, Tensor)]) -> std::path::PathBuf {
+        let path = folder.join(name);
+        let tensors: HashMap<String, Tensor> = tensors
+            .iter()
+            .map(|(name, tensor)| ((*name).to_owned(), tensor.clone()))
+            .collect();
+        candle_core::safetensors::save(&tensors, &path).unwrap();
+        path
+    }
+
+    fn ones(shape: &[usize], dtype: DType) -> Tensor {
+        Tensor::ones(shape, dtype, &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn embeddings_of_other_programs_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path();
+        let converted = [
+            ("string_to_param.*", ones(&[2, 8], DType::F32)),
+            ("string_to_token.*", ones(&[1], DType::I64)),
+        ];
+        let several = [
+            ("<a>", ones(&[8], DType::F32)),
+            ("b", ones(&[2, 8], DType::F32)),
+        ];
+        let files = [
+            file(
+                place,
+                "half.safetensors",
+                &[("emb_params", ones(&[1, 8], DType::F16))],
+            ),
+            file(
+                place,
+                "brain.safetensors",
+                &[("emb_params", ones(&[3, 8], DType::BF16))],
+            ),
+            file(
+                place,
+                "my star.safetensors",
+                &[("*", ones(&[2, 8], DType::F32))],
+            ),
+            file(place, "converted.safetensors", &converted),
+            file(place, "several.safetensors", &several),
+        ];
+        let paths: Vec<&Path> = files.iter().map(std::path::PathBuf::as_path).collect();
+        let learned = load_concepts(&paths, &Device::Cpu).unwrap();
+        let tokens: Vec<&str> = learned.concepts.iter().map(|c| c.token.as_str()).collect();
+        assert_eq!(
+            tokens,
+            [
+                "<half>",
+                "<brain>",
+                "<my-star>",
+                "<converted>",
+                "<a>",
+                "<b>"
+            ]
+        );
+        assert_eq!(learned.vectors, [1, 3, 2, 2, 1, 2]);
+        assert_eq!(learned.rows.dims(), [11, 8]);
+        assert_eq!(learned.rows_of(2), 4..6);
+        assert_eq!(learned.text_of(1), "<brain> <brain>_1 <brain>_2");
+        let uneven = learned.vectors_per_concept().unwrap_err().to_string();
+        assert!(uneven.contains("<half> and <brain>"), "{uneven}");
+    }
+
+    #[test]
+    fn what_is_no_embedding_says_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let refused = |tensors: &[(&str, Tensor)]| {
+            let path = file(folder.path(), "x.safetensors", tensors);
+            load_concepts(&[&path], &Device::Cpu)
+                .err()
+                .unwrap()
+                .to_string()
+        };
+        let sdxl = [
+            ("clip_g", ones(&[1, 8], DType::F32)),
+            ("clip_l", ones(&[1, 8], DType::F32)),
+        ];
+        assert!(refused(&sdxl).contains("SDXL"));
+        assert!(refused(&[("a", ones(&[1, 2, 8], DType::F32))]).contains("[vectors, width]"));
+        let infinite = (ones(&[1, 8], DType::F32) * f64::INFINITY).unwrap();
+        assert!(refused(&[("a", infinite)]).contains("not finite"));
+        let [wide, narrow] = [8, 4].map(|width| {
+            let name = format!("{width}.safetensors");
+            file(
+                folder.path(),
+                &name,
+                &[("*", ones(&[1, width], DType::F32))],
+            )
+        });
+        let error = load_concepts(&[&wide, &narrow], &Device::Cpu)
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(error.contains("is 4 wide, the first file 8"), "{error}");
+        let pickle = folder.path().join("x.pt");
+        std::fs::write(&pickle, b"x").unwrap();
+        assert!(
+            load_concepts(&[&pickle], &Device::Cpu)
+                .err()
+                .unwrap()
+                .to_string()
+                .contains("pickle")
+        );
+    }
 }

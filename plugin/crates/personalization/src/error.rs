@@ -171,6 +171,17 @@ pub enum Error {
         /// Of the model.
         wanted: usize,
     },
+    /// Concepts of different lengths where one length is learned.
+    #[error(
+        "{first} and {other} have different numbers of vectors; tokens that are learned together have as many each, so \
+         load them apart"
+    )]
+    UnevenVectors {
+        /// The first concept.
+        first: String,
+        /// One that differs.
+        other: String,
+    },
     /// No file to read concepts from.
     #[error("no concept file is named")]
     NoConceptFile,

@@ -1,5 +1,7 @@
 //! Learned tokens, and how prompts name them.
 
+use std::ops::Range;
+
 use candle_core::Tensor;
 use stable_diffusion::DiffusionModel;
 use stable_diffusion::tokenizer::{TokenizedPrompt, Tokenizer};
@@ -13,11 +15,11 @@ use crate::scene::Concept;
 pub struct LearnedConcepts {
     /// The concepts, in the order of their rows.
     pub concepts: Vec<Concept>,
-    /// V.
-    pub vectors_per_concept: usize,
-    /// v `[C·V, D]`, f32, not tracked.
+    /// V of every concept. Learning takes one V for all; what is loaded may have several.
+    pub vectors: Vec<usize>,
+    /// v `[Σ V, D]`, f32, not tracked.
     pub rows: Tensor,
-    /// Where the rows started, `[C·V, D]`.
+    /// Where the rows started, `[Σ V, D]`.
     pub initial_rows: Tensor,
     /// Whether every row started from a word; a random row says nothing before it has learned.
     pub from_words: bool,
@@ -41,9 +43,9 @@ impl LearnedConcepts {
     /// Placeholder strings of all rows: `<rex>`, then `<rex>_1`, … if there are several vectors per concept.
     #[must_use]
     pub fn placeholders(&self) -> Vec<String> {
-        let names = |concept: &Concept| {
+        let names = |(concept, &vectors): (&Concept, &usize)| {
             let token = concept.token.clone();
-            (0..self.vectors_per_concept).map(move |k| {
+            (0..vectors).map(move |k| {
                 if k == 0 {
                     token.clone()
                 } else {
@@ -51,14 +53,36 @@ impl LearnedConcepts {
                 }
             })
         };
-        self.concepts.iter().flat_map(names).collect()
+        let concepts = self.concepts.iter().zip(&self.vectors);
+        concepts.flat_map(names).collect()
+    }
+
+    /// The rows of a concept.
+    #[must_use]
+    pub fn rows_of(&self, concept: usize) -> Range<usize> {
+        let first = self.vectors[..concept].iter().sum();
+        first..first + self.vectors[concept]
+    }
+
+    /// V, if it is the same for all concepts.
+    ///
+    /// # Errors
+    /// [`Error::UnevenVectors`].
+    pub fn vectors_per_concept(&self) -> Result<usize> {
+        let first = self.vectors.first().copied().unwrap_or(1);
+        match self.vectors.iter().position(|&vectors| vectors != first) {
+            None => Ok(first),
+            Some(other) => Err(Error::UnevenVectors {
+                first: self.concepts[0].token.clone(),
+                other: self.concepts[other].token.clone(),
+            }),
+        }
     }
 
     /// How a concept stands in a prompt: all of its placeholders.
     #[must_use]
     pub fn text_of(&self, concept: usize) -> String {
-        let vectors = self.vectors_per_concept;
-        self.placeholders()[concept * vectors..(concept + 1) * vectors].join(" ")
+        self.placeholders()[self.rows_of(concept)].join(" ")
     }
 
     /// The model's tokenizer with the placeholders.
@@ -93,10 +117,7 @@ impl LearnedConcepts {
         prompt: &TokenizedPrompt,
         concepts: &[usize],
     ) -> Result<Vec<usize>> {
-        let vectors = self.vectors_per_concept;
-        let rows = concepts
-            .iter()
-            .flat_map(|&c| c * vectors..(c + 1) * vectors);
+        let rows = concepts.iter().flat_map(|&c| self.rows_of(c));
         let position = |row: usize| {
             let id = (tokenizer.base_vocab_size() + row) as u32;
             let found = prompt.positions_of(id).first().copied();

@@ -168,7 +168,7 @@ impl LossContext<'_> {
             by_width.entry(layer.width).or_default().push(layer);
         }
         let loss = |(width, layers): (usize, Vec<LayerAttention>)| -> Result<Tensor> {
-            let maps = concept_maps(&layers, self.learned.vectors_per_concept)?;
+            let maps = concept_maps(&layers, self.learned.vectors_per_concept()?)?;
             let loss = cross_attention_loss(&maps, &self.small_masks(masks, draw, width)?)?;
             Ok((loss * (layers.len() as f64 / n_layers))?)
         };

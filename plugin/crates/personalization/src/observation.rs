@@ -132,7 +132,7 @@ impl Eye<'_> {
         };
         let h = model.latent_size();
         let batch = (BATCH_AT_32 * 32 * 32 / (h * h)).clamp(1, BATCH_AT_32);
-        let mut sums = AttentionSums::new(concepts.len(), learned.vectors_per_concept);
+        let mut sums = AttentionSums::new(concepts.len(), learned.vectors_per_concept()?);
         let mut done = 0;
         for timesteps in timesteps.chunks(batch) {
             let n_draws = timesteps.len();

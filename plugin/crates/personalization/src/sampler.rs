@@ -3,10 +3,12 @@
 use candle_core::Tensor;
 use stable_diffusion::DiffusionModel;
 use stable_diffusion::generate::{GenerateConfig, generate};
+use stable_diffusion::prompt::context;
 
 use crate::error::{Error, Result};
 use crate::learned::LearnedConcepts;
 use crate::observer::{Event, Observer};
+use crate::scene::Concept;
 
 /// Prompts for [`sample`].
 #[derive(Debug, Clone, Copy)]
@@ -20,7 +22,7 @@ pub struct SamplePrompts<'a> {
 /// Pictures `[n, 3, H, W]` in [0, 1]: all of the first prompt, then of the second, …
 ///
 /// # Errors
-/// A token in angle brackets that nobody learned, concepts of another model width, a prompt that is too long, or a
+/// A token in angle brackets that nobody learned, concepts of another model width, or a
 /// stop.
 pub fn sample(
     model: &DiffusionModel,
@@ -65,25 +67,33 @@ fn encode(
     learned: Option<&LearnedConcepts>,
     prompt: &str,
 ) -> Result<Tensor> {
-    let text = expand(prompt, learned)?;
+    let is_known = |token: &str| model.tokenizer.id_of(token).is_some();
+    let text = expand(prompt, learned, is_known)?;
     let tokenizer = learned.map_or_else(
         || Ok(model.tokenizer.clone()),
         |learned| learned.tokenizer(model),
     )?;
-    let ids = tokenizer.encode(&text)?.ids;
-    Ok(model
-        .text_encoder
-        .encode(&ids, learned.map(|learned| &learned.rows))?
-        .detach())
+    let rows = learned.map(|learned| &learned.rows);
+    Ok(context(&model.text_encoder, &tokenizer, &text, rows)?.detach())
 }
 
-/// The prompt with `embedding:name` as `<name>`, and every token as all of its vectors.
-fn expand(prompt: &str, learned: Option<&LearnedConcepts>) -> Result<String> {
+/// The prompt with `embedding:name` as `<name>`, and every token as all of its vectors. Tokens that the model itself knows
+/// stay.
+fn expand(
+    prompt: &str,
+    learned: Option<&LearnedConcepts>,
+    is_known: impl Fn(&str) -> bool,
+) -> Result<String> {
     let concepts = learned.map_or(&[][..], |learned| &learned.concepts);
     let mut text = String::new();
     let mut rest = prompt;
-    while let Some(start) = next_token(rest) {
+    while let Some(start) = next_token(rest, concepts) {
         text.push_str(&rest[..start.at]);
+        if is_known(&start.token) {
+            text.push_str(&start.token);
+            rest = &rest[start.end..];
+            continue;
+        }
         let concept = concepts
             .iter()
             .position(|concept| concept.token == start.token);
@@ -116,9 +126,11 @@ struct Found {
     token: String,
 }
 
-/// The next `<token>` or `embedding:token` of a text.
-fn next_token(text: &str) -> Option<Found> {
+/// The next `<token>` or `embedding:token` of a text. Names of files may have spaces where tokens have hyphens, and an
+/// extension.
+fn next_token(text: &str, concepts: &[Concept]) -> Option<Found> {
     const PREFIX: &str = "embedding:";
+    const EXTENSIONS: [&str; 3] = [".safetensors", ".pt", ".bin"];
     // `a < b` is no token, and hides none behind it.
     let bracket = text.match_indices('<').find_map(|(at, _)| {
         let name = &text[at + 1..at + 1 + text[at + 1..].find('>')?];
@@ -128,16 +140,35 @@ fn next_token(text: &str) -> Option<Found> {
         is_name.then_some(Found { at, end, token })
     });
     let prefixed = text.find(PREFIX).map(|at| {
-        let name = &text[at + PREFIX.len()..];
-        let length = name
-            .find(|c: char| !(c.is_alphanumeric() || "-_.<>".contains(c)))
-            .unwrap_or(name.len());
-        let name = name[..length].trim_end_matches('.');
-        let end = at + PREFIX.len() + name.len();
+        let behind = &text[at + PREFIX.len()..];
+        let in_name = |c: char| c.is_alphanumeric() || "-_.<>".contains(c);
+        let spelled = |name: &str| {
+            behind
+                .get(..name.len())
+                .is_some_and(|b| b.replace(char::is_whitespace, "-") == name)
+        };
+        let ends = |name: &str| !behind[name.len()..].starts_with(in_name);
+        let known = concepts
+            .iter()
+            .map(|concept| concept.token.trim_matches(['<', '>']))
+            .filter(|name| spelled(name) && ends(name))
+            .max_by_key(|name| name.len());
+        let length = behind.find(|c| !in_name(c)).unwrap_or(behind.len());
+        let written = known.map_or_else(
+            || behind[..length].trim_end_matches('.'),
+            |name| &behind[..name.len()],
+        );
+        let plain = EXTENSIONS
+            .iter()
+            .find_map(|extension| written.strip_suffix(extension))
+            .unwrap_or(written);
+        let name = plain
+            .trim_matches(['<', '>'])
+            .replace(char::is_whitespace, "-");
         Found {
             at,
-            end,
-            token: format!("<{}>", name.trim_matches(['<', '>'])),
+            end: at + PREFIX.len() + written.len(),
+            token: format!("<{name}>"),
         }
     });
     match (bracket, prefixed) {
@@ -149,10 +180,27 @@ fn next_token(text: &str) -> Option<Found> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scene::Role;
 
     #[test]
     fn tokens_are_found_in_both_spellings() {
-        let token = |text| next_token(text).map(|found| found.token);
+        let concept = |name: &str| Concept {
+            token: format!("<{name}>"),
+            class_word: String::new(),
+            role: Role::Object,
+        };
+        let concepts = [concept("my"), concept("my-style-v1")];
+        let token = |text| next_token(text, &concepts).map(|found| found.token);
+        assert_eq!(
+            token("a photo, embedding:my style v1, best").as_deref(),
+            Some("<my-style-v1>")
+        );
+        assert_eq!(token("embedding:my style v12").as_deref(), Some("<my>"));
+        assert_eq!(
+            token("(embedding:rex.safetensors:1.2)").as_deref(),
+            Some("<rex>")
+        );
+        assert_eq!(token("embedding:rex.").as_deref(), Some("<rex>"));
         assert_eq!(token("a photo of <rex> here").as_deref(), Some("<rex>"));
         assert_eq!(
             token("a photo, embedding:rex, here").as_deref(),
@@ -168,7 +216,13 @@ mod tests {
 
     #[test]
     fn a_token_that_nobody_learned_is_named() {
-        let error = expand("a photo of <rex>", None).unwrap_err().to_string();
+        assert_eq!(
+            expand("a <rex>", None, |token| token == "<rex>").unwrap(),
+            "a <rex>"
+        );
+        let error = expand("a photo of <rex>", None, |_| false)
+            .unwrap_err()
+            .to_string();
         assert!(
             error.contains("<rex>") && error.contains("none are linked"),
             "{error}"

@@ -35,7 +35,7 @@ pub struct EmState {
 struct Header {
     version: u32,
     concepts: Vec<ConceptEntry>,
-    vectors_per_concept: usize,
+    vectors: Vec<usize>,
     from_words: bool,
     step: usize,
     optimizer_step: usize,
@@ -71,7 +71,7 @@ struct ConceptEntry {
     background: bool,
 }
 
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 
 /// Where the header is, in the file's metadata.
 const METADATA: &str = "em_state";
@@ -135,7 +135,7 @@ impl EmState {
         Header {
             version: VERSION,
             concepts: learned.concepts.iter().map(entry).collect(),
-            vectors_per_concept: learned.vectors_per_concept,
+            vectors: learned.vectors.clone(),
             from_words: learned.from_words,
             step: learned.step,
             optimizer_step: learned.optimizer.t,
@@ -243,7 +243,7 @@ impl EmState {
         let (m, v) = (vec![tensor("optimizer.m")?], vec![tensor("optimizer.v")?]);
         let learned = LearnedConcepts {
             concepts: header.concepts.into_iter().map(concept).collect(),
-            vectors_per_concept: header.vectors_per_concept,
+            vectors: header.vectors,
             rows: tensor("rows")?,
             initial_rows: tensor("initial_rows")?,
             from_words: header.from_words,

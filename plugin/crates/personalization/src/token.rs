@@ -42,8 +42,8 @@ pub fn init_tokens(
     let (n, width) = (rows.len(), table.width);
     let rows = Tensor::from_vec(rows.concat(), (n, width), &model.device)?;
     let learned = LearnedConcepts {
+        vectors: vec![config.vectors_per_concept; concepts.len()],
         concepts,
-        vectors_per_concept: config.vectors_per_concept,
         initial_rows: rows.clone(),
         from_words,
         optimizer: AdamWState::zeros(std::slice::from_ref(&rows))?,

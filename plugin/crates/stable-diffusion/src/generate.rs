@@ -10,6 +10,7 @@ use candle_core::Tensor;
 
 use crate::error::{Error, Result};
 use crate::model::DiffusionModel;
+use crate::prompt::of_one_length;
 use crate::rng::Rng;
 use crate::scheduler::{SchedulerKind, SchedulerStep};
 use crate::unet::UNet;
@@ -50,7 +51,7 @@ pub struct GenerateStep<'a> {
 
 /// Generates pictures, [n, 3, H, W] in [0, 1]. Picture i is the same whatever `n_pictures` is.
 ///
-/// * `conditional`, `unconditional`: text embeddings, [1, 77, D]
+/// * `conditional`, `unconditional`: contexts, [1, 77·n, D] and [1, 77·m, D], see [`crate::prompt`]
 /// * `on_step`: called after each step; `Break` stops
 ///
 /// # Errors
@@ -71,6 +72,7 @@ pub fn generate(
             format!("{} is not a number", config.guidance),
         ));
     }
+    let (conditional, unconditional) = of_one_length(conditional, unconditional)?;
     let context = Tensor::cat(&[unconditional, conditional], 0)?.detach();
     let mut pictures = Vec::with_capacity(config.n_pictures);
     for picture in 0..config.n_pictures {
@@ -109,7 +111,7 @@ pub fn preview(model: &DiffusionModel, clean: &Tensor) -> Result<Tensor> {
     in_unit_range(&model.vae.decode(small)?)
 }
 
-/// One picture's latent, [1, 4, h, w], scaled. `context` is [2, 77, D]: unconditional, conditional.
+/// One picture's latent, [1, 4, h, w], scaled. `context` is [2, N, D]: unconditional, conditional.
 fn denoise(
     model: &DiffusionModel,
     context: &Tensor,

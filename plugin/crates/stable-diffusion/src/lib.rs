@@ -8,7 +8,7 @@
 //! | read a checkpoint | [`config`], [`weights`], [`single_file`] |
 //! | prompt to ids, seed to noise | [`tokenizer`], [`rng`] |
 //! | kernels with a backward | [`ops`] |
-//! | ids to context, latents and context to prediction | [`text_encoder`], [`unet`] |
+//! | ids and weights to context, latents and context to prediction | [`text_encoder`], [`prompt`], [`unet`] |
 //! | small trainable deltas, and those of other tools | [`lora`], `lora_file` |
 //! | pictures to latents and back | [`vae`] |
 //! | noise levels, sampling | [`noise_schedule`], [`scheduler`], [`generate`] |
@@ -30,6 +30,8 @@ pub mod ops;
 mod layers;
 
 pub mod text_encoder;
+
+pub mod prompt;
 
 pub mod unet;
 

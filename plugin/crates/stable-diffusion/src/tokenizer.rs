@@ -220,10 +220,8 @@ impl Tokenizer {
     /// # Errors
     /// [`PromptError::TooLong`].
     pub fn encode(&self, prompt: &str) -> Result<TokenizedPrompt> {
-        let mut ids = vec![self.special.start];
-        ids.extend(self.pieces(prompt)?);
-        ids.push(self.special.end);
-        let n_tokens = ids.len();
+        let pieces = self.pieces(prompt)?;
+        let n_tokens = pieces.len() + 2;
         if n_tokens > self.length {
             return Err(PromptError::TooLong {
                 tokens: n_tokens,
@@ -231,8 +229,17 @@ impl Tokenizer {
             }
             .into());
         }
-        ids.resize(self.length, self.special.padding);
+        let ids = self.framed(&pieces);
         Ok(TokenizedPrompt { ids, n_tokens })
+    }
+
+    /// Start, these ids, end, and padding up to the model's length.
+    pub(crate) fn framed(&self, pieces: &[u32]) -> Vec<u32> {
+        let mut ids = vec![self.special.start];
+        ids.extend(pieces);
+        ids.push(self.special.end);
+        ids.resize(self.length.max(ids.len()), self.special.padding);
+        ids
     }
 
     /// The ids of a word's pieces, without start and end.
@@ -250,7 +257,8 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    fn pieces(&self, text: &str) -> Result<Vec<u32>> {
+    /// Ids of a text's pieces, without start and end.
+    pub(crate) fn pieces(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self
             .inner
             .encode_fast(text, false)

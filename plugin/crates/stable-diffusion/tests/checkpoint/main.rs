@@ -6,6 +6,7 @@
 //! | `adapters.rs` | LoRA under the names of other tools |
 //! | `folder.rs` | diffusers' layout: damaged, incomplete, mismatched |
 //! | `generate.rs` | determinism, cancellation, ranges |
+//! | `prompts.rs` | long and weighted prompts |
 //! | `models.rs` | small configurations that the others share |
 //! | `original_layout.rs` | the original layout, written down a second time |
 
@@ -19,4 +20,5 @@ mod folder;
 mod generate;
 mod models;
 mod original_layout;
+mod prompts;
 mod single_file;
