@@ -117,6 +117,9 @@ struct ServeArguments {
     /// What clients have to know to be let in
     #[arg(long, env = "CONCEPTLOOM_TOKEN", hide_env_values = true)]
     token: Option<String>,
+    /// Another name by which clients may call this machine, as host.docker.internal; may be given several times
+    #[arg(long, value_name = "NAME")]
+    allow_host: Vec<String>,
     /// ComfyUI's editor: a folder or a wheel of comfyui-frontend-package [default: the one that Python has installed]
     #[arg(long, value_name = "FOLDER_OR_WHEEL")]
     front_end_root: Option<PathBuf>,
@@ -217,6 +220,7 @@ fn dispatch(arguments: Arguments) -> Result<(), Ended> {
             listen: arguments.listen,
             port: arguments.port,
             token: arguments.token,
+            hosts: arguments.allow_host,
             front_end: arguments.front_end_root,
             data: arguments.data,
             cache_budget: arguments.cache_memory.saturating_mul(1 << 20),

@@ -420,8 +420,8 @@ mod tests {
             check(json!({"1": node("LoadImage", json!({"image": "demo:man-and-cat.png"}))}));
         assert_eq!(found[0].2, "prompt_no_outputs");
         let found = check(json!({
-            "1": node("ImageBatch", json!({"image_1": ["2", 0]})),
-            "2": node("ImageBatch", json!({"image_1": ["1", 0]})),
+            "1": node("ImageBatch", json!({"image1": ["2", 0]})),
+            "2": node("ImageBatch", json!({"image1": ["1", 0]})),
             "3": node("PreviewImage", json!({"images": ["2", 0]})),
         }));
         assert_eq!(

@@ -2,9 +2,10 @@
 import json
 import subprocess
 import sys
+import urllib.parse
 
 import pytest
-from support import PATIENCE, WORK, pixels, quick, small_demo, small_prompt, wait_until
+from support import PATIENCE, WORK, pixels, png, quick, small_demo, small_prompt, wait_until
 
 
 def comfy(*arguments, home):
@@ -43,10 +44,86 @@ def test_a_plain_websocket_client_gets_progress_and_pictures(server):
     entry = server.history(prompt_id)
     images = entry["outputs"]["9"]["images"]
     assert [len(images), pixels(server.view(images[0]))[0]] == [1, (128, 128)]
-    # without the feature, previews carry no name, and lines no prompt
-    kinds = {message[:4] for message in socket.binary}
-    assert kinds == {b"\0\0\0\1", b"\0\0\0\3"}
+    # it would take any binary frame, and the first `executed`, for the result
+    assert not socket.binary and "7" not in {p["node"] for p in socket.of("executed")}
     socket.close()
+
+
+def test_previews_and_text_go_to_those_who_ask(server):
+    seeds = iter(range(100, 200))
+
+    def heard(extra_data=None, features=None):
+        socket = server.socket()
+        if features is not None:
+            socket.socket.send(json.dumps({"type": "feature_flags", "data": features}))
+            wait_until(lambda: socket.of("feature_flags"))
+        body = {"prompt": small_prompt(seed=next(seeds)), "client_id": socket.client_id}
+        reply = server.post("/prompt", body | {"extra_data": extra_data or {}}).json
+        assert server.finished(reply["prompt_id"])["status"]["completed"]
+        wait_until(lambda: socket.of("execution_success"))
+        socket.close()
+        return {message[3] for message in socket.binary}, "7" in {p["node"] for p in socket.of("executed")}
+
+    assert heard() == (set(), False)
+    assert heard({"preview_method": "auto"}) == ({1}, False)
+    assert heard(features={}) == ({3}, True)
+    assert heard(features={"supports_preview_metadata": True}) == ({3, 4}, True)
+    assert heard({"preview_method": "none"}, {"supports_preview_metadata": True}) == ({3}, True)
+
+
+def test_what_was_learned_can_be_downloaded(server):
+    entry = server.finished(server.queue_prompt(small_prompt()))
+    files = [file for output in entry["outputs"].values() for file in output.get("files", [])]
+    learned = [file for file in files if file["filename"].endswith(".safetensors")]
+    assert learned
+    for file in learned:
+        reply = server.get("/view?" + urllib.parse.urlencode(file))
+        there = server.data / "output" / file["subfolder"] / file["filename"]
+        assert reply.body == there.read_bytes()
+        assert reply.headers["content-disposition"].startswith("attachment")
+        assert reply.headers["content-type"] == "application/octet-stream"
+        assert "sandbox" in reply.headers["content-security-policy"]
+
+
+def test_the_questions_of_stock_tools_have_answers(server):
+    embeddings = server.data / "models/embeddings"
+    embeddings.mkdir(parents=True, exist_ok=True)
+    header = json.dumps({"__metadata__": {"token": "<rex>"}}).encode()
+    (embeddings / "rex.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    [about] = server.get("/experiment/models/embeddings").json
+    assert (about["name"], about["pathIndex"], about["size"]) == ("rex.safetensors", 0, 8 + len(header))
+    assert server.get("/view_metadata/embeddings?filename=rex.safetensors").json == {"token": "<rex>"}
+    assert server.get("/view_metadata/embeddings?filename=none.safetensors").status == 404
+    assert server.get("/view_metadata/embeddings?filename=../../queue.jsonl").status == 404
+    assert isinstance(server.get("/internal/logs").json, str)
+    assert {"entries", "size"} <= server.get("/internal/logs/raw").json.keys()
+    assert server.get("/internal/folder_paths").json["embeddings"] == [str(embeddings.resolve())]
+    server.upload("one.png", png(), subfolder="")
+    assert server.get("/internal/files/input").json == ["one.png"]
+    assert server.get("/internal/files/secret").status == 400
+    server.post("/userdata/workflows%2Fmine.json", {"nodes": [], "links": []})
+    [folder] = [entry for entry in server.get("/v2/userdata").json if entry["type"] == "directory"]
+    assert folder == {"name": "workflows", "path": "workflows", "type": "directory"}
+    [file] = server.get("/v2/userdata?path=workflows").json
+    assert (file["name"], file["path"], file["type"]) == ("mine.json", "workflows/mine.json", "file")
+    assert server.get("/queue").json.keys() == {"queue_running", "queue_pending"}
+
+
+def test_what_the_editor_saved_can_be_posted(server):
+    reply = server.post("/prompt", {"prompt": small_demo()})
+    assert reply.status == 200, reply.body
+    assert server.finished(reply.json["prompt_id"])["status"]["completed"]
+
+
+def test_names_of_uploads_in_other_scripts(server):
+    for header, name in [
+        ("filename=\"my%20dog.png\"; filename*=utf-8''my%20dog.png", "my dog.png"),
+        ("filename*=utf-8''%E7%8C%AB.png", "猫.png"),
+        ('filename="Füße.png"', "Füße.png"),
+    ]:
+        body = f"--b\r\ncontent-disposition: form-data; name=\"image\"; {header}\r\n\r\n".encode() + png() + b"\r\n--b--\r\n"
+        reply = server.request("POST", "/upload/image", body, {"content-type": "multipart/form-data; boundary=b"})
+        assert reply.json["name"] == name
 
 
 def test_a_client_that_comes_back_goes_on_hearing(server):
@@ -95,7 +172,6 @@ def test_problems_are_told_in_comfyui_s_form(server):
 
 def test_a_painted_mask_reaches_the_given_mode(server):
     """The mask editor uploads a picture whose transparency is the mask; LoadImage gives it as MASK."""
-    from support import png
     uploaded = server.upload("clipspace-mask.png", png((255, 0, 0, 0), (128, 128), "RGBA"), subfolder="clipspace")
     assert uploaded.json == {"name": "clipspace-mask.png", "subfolder": "clipspace", "type": "input"}
     prompt = {

@@ -86,12 +86,16 @@ def test_other_sites_are_refused(server):
     assert server.get("/history").json == {}
 
 
-def test_only_pictures_are_taken_and_shown(server):
+def test_only_pictures_are_taken_and_shown_and_the_rest_is_saved(server):
     for name, content in [("x.html", b"<script>alert(1)</script>"), ("x.png", b"<html>"),
                           ("x.svg", b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>")]:
         refused(server.upload(name, content), 415)
         (server.data / "output" / name).write_bytes(content)
-        refused(server.get(f"/view?filename={name}"), 415)
+        saved = server.get(f"/view?filename={name}")
+        assert saved.headers["content-type"] == "application/octet-stream"
+        assert saved.headers["x-content-type-options"] == "nosniff"
+        assert saved.headers["content-disposition"].startswith("attachment")
+        assert "sandbox" in saved.headers["content-security-policy"]
     assert server.upload("evil.html", png()).status == 200, "a picture of a bad name is still only a picture"
     shown = server.get("/view?filename=evil.html&type=input")
     assert shown.headers["content-type"] == "image/png"
@@ -155,11 +159,11 @@ def test_huge_and_deep_graphs_are_refused(server):
     refused(server.request("POST", "/prompt", deep, {"content-type": "application/json"}), 400)
     chain = {"0": {"class_type": "LoadImage", "inputs": {"image": "demo:man-and-cat.png"}}}
     for i in range(1, 4000):
-        chain[str(i)] = {"class_type": "ImageBatch", "inputs": {"image_1": [str(i - 1), 0]}}
+        chain[str(i)] = {"class_type": "ImageBatch", "inputs": {"image1": [str(i - 1), 0]}}
     chain["x"] = {"class_type": "PreviewImage", "inputs": {"images": ["4000", 0]}}
     refused(server.post("/prompt", {"prompt": chain}), 400)
-    circle = {"1": {"class_type": "ImageBatch", "inputs": {"image_1": ["2", 0]}},
-              "2": {"class_type": "ImageBatch", "inputs": {"image_1": ["1", 0]}},
+    circle = {"1": {"class_type": "ImageBatch", "inputs": {"image1": ["2", 0]}},
+              "2": {"class_type": "ImageBatch", "inputs": {"image1": ["1", 0]}},
               "3": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}
     reply = server.post("/prompt", {"prompt": circle})
     assert refused(reply, 400) and "cycle" in reply.body.decode()

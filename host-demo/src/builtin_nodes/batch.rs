@@ -12,7 +12,7 @@ use crate::pictures::{finite_values, tensor};
 #[derive(JsonSchema)]
 struct NoParameters {}
 
-const IMAGES: [&str; 4] = ["image_1", "image_2", "image_3", "image_4"];
+const IMAGES: [&str; 4] = ["image1", "image2", "image3", "image4"];
 const MASKS: [&str; 4] = ["mask_1", "mask_2", "mask_3", "mask_4"];
 
 fn sockets(descriptor: NodeDescriptor, names: [&str; 4], port: &str) -> NodeDescriptor {

@@ -111,7 +111,7 @@ fn errors_name_node_and_input() {
         "1": {"class_type": "LoadImageMask", "inputs": {"image": "demo:man-and-cat-mask-man.png"}},
         "2": {"class_type": "LoadImage", "inputs": {"image": "demo:man-and-cat.png"}},
         "3": {"class_type": "MaskToImage", "inputs": {"mask": ["1", 0]}},
-        "4": {"class_type": "ImageBatch", "inputs": {"image_1": ["2", 0], "image_2": ["3", 0]}},
+        "4": {"class_type": "ImageBatch", "inputs": {"image1": ["2", 0], "image2": ["3", 0]}},
         "5": {"class_type": "PreviewImage", "inputs": {"images": ["4", 0]}},
     });
     let (result, _) = run_once(&document, &mut Cache::new(0), false);
@@ -122,11 +122,11 @@ fn errors_name_node_and_input() {
             class: "ImageBatch".to_owned(),
             title: String::new(),
         },
-        error: Box::new(NodeError::invalid_input("image_2", "it is too small")),
+        error: Box::new(NodeError::invalid_input("image2", "it is too small")),
     };
     assert_eq!(
         error.to_string(),
-        "node 4 (ImageBatch), input image_2: it is too small"
+        "node 4 (ImageBatch), input image2: it is too small"
     );
 }
 

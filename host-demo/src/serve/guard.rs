@@ -10,6 +10,8 @@ use axum::http::header::{
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 
 use super::Server;
 use super::answer::refuse;
@@ -36,6 +38,8 @@ pub(crate) struct Guard {
     token: Option<String>,
     /// Only this machine can connect.
     is_loopback: bool,
+    /// Other names of this machine that requests may use.
+    hosts: Vec<String>,
 }
 
 impl Guard {
@@ -43,7 +47,11 @@ impl Guard {
     ///
     /// # Errors
     /// See [`GuardError`].
-    pub(crate) fn new(listen: IpAddr, token: Option<String>) -> Result<Self, GuardError> {
+    pub(crate) fn new(
+        listen: IpAddr,
+        token: Option<String>,
+        hosts: Vec<String>,
+    ) -> Result<Self, GuardError> {
         let is_loopback = listen.is_loopback();
         match &token {
             None if !is_loopback => return Err(GuardError::NoToken(listen)),
@@ -52,7 +60,11 @@ impl Guard {
             }
             _ => {}
         }
-        Ok(Self { token, is_loopback })
+        Ok(Self {
+            token,
+            is_loopback,
+            hosts,
+        })
     }
 
     /// What the printed address ends with.
@@ -79,10 +91,10 @@ impl Guard {
             return Some((StatusCode::BAD_REQUEST, "the request names no host"));
         };
         // A foreign name that was made to point here would reach us as a page of its own origin.
-        if self.is_loopback && !is_local(host) {
+        if self.is_loopback && !is_local(host) && !self.is_allowed(host) {
             return Some((
                 StatusCode::FORBIDDEN,
-                "this server answers only as localhost",
+                "this server answers only as localhost; --allow-host NAME adds a name",
             ));
         }
         if let Some(origin) = text(ORIGIN)
@@ -121,6 +133,13 @@ impl Guard {
         None
     }
 
+    fn is_allowed(&self, host: &str) -> bool {
+        let name = name_of(host);
+        self.hosts
+            .iter()
+            .any(|allowed| allowed.eq_ignore_ascii_case(name))
+    }
+
     /// Whether the request carries the token; with whether it came in the address.
     fn has_token(&self, headers: &HeaderMap, query: &str) -> (bool, bool) {
         let Some(token) = &self.token else {
@@ -133,6 +152,7 @@ impl Guard {
             .get(AUTHORIZATION)
             .and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "))
             .is_some_and(is_right);
+        let basic = password(headers).is_some_and(|password| is_right(&password));
         let cookie = headers
             .get_all(COOKIE)
             .iter()
@@ -144,20 +164,33 @@ impl Guard {
             .split('&')
             .filter_map(|pair| pair.split_once('='))
             .any(|(name, value)| name == "token" && is_right(value));
-        (bearer || cookie || in_query, in_query)
+        (bearer || basic || cookie || in_query, in_query)
     }
+}
+
+/// The password of HTTP's Basic authentication; the user may be anybody.
+fn password(headers: &HeaderMap) -> Option<String> {
+    let value = headers.get(AUTHORIZATION)?.to_str().ok()?;
+    let pair = STANDARD.decode(value.strip_prefix("Basic ")?.trim()).ok()?;
+    let (_, password) = std::str::from_utf8(&pair).ok()?.split_once(':')?;
+    Some(password.to_owned())
 }
 
 fn is_plain(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_'
 }
 
-/// Whether a `Host` names this machine.
-fn is_local(host: &str) -> bool {
-    let name = match host.strip_prefix('[') {
+/// The name in a `Host`, without its port.
+fn name_of(host: &str) -> &str {
+    match host.strip_prefix('[') {
         Some(rest) => rest.split(']').next().unwrap_or_default(),
         None => host.rsplit_once(':').map_or(host, |(name, _)| name),
-    };
+    }
+}
+
+/// Whether a `Host` names this machine.
+fn is_local(host: &str) -> bool {
+    let name = name_of(host);
     name.eq_ignore_ascii_case("localhost")
         || name.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
@@ -211,7 +244,8 @@ mod tests {
     }
 
     fn status(method: Method, pairs: &[(&'static str, &str)]) -> Option<u16> {
-        let guard = Guard::new(Ipv4Addr::LOCALHOST.into(), None).unwrap();
+        let named = vec!["host.docker.internal".to_owned()];
+        let guard = Guard::new(Ipv4Addr::LOCALHOST.into(), None, named).unwrap();
         guard
             .objection(&method, "/prompt", &headers(pairs))
             .map(|(status, _)| status.as_u16())
@@ -220,7 +254,13 @@ mod tests {
     #[test]
     fn foreign_hosts_and_origins_are_refused() {
         let local = ("host", "127.0.0.1:8188");
-        for host in ["localhost:8188", "127.0.0.1", "[::1]:8188", "LOCALHOST"] {
+        for host in [
+            "localhost:8188",
+            "127.0.0.1",
+            "[::1]:8188",
+            "LOCALHOST",
+            "host.docker.internal:8188",
+        ] {
             assert_eq!(status(Method::GET, &[("host", host)]), None, "{host}");
         }
         for host in [
@@ -280,18 +320,24 @@ mod tests {
     }
 
     #[test]
-    fn other_addresses_need_a_token_which_three_ways_carry() {
+    fn other_addresses_need_a_token_which_four_ways_carry() {
         let all = IpAddr::from(Ipv4Addr::UNSPECIFIED);
-        assert!(matches!(Guard::new(all, None), Err(GuardError::NoToken(_))));
         assert!(matches!(
-            Guard::new(all, Some("short".into())),
+            Guard::new(all, None, Vec::new()),
+            Err(GuardError::NoToken(_))
+        ));
+        assert!(matches!(
+            Guard::new(all, Some("short".into()), Vec::new()),
             Err(GuardError::BadToken)
         ));
-        let guard = Guard::new(all, Some("0123456789abcdef".into())).unwrap();
+        let guard = Guard::new(all, Some("0123456789abcdef".into()), Vec::new()).unwrap();
         let bearer = headers(&[("authorization", "Bearer 0123456789abcdef")]);
         let cookie = headers(&[("cookie", "a=b; conceptloom_token=0123456789abcdef")]);
         let wrong = headers(&[("authorization", "Bearer 0123456789abcdee")]);
+        // user:0123456789abcdef
+        let basic = headers(&[("authorization", "Basic dXNlcjowMTIzNDU2Nzg5YWJjZGVm")]);
         assert_eq!(guard.has_token(&bearer, ""), (true, false));
+        assert_eq!(guard.has_token(&basic, ""), (true, false));
         assert_eq!(guard.has_token(&cookie, ""), (true, false));
         assert_eq!(
             guard.has_token(&wrong, "x=1&token=0123456789abcdef"),

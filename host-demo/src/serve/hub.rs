@@ -21,6 +21,8 @@ pub(crate) enum Frame {
 /// What a client said that it understands.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Features {
+    /// That it spoke at all: it tells frames apart, and results from what nodes show on the way.
+    pub(crate) announced: bool,
     /// Previews that name their node.
     pub(crate) preview_metadata: bool,
     /// Lines under a node that name their prompt.
@@ -32,13 +34,18 @@ pub(crate) struct Features {
 pub(crate) enum Message<'a> {
     /// `{"type", "data"}`.
     Event(&'a str, Value),
-    /// A JPEG picture on a node.
+    /// The same, of what a node shows that is no output: clients that take the first `executed` for the result would be
+    /// wrong, so it goes to those that announced what they understand.
+    OnTheWay(&'a str, Value),
+    /// A JPEG picture on a node, for those that announced previews; for all if the job asked for them. Old clients take
+    /// any binary frame for the result.
     Preview {
+        asked: bool,
         node: &'a str,
         prompt_id: &'a str,
         jpeg: &'a [u8],
     },
-    /// A line of text under a node.
+    /// A line of text under a node, for those that announced what they understand.
     Text {
         node: &'a str,
         prompt_id: &'a str,
@@ -105,6 +112,14 @@ impl Hub {
 
 /// Whether the client keeps up.
 fn deliver(client: &Client, message: &Message<'_>) -> bool {
+    let is_wanted = match message {
+        Message::Event(..) => true,
+        Message::Preview { asked, .. } => *asked || client.features.preview_metadata,
+        Message::OnTheWay(..) | Message::Text { .. } => client.features.announced,
+    };
+    if !is_wanted {
+        return true;
+    }
     let can_skip = matches!(message, Message::Preview { .. });
     if can_skip && client.sender.capacity() < MAX_WAITING / 2 {
         return true;
@@ -128,13 +143,14 @@ fn encode(message: &Message<'_>, features: Features) -> Frame {
         bytes.extend(part);
     };
     match *message {
-        Message::Event(kind, ref data) => {
+        Message::Event(kind, ref data) | Message::OnTheWay(kind, ref data) => {
             return Frame::Text(json!({"type": kind, "data": data}).to_string());
         }
         Message::Preview {
             node,
             prompt_id,
             jpeg,
+            ..
         } if features.preview_metadata => {
             let about = json!({
                 "node_id": node, "display_node_id": node, "parent_node_id": node, "real_node_id": node,
@@ -186,6 +202,7 @@ mod tests {
         let plain = binary(&text, Features::default());
         assert_eq!(plain, b"\0\0\0\x03\0\0\0\x0212step");
         let features = Features {
+            announced: true,
             preview_metadata: true,
             progress_text_metadata: true,
         };
@@ -194,6 +211,7 @@ mod tests {
             b"\0\0\0\x03\0\0\0\x02ab\0\0\0\x0212step"
         );
         let preview = Message::Preview {
+            asked: false,
             node: "12",
             prompt_id: "ab",
             jpeg: b"JPEG",
@@ -238,6 +256,7 @@ mod tests {
         let hub = Hub::default();
         let (_, mut slow) = hub.connect("a");
         let preview = Message::Preview {
+            asked: false,
             node: "1",
             prompt_id: "",
             jpeg: b"",
@@ -251,5 +270,42 @@ mod tests {
         }
         while slow.try_recv().is_ok() {}
         assert!(slow.is_closed());
+    }
+
+    #[test]
+    fn clients_are_sent_what_they_understand() {
+        let hub = Hub::default();
+        let (_, mut old) = hub.connect("old");
+        let (_, mut new) = hub.connect("new");
+        let features = Features {
+            announced: true,
+            preview_metadata: true,
+            progress_text_metadata: false,
+        };
+        hub.set_features("new", features);
+        let preview = |asked| Message::Preview {
+            asked,
+            node: "1",
+            prompt_id: "p",
+            jpeg: b"JPEG",
+        };
+        let text = Message::Text {
+            node: "1",
+            prompt_id: "p",
+            text: "step",
+        };
+        let way = Message::OnTheWay("executed", json!({}));
+        for message in [preview(false), text, way] {
+            hub.send("", &message);
+            assert!(old.try_recv().is_err(), "{message:?}");
+            assert!(new.try_recv().is_ok(), "{message:?}");
+        }
+        for message in [preview(true), Message::Event("executed", json!({}))] {
+            hub.send("", &message);
+            assert!(
+                old.try_recv().is_ok() && new.try_recv().is_ok(),
+                "{message:?}"
+            );
+        }
     }
 }

@@ -54,7 +54,6 @@ struct State {
     /// Of the current node.
     pictures: Vec<Shown>,
     saved: Vec<Value>,
-    text: String,
     last_progress: Option<Instant>,
     main_series: Option<String>,
     /// Of the whole job.
@@ -70,7 +69,30 @@ pub(crate) struct Live {
     shown_before: ShownBefore,
     prompt_id: String,
     client_id: String,
+    previews: Previews,
     state: Mutex<State>,
+}
+
+/// Who is sent previews of a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Previews {
+    /// Nobody: the job said so.
+    Never,
+    /// Clients that announced that they understand them.
+    Announced,
+    /// All: the job asked for them.
+    Asked,
+}
+
+impl Previews {
+    /// What `preview_method` of a job's `extra_data` says, by ComfyUI's names.
+    pub(crate) fn of(extra_data: &Value) -> Self {
+        match extra_data["preview_method"].as_str() {
+            Some("none") => Self::Never,
+            Some("auto" | "latent2rgb" | "taesd") => Self::Asked,
+            _ => Self::Announced,
+        }
+    }
 }
 
 impl Live {
@@ -80,6 +102,7 @@ impl Live {
         catalog: Arc<Catalog>,
         shown_before: ShownBefore,
         (prompt_id, client_id): (&str, &str),
+        previews: Previews,
     ) -> Self {
         Self {
             hub,
@@ -88,6 +111,7 @@ impl Live {
             shown_before,
             prompt_id: prompt_id.to_owned(),
             client_id: client_id.to_owned(),
+            previews,
             state: Mutex::default(),
         }
     }
@@ -197,7 +221,6 @@ impl Live {
             state.current = Some(node.clone());
             state.pictures.clear();
             state.saved.clear();
-            state.text.clear();
             state.last_progress = None;
             state.main_series = None;
         }
@@ -208,9 +231,6 @@ impl Live {
     fn progressed(&self, node: &NodeLabel, progress: &plugin_api::Progress) {
         {
             let mut state = self.state.lock();
-            if !progress.text.is_empty() {
-                state.text = progress.text.to_string();
-            }
             let is_early = state
                 .last_progress
                 .is_some_and(|at| at.elapsed() < PROGRESS_EVERY);
@@ -236,8 +256,12 @@ impl Live {
             let main = state.main_series.get_or_insert_with(|| series.to_owned());
             main == series || series.starts_with(SAMPLES)
         };
-        if is_main && let Some(jpeg) = jpeg(picture) {
+        if is_main
+            && self.previews != Previews::Never
+            && let Some(jpeg) = jpeg(picture)
+        {
             let message = Message::Preview {
+                asked: self.previews == Previews::Asked,
                 node: &node.id,
                 prompt_id: &self.prompt_id,
                 jpeg: &jpeg,
@@ -245,11 +269,7 @@ impl Live {
             self.hub.send(&self.client_id, &message);
         }
         // Of a series that grows the last picture stays; a node that exists to show shows all.
-        let shows_all = self
-            .catalog
-            .descriptor(&node.class)
-            .is_some_and(|class| class.output_node);
-        let key = if shows_all {
+        let key = if self.is_output(node) {
             format!("{series}/{label}")
         } else {
             series.to_owned()
@@ -278,12 +298,11 @@ impl Live {
 
     /// What the node shows when it is done.
     fn results(&self) -> Option<Value> {
-        let (pictures, saved, text) = {
+        let (pictures, saved) = {
             let mut state = self.state.lock();
             (
                 std::mem::take(&mut state.pictures),
                 std::mem::take(&mut state.saved),
-                std::mem::take(&mut state.text),
             )
         };
         let (mut images, files): (Vec<_>, Vec<_>) = saved
@@ -300,9 +319,6 @@ impl Live {
         }
         if !files.is_empty() {
             output.insert("files".to_owned(), files.into());
-        }
-        if !text.is_empty() {
-            output.insert("text".to_owned(), json!([text]));
         }
         (!output.is_empty()).then_some(Value::Object(output))
     }
@@ -327,7 +343,17 @@ impl Live {
             "node": node.id, "display_node": node.id, "output": output, "prompt_id": self.prompt_id,
         });
         self.state.lock().outputs.insert(node.id.clone(), output);
-        self.send("executed", data);
+        let message = if self.is_output(node) {
+            Message::Event("executed", data)
+        } else {
+            Message::OnTheWay("executed", data)
+        };
+        self.hub.send(&self.client_id, &message);
+    }
+
+    fn is_output(&self, node: &NodeLabel) -> bool {
+        let class = self.catalog.descriptor(&node.class);
+        class.is_some_and(|class| class.output_node)
     }
 
     /// A node that showed its work shows the pictures that came of it instead, if it returns any.

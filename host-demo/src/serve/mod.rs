@@ -50,6 +50,8 @@ pub(crate) struct Options {
     pub(crate) listen: IpAddr,
     pub(crate) port: u16,
     pub(crate) token: Option<String>,
+    /// Names by which this machine may be called, beside its own.
+    pub(crate) hosts: Vec<String>,
     pub(crate) front_end: Option<PathBuf>,
     pub(crate) data: PathBuf,
     pub(crate) cache_budget: u64,
@@ -86,7 +88,7 @@ impl Server {
 /// # Errors
 /// What keeps the server from starting, in one sentence.
 pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
-    let guard = Guard::new(options.listen, options.token.clone())?;
+    let guard = Guard::new(options.listen, options.token.clone(), options.hosts.clone())?;
     let front_end = FrontEnd::find(options.front_end.as_deref())?;
     let folders = Arc::new(Folders::open(&options.data)?);
     let places = Places::Served {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::Server;
 use super::ended::{Ended, Outcome, Results};
 use super::job::Job;
-use super::live::{Live, ShownBefore};
+use super::live::{Live, Previews, ShownBefore};
 use super::queue::{Running, Task};
 use crate::cache::Cache;
 use crate::clock::now_ms;
@@ -43,6 +43,7 @@ fn run(server: &Server, job: Job, cache: &mut Cache, shown_before: &ShownBefore)
         server.catalog.clone(),
         shown_before.clone(),
         (&job.id, &job.client_id),
+        Previews::of(&job.extra_data),
     ));
     let running = Running {
         job: Arc::new(job.clone()),

@@ -107,8 +107,8 @@ fn subgraphs_are_opened() {
     let inner = json!({
         "id": "sub-1", "version": 1, "inputs": [{"name": "mask"}, {"name": "image"}], "outputs": [{"name": "IMAGE"}],
         "nodes": [
-            {"id": 3, "type": "ImageBatch", "inputs": [{"name": "image_1", "type": "IMAGE", "link": 12},
-                {"name": "image_2", "type": "IMAGE", "link": 11}], "outputs": [{"name": "IMAGE", "type": "IMAGE"}]},
+            {"id": 3, "type": "ImageBatch", "inputs": [{"name": "image1", "type": "IMAGE", "link": 12},
+                {"name": "image2", "type": "IMAGE", "link": 11}], "outputs": [{"name": "IMAGE", "type": "IMAGE"}]},
             {"id": 4, "type": "MaskToImage", "inputs": [{"name": "mask", "type": "MASK", "link": 10}],
                 "outputs": [{"name": "IMAGE", "type": "IMAGE"}]},
             {"id": 6, "type": "LoadImage", "outputs": [{"name": "IMAGE", "type": "IMAGE"}],
@@ -134,7 +134,7 @@ fn subgraphs_are_opened() {
     assert_eq!(graph["9"]["inputs"]["images"], json!(["5:3", 0]));
     assert_eq!(
         graph["5:3"]["inputs"],
-        json!({"image_1": ["5:6", 0], "image_2": ["5:4", 0]})
+        json!({"image1": ["5:6", 0], "image2": ["5:4", 0]})
     );
     assert_eq!(graph["5:4"]["inputs"]["mask"], json!(["1", 1]));
     assert_eq!(graph["5:6"]["inputs"]["image"], "outer.png");

@@ -113,13 +113,13 @@ fn pictures_of_two_sizes_in_a_batch() {
     let workflow = json!({
         "1": node("LoadImage", json!({"image": "demo:man-and-cat.png"})),
         "2": node("Lie", json!({"about": "bad_preview"})),
-        "3": node("ImageBatch", json!({"image_1": ["1", 0], "image_2": ["2", 0]})),
+        "3": node("ImageBatch", json!({"image1": ["1", 0], "image2": ["2", 0]})),
         "4": node("PreviewImage", json!({"images": ["3", 0]})),
     });
     refused(
         &place,
         place.run(&workflow, &[]),
-        &["node 3 (ImageBatch), input image_2", "4×4", "128×128"],
+        &["node 3 (ImageBatch), input image2", "4×4", "128×128"],
     );
 }
 
@@ -219,7 +219,7 @@ fn a_set_target_that_is_not_there() {
     let workflow = json!({
         "1": node("Slow", json!({})),
         "2": node("Slow", json!({})),
-        "3": node("ImageBatch", json!({"image_1": ["1", 0], "image_2": ["2", 0]})),
+        "3": node("ImageBatch", json!({"image1": ["1", 0], "image2": ["2", 0]})),
         "4": node("PreviewImage", json!({"images": ["3", 0]})),
     });
     for (assignment, part) in [

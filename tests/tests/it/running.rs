@@ -220,7 +220,7 @@ fn nodes_that_are_the_same_run_once() {
         "1": node("Slow", json!({"steps": 1, "seed": 5})),
         "2": node("Slow", json!({"steps": 1, "seed": 5})),
         "3": node("Slow", json!({"steps": 1, "seed": 6})),
-        "4": node("ImageBatch", json!({"image_1": ["1", 0], "image_2": ["2", 0], "image_3": ["3", 0]})),
+        "4": node("ImageBatch", json!({"image1": ["1", 0], "image2": ["2", 0], "image3": ["3", 0]})),
         "5": node("SaveImage", json!({"images": ["4", 0]})),
     });
     place.run(&workflow, &[]).succeeded();
@@ -282,7 +282,7 @@ fn pictures_are_found_beside_the_workflow_and_in_the_input_folder() {
     let workflow = json!({
         "1": node("LoadImage", json!({"image": "near.png"})),
         "2": node("LoadImage", json!({"image": "far.png"})),
-        "3": node("ImageBatch", json!({"image_1": ["1", 0], "image_2": ["2", 0]})),
+        "3": node("ImageBatch", json!({"image1": ["1", 0], "image2": ["2", 0]})),
         "4": node("SaveImage", json!({"images": ["3", 0]})),
     });
     place.write("graphs/w.json", workflow.to_string());

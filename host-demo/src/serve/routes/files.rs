@@ -1,20 +1,28 @@
-//! `/view`: pictures, and nothing that a browser would run.
+//! `/view`: pictures are shown, other files are saved; nothing is run by a browser.
 
 use std::collections::HashMap;
-use std::io::Cursor;
+use std::fs::File;
+use std::io::{self, Cursor, Read as _};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use axum::body::{Body, Bytes};
 use axum::extract::{Query, State};
-use axum::http::StatusCode;
+use axum::http::header::CONTENT_LENGTH;
+use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use image::{ImageFormat, guess_format};
+use tokio::io::AsyncReadExt as _;
 
 use super::super::Server;
 use super::super::answer::{bad_request, not_found, refuse};
-use super::{blocking, either};
+use super::blocking;
 use crate::confined::{PathError, Root};
 use crate::demo;
 use crate::pictures::{LoadedPicture, read_file};
+
+/// Bytes of a download that are in memory at once.
+const PIECE: usize = 256 << 10;
 
 /// The folder that a request means.
 pub(super) fn root<'a>(server: &'a Server, kind: &str) -> Option<&'a Root> {
@@ -46,57 +54,100 @@ pub(super) fn joined(subfolder: &str, filename: &str) -> String {
     }
 }
 
-/// `GET /view?filename&subfolder&type&channel`.
+/// `GET /view?filename&subfolder&type&channel`: a picture to look at, or another file to save.
 pub(crate) async fn view(
     State(server): State<Arc<Server>>,
     Query(query): Query<HashMap<String, String>>,
 ) -> Response {
-    either(blocking(move || either(picture(&server, &query))).await)
+    match blocking(move || find(&server, &query)).await {
+        Ok(Ok(Found::Shown(response))) => response,
+        Ok(Ok(Found::File(path, name))) => saved(&path, &name).await,
+        Ok(Err(refusal)) | Err(refusal) => refusal,
+    }
 }
 
-fn picture(server: &Server, query: &HashMap<String, String>) -> Result<Response, Response> {
+enum Found {
+    Shown(Response),
+    File(PathBuf, String),
+}
+
+fn find(server: &Server, query: &HashMap<String, String>) -> Result<Found, Response> {
     let text = |key: &str| query.get(key).map(String::as_str).unwrap_or_default();
     // As the editor writes names: `dog.png [input]`.
     let (filename, kind) = match text("filename").rsplit_once(" [") {
         Some((name, kind)) if kind.ends_with(']') => (name, kind.trim_end_matches(']')),
         _ => (text("filename"), text("type")),
     };
-    let bytes = match demo::picture(filename) {
-        Some(bytes) => bytes.to_vec(),
-        None => file(server, kind, &joined(text("subfolder"), filename))?,
-    };
-    let Some(kind) = media_type(&bytes) else {
-        let message = format!("\"{filename}\" is no picture, and only pictures are shown");
-        return Err(refuse(
-            StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            "no_picture",
-            &message,
-        ));
-    };
-    let (kind, bytes) = match text("channel") {
-        channel @ ("rgb" | "a") => ("image/png", one_channel(filename, &bytes, channel)?),
+    if let Some(bytes) = demo::picture(filename) {
+        return shown(filename, bytes.to_vec(), text("channel")).map(Found::Shown);
+    }
+    let path = place(server, kind, &joined(text("subfolder"), filename))?;
+    let mut start = [0; 32];
+    let is_picture = File::open(&path)
+        .and_then(|mut file| file.read(&mut start))
+        .is_ok_and(|n| media_type(&start[..n]).is_some());
+    if !is_picture {
+        return Ok(Found::File(path, filename.to_owned()));
+    }
+    let bytes = read_file(&path).map_err(|error| bad_request(&error.message))?;
+    shown(filename, bytes, text("channel")).map(Found::Shown)
+}
+
+fn shown(filename: &str, bytes: Vec<u8>, channel: &str) -> Result<Response, Response> {
+    let kind = media_type(&bytes).unwrap_or("application/octet-stream");
+    let (kind, bytes) = match channel {
+        "rgb" | "a" => ("image/png", one_channel(filename, &bytes, channel)?),
         _ => (kind, bytes),
     };
-    let name = filename.replace(
+    Ok((headers(kind, "inline", filename), bytes).into_response())
+}
+
+/// A file that no browser shows, piece by piece: weights are large.
+async fn saved(path: &Path, filename: &str) -> Response {
+    let file = match tokio::fs::File::open(path).await {
+        Ok(file) => file,
+        Err(error) => return bad_request(&format!("\"{filename}\" cannot be read: {error}")),
+    };
+    let length = file.metadata().await.map(|meta| meta.len());
+    let pieces = futures_util::stream::try_unfold(file, |mut file| async move {
+        let mut piece = vec![0; PIECE];
+        let n = file.read(&mut piece).await?;
+        piece.truncate(n);
+        Ok::<_, io::Error>((n > 0).then_some((Bytes::from(piece), file)))
+    });
+    let mut response = (
+        headers("application/octet-stream", "attachment", filename),
+        Body::from_stream(pieces),
+    )
+        .into_response();
+    if let Ok(length) = length {
+        response
+            .headers_mut()
+            .insert(CONTENT_LENGTH, HeaderValue::from(length));
+    }
+    response
+}
+
+fn headers(kind: &str, disposition: &str, filename: &str) -> [(&'static str, String); 4] {
+    let name = filename.rsplit('/').next().unwrap_or_default().replace(
         |c: char| !c.is_ascii() || c.is_ascii_control() || c == '"',
         "_",
     );
-    let headers = [
+    [
         ("content-type", kind.to_owned()),
         (
             "content-disposition",
-            format!("inline; filename=\"{name}\""),
+            format!("{disposition}; filename=\"{name}\""),
         ),
         (
             "content-security-policy",
             "sandbox; default-src 'none'".to_owned(),
         ),
         ("cache-control", "no-cache".to_owned()),
-    ];
-    Ok((headers, bytes).into_response())
+    ]
 }
 
-fn file(server: &Server, kind: &str, name: &str) -> Result<Vec<u8>, Response> {
+fn place(server: &Server, kind: &str, name: &str) -> Result<PathBuf, Response> {
     let Some(root) = root(server, kind) else {
         return Err(bad_request("type is input, output or temp"));
     };
@@ -104,7 +155,11 @@ fn file(server: &Server, kind: &str, name: &str) -> Result<Vec<u8>, Response> {
         PathError::NotFound(_) => not_found(&error.to_string()),
         _ => refuse(StatusCode::FORBIDDEN, "forbidden", &error.to_string()),
     })?;
-    read_file(&path).map_err(|error| bad_request(&error.message))
+    if path.is_file() {
+        Ok(path)
+    } else {
+        Err(not_found(&format!("\"{name}\" is no file")))
+    }
 }
 
 /// Without the transparency, or only that: what the mask editor asks for.

@@ -61,7 +61,7 @@ fn all_nodes(server: &Server) -> Map<String, Value> {
 }
 
 /// Names of the files with these extensions, sorted.
-fn files_in(root: &Root, extensions: &[&str]) -> Vec<String> {
+pub(super) fn files_in(root: &Root, extensions: &[&str]) -> Vec<String> {
     let mut found = Vec::new();
     collect(root, root.path(), extensions, MAX_DEPTH, &mut found);
     found.sort();
@@ -196,80 +196,6 @@ pub(crate) async fn extensions() -> Response {
 /// Questions whose answer is that there is nothing.
 pub(crate) async fn nothing() -> Response {
     done()
-}
-
-/// `GET /embeddings`: names of learned tokens, without their ending.
-pub(crate) async fn embeddings(State(server): State<Arc<Server>>) -> Response {
-    let names = blocking(move || {
-        let folder = server.folders.models.place("embeddings").ok();
-        let root = folder.and_then(|folder| Root::create(&folder).ok());
-        root.map(|root| files_in(&root, &["safetensors"]))
-            .unwrap_or_default()
-    });
-    let stem = |name: &String| name.trim_end_matches(".safetensors").to_owned();
-    either(
-        names
-            .await
-            .map(|names| ok(&json!(names.iter().map(stem).collect::<Vec<_>>()))),
-    )
-}
-
-fn folders_of(server: &Server) -> Vec<String> {
-    let mut names = vec![
-        "checkpoints".to_owned(),
-        "embeddings".to_owned(),
-        "loras".to_owned(),
-    ];
-    for entry in std::fs::read_dir(server.folders.models.path())
-        .into_iter()
-        .flatten()
-        .flatten()
-    {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if entry.path().is_dir() && !names.contains(&name) {
-            names.push(name);
-        }
-    }
-    names
-}
-
-/// `GET /models`.
-pub(crate) async fn models(State(server): State<Arc<Server>>) -> Response {
-    either(blocking(move || ok(&json!(folders_of(&server)))).await)
-}
-
-/// `GET /experiment/models`.
-pub(crate) async fn model_folders(State(server): State<Arc<Server>>) -> Response {
-    let folders = blocking(move || {
-        let entry = |name: &String| json!({"name": name, "folders": [server.folders.models.path().join(name)]});
-        ok(&json!(
-            folders_of(&server).iter().map(entry).collect::<Vec<_>>()
-        ))
-    });
-    either(folders.await)
-}
-
-/// `GET /models/{folder}`.
-pub(crate) async fn models_in(
-    State(server): State<Arc<Server>>,
-    Path(folder): Path<String>,
-) -> Response {
-    let listed = blocking(move || {
-        if !folders_of(&server).contains(&folder) {
-            return not_found(&format!("there is no folder of models {folder}"));
-        }
-        let root = server
-            .folders
-            .models
-            .existing(&folder)
-            .ok()
-            .and_then(|path| Root::create(&path).ok());
-        let names = root
-            .map(|root| files_in(&root, &["safetensors"]))
-            .unwrap_or_default();
-        ok(&json!(names))
-    });
-    either(listed.await)
 }
 
 /// `GET /workflow_templates`: names by pack.

@@ -22,9 +22,8 @@ pub(crate) async fn queue(State(server): State<Arc<Server>>) -> Response {
         .iter()
         .map(|running| running.job.tuple())
         .collect();
-    let is_paused = waiting.iter().any(|job| job.is_held);
     let pending: Vec<_> = waiting.iter().map(Job::tuple).collect();
-    ok(&json!({"queue_running": running, "queue_pending": pending, "paused": is_paused}))
+    ok(&json!({"queue_running": running, "queue_pending": pending}))
 }
 
 /// `POST /queue {"clear", "delete", "resume"}`.

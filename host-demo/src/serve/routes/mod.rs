@@ -6,7 +6,9 @@
 
 mod files;
 mod info;
+mod internal;
 mod jobs;
+mod models;
 mod pages;
 mod prompt;
 mod socket;
@@ -21,7 +23,7 @@ use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::StatusCode;
 use axum::middleware::from_fn_with_state;
 use axum::response::Response;
-use axum::routing::{get, post};
+use axum::routing::{get, patch, post};
 use serde_json::{Map, Value};
 
 use super::answer::{bad_request, refuse};
@@ -69,10 +71,17 @@ fn api() -> Router<Arc<Server>> {
             get(info::setting).post(info::change_setting),
         )
         .route("/extensions", get(info::extensions))
-        .route("/embeddings", get(info::embeddings))
-        .route("/models", get(info::models))
-        .route("/models/{folder}", get(info::models_in))
-        .route("/experiment/models", get(info::model_folders))
+        .route("/embeddings", get(models::embeddings))
+        .route("/models", get(models::kinds))
+        .route("/models/{folder}", get(models::in_folder))
+        .route("/experiment/models", get(models::folders))
+        .route("/experiment/models/{folder}", get(models::with_times))
+        .route("/view_metadata/{folder}", get(models::metadata))
+        .route("/internal/logs", get(internal::logs))
+        .route("/internal/logs/raw", get(internal::raw_logs))
+        .route("/internal/logs/subscribe", patch(internal::subscribe))
+        .route("/internal/folder_paths", get(internal::folder_paths))
+        .route("/internal/files/{kind}", get(internal::files))
         .route("/workflow_templates", get(info::templates))
         .route("/workflow_templates/{pack}/{name}", get(info::template))
         .route("/i18n", get(info::nothing))
@@ -82,6 +91,7 @@ fn api() -> Router<Arc<Server>> {
         .route("/upload/image", post(upload::image))
         .route("/upload/mask", post(upload::mask))
         .route("/userdata", get(userdata::list))
+        .route("/v2/userdata", get(userdata::list_v2))
         .route(
             "/userdata/{file}",
             get(userdata::read)

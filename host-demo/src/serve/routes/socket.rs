@@ -78,6 +78,7 @@ fn hear(server: &Server, id: &str, text: &str) {
     }
     let can = |name: &str| message["data"][name].as_bool().unwrap_or_default();
     let features = Features {
+        announced: true,
         preview_metadata: can("supports_preview_metadata"),
         progress_text_metadata: can("supports_progress_text_metadata"),
     };

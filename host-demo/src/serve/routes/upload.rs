@@ -4,10 +4,13 @@ use std::io::Cursor;
 use std::sync::Arc;
 
 use axum::body::Bytes;
+use axum::extract::multipart::Field;
 use axum::extract::{Multipart, State};
 use axum::http::StatusCode;
+use axum::http::header::CONTENT_DISPOSITION;
 use axum::response::Response;
 use image::ImageFormat;
+use percent_encoding::percent_decode_str;
 use serde_json::{Value, json};
 
 use super::super::Server;
@@ -63,7 +66,7 @@ async fn read(mut form: Multipart) -> Result<Upload, Response> {
     while let Some(field) = form.next_field().await.map_err(broken)? {
         let name = field.name().unwrap_or_default().to_owned();
         if name == "image" {
-            upload.name = field.file_name().unwrap_or_default().to_owned();
+            upload.name = file_name(&field);
             upload.bytes = field.bytes().await.map_err(broken)?;
             continue;
         }
@@ -80,6 +83,29 @@ async fn read(mut form: Multipart) -> Result<Upload, Response> {
         return Err(bad_request("the form has no file \"image\""));
     }
     Ok(upload)
+}
+
+/// The name that a client gave the file; of a `filename*` (RFC 5987) what it stands for.
+fn file_name(field: &Field<'_>) -> String {
+    let disposition = field.headers().get(CONTENT_DISPOSITION);
+    let disposition =
+        disposition.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
+    let extended = disposition.as_deref().and_then(extended_name);
+    extended.unwrap_or_else(|| field.file_name().unwrap_or_default().to_owned())
+}
+
+/// `filename*=utf-8''my%20dog.png`.
+fn extended_name(disposition: &str) -> Option<String> {
+    let (_, value) = disposition.split_once("filename*=")?;
+    let value = value.split(';').next()?.trim().trim_matches('"');
+    let (charset, rest) = value.split_once('\'')?;
+    let (_, name) = rest.split_once('\'')?;
+    let bytes: Vec<u8> = percent_decode_str(name).collect();
+    match charset.to_lowercase().as_str() {
+        "utf-8" => String::from_utf8(bytes).ok(),
+        "iso-8859-1" => Some(bytes.into_iter().map(char::from).collect()),
+        _ => None,
+    }
 }
 
 /// Writes the picture under its name, or under a numbered one if another picture has it.
@@ -147,4 +173,35 @@ fn with_transparency(server: &Server, upload: &Upload) -> Result<Vec<u8>, Respon
         .write_to(&mut png, ImageFormat::Png)
         .map_err(|error| bad_request(&format!("the mask cannot be written: {error}")))?;
     Ok(png.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::extended_name;
+
+    #[test]
+    fn extended_names_are_decoded() {
+        for (disposition, expected) in [
+            (
+                "form-data; name=\"image\"; filename=\"my%20dog%20%281%29.png\"; filename*=utf-8''my%20dog%20%281%29.png",
+                Some("my dog (1).png"),
+            ),
+            (
+                "form-data; name=image; filename*=UTF-8'en'%E7%8C%AB.png; x=1",
+                Some("猫.png"),
+            ),
+            (
+                "form-data; filename*=iso-8859-1''Gr%FC%DFe.png",
+                Some("Grüße.png"),
+            ),
+            ("form-data; filename*=utf-8''%FF.png", None),
+            ("form-data; filename=\"a.png\"", None),
+        ] {
+            assert_eq!(
+                extended_name(disposition).as_deref(),
+                expected,
+                "{disposition}"
+            );
+        }
+    }
 }

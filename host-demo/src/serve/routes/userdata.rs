@@ -94,6 +94,47 @@ pub(crate) async fn list(
     either(listed.await)
 }
 
+/// `GET /v2/userdata?path`: files and folders beneath a folder, one level deep.
+pub(crate) async fn list_v2(
+    State(server): State<Arc<Server>>,
+    Query(query): Query<HashMap<String, String>>,
+) -> Response {
+    let listed = blocking(move || {
+        let path = query.get("path").map(String::as_str).unwrap_or_default();
+        let path = path.trim_matches('/');
+        let user = &server.folders.user;
+        let folder = if path.is_empty() {
+            user.path().to_owned()
+        } else {
+            match user.existing(path) {
+                Ok(folder) => folder,
+                Err(error) => return refuse_path(&error),
+            }
+        };
+        let mut entries = Vec::new();
+        for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+            let Some(path) = user.name_of(&entry.path()) else {
+                continue;
+            };
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            let mut listed = json!({"name": name, "path": path});
+            listed["type"] = json!(if is_folder { "directory" } else { "file" });
+            if !is_folder {
+                let about = about(&entry.path(), &name);
+                listed["size"] = about["size"].clone();
+                listed["modified"] = about["modified"].clone();
+            }
+            if entries.len() < MAX_LISTED {
+                entries.push(listed);
+            }
+        }
+        entries.sort_by_key(|entry| (entry["type"] != "directory", entry["name"].to_string()));
+        ok(&json!(entries))
+    });
+    either(listed.await)
+}
+
 fn collect(root: &Root, folder: &FilePath, recurse: bool, names: &mut Vec<String>) {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let Ok(kind) = entry.file_type() else {
