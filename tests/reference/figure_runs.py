@@ -38,6 +38,7 @@ ABLATION = {
     "without the likelihood (attention's share alone)": "no-likelihood",
     "without the prior (the noise alone)": "no-prior",
     "foreground where an object's map is high": "object-foreground",
+    "parts by the foreground's shape alone": "no-word-parts",
     "pixel by pixel instead of parts": "no-regions",
     "every round forgets the one before": "no-memory",
     "without the dense CRF": "no-crf",

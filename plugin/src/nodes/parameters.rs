@@ -126,8 +126,11 @@ enum Extraction {
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 enum Regions {
-    /// Parts of the foreground; every object owns one at least.
+    /// Parts of the foreground, by its shape or by the words' attention, whichever explains the picture better; every
+    /// object owns one at least.
     Parts,
+    /// Parts of the foreground by its shape.
+    ForegroundParts,
     /// Every pixel for itself.
     Pixels,
 }
@@ -149,7 +152,8 @@ impl ExtractionParameters {
             Labeling::Compete { tau: own } => Labeling::Compete { tau: tau(own) },
             Labeling::Posterior(posterior) => Labeling::Posterior(PosteriorConfig {
                 pooling: match self.regions {
-                    Regions::Parts => Pooling::Parts,
+                    Regions::Parts => Pooling::BetterParts,
+                    Regions::ForegroundParts => Pooling::Parts,
                     Regions::Pixels => Pooling::Pixels,
                 },
                 ..posterior

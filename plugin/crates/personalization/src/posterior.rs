@@ -18,6 +18,9 @@
 //!
 //! A and ℓ are those of all draws so far; ℓ counts for as many as correlated draws are worth.
 //!
+//! There are two hypotheses of what the parts are: by the foreground's shape, and by the words' attention. The second is
+//! believed where its evidence is larger by more than a cost for each part that it has more.
+//!
 //! Where there are fewer parts than objects, every pixel is a part of its own, with ℓ blurred.
 
 use crate::config::{Cue, Foreground, Pooling, PosteriorConfig};
@@ -27,7 +30,7 @@ use crate::evidence::{Affinity, Evidence};
 use crate::maps::{AttentionMaps, upsample_linear};
 use crate::mask::ImageMasks;
 use crate::owners::{Owners, log_sum, owners, softmax};
-use crate::regions::{Region, regions, sigmoid};
+use crate::regions::{Region, regions, regions_of_words, sigmoid};
 use crate::scene::{Role, competitors};
 
 /// Shares below this one count as this one: a map of zeros forbids nothing.
@@ -78,20 +81,35 @@ pub fn posterior(
         config,
     };
     let foreground = picture.foreground(roles);
+    let n_objects = picture.objects.len();
     let parts = match config.pooling {
         Pooling::Pixels => Vec::new(),
-        Pooling::Parts => regions(
-            &foreground,
-            maps.size,
-            picture.objects.len(),
-            affinity,
-            &config.regions,
-        ),
+        Pooling::Parts | Pooling::BetterParts => {
+            regions(&foreground, maps.size, n_objects, affinity, &config.regions)
+        }
     };
-    let (mut planes, log_evidence) = if parts.len() < picture.objects.len() {
-        picture.by_pixel(&foreground)
-    } else {
-        picture.by_part(&parts)
+    let words_parts = match config.pooling {
+        Pooling::BetterParts => picture.parts_of_words(&foreground),
+        Pooling::Pixels | Pooling::Parts => Vec::new(),
+    };
+    let enough = |parts: &&Vec<Region>| parts.len() >= n_objects;
+    let of_shape = Some(&parts)
+        .filter(enough)
+        .map(|parts| picture.by_part(parts));
+    let of_words = Some(&words_parts)
+        .filter(enough)
+        .map(|parts| picture.by_part(parts));
+    let (mut planes, log_evidence) = match (of_shape, of_words) {
+        (Some(shape), Some(words)) => {
+            let cost = config.part_cost * words_parts.len().saturating_sub(parts.len()) as f64;
+            if words.1 - cost > shape.1 {
+                words
+            } else {
+                shape
+            }
+        }
+        (Some(parts), None) | (None, Some(parts)) => parts,
+        (None, None) => picture.by_pixel(&foreground),
     };
     if let Some(background) = roles
         .iter()
@@ -150,6 +168,17 @@ impl Picture<'_> {
                     .collect()
             }
         }
+    }
+
+    /// Parts of the foreground by whose word's map, from its least to its most, is highest; none where only the noise
+    /// counts.
+    fn parts_of_words(&self, foreground: &[f32]) -> Vec<Region> {
+        if self.config.cue == Cue::Noise {
+            return Vec::new();
+        }
+        let maps = self.objects.iter().map(|&c| min_max(&self.attention[c]));
+        let maps: Vec<Vec<f32>> = maps.collect();
+        regions_of_words(foreground, self.size, &maps, &self.config.regions)
     }
 
     /// ln of every object's share of the attention, `[objects][S · S]`.

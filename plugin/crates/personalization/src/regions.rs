@@ -15,6 +15,10 @@
 //!    by the second eigenvector of D^-½ W D^-½ at its best threshold.
 //!
 //! A part is not assumed to be an object: one object may own several.
+//!
+//! Another hypothesis ([`regions_of_words`]) parts the basins where another word's attention becomes the highest: it finds
+//! things that touch and look at each other, where the words are bound well. Which one explains the picture is for
+//! [`crate::posterior`] to say.
 
 use nalgebra::DMatrix;
 use serde::Serialize;
@@ -60,6 +64,13 @@ impl RegionConfig {
     }
 }
 
+impl RegionConfig {
+    /// Pixels of the smallest part.
+    fn least(&self, n_pixels: usize) -> usize {
+        ((self.speck * n_pixels as f64).ceil() as usize).max(1)
+    }
+}
+
 /// Steps in which the prominence is lowered.
 const PROMINENCES: usize = 8;
 
@@ -81,17 +92,105 @@ impl Region {
     }
 }
 
-/// At least `n_wanted` parts, if the map and the affinity let themselves be cut so often.
-///
-/// * `map`: `[size · size]` in [0, 1], high in the foreground
-pub(crate) fn regions(
+/// The basins of a foreground cut where another map of `words` `[size · size]` becomes the highest. A piece has at least
+/// the area of a part, and a tenth of its basin; smaller ones go to the nearest.
+pub(crate) fn regions_of_words(
     map: &[f32],
     size: usize,
-    n_wanted: usize,
-    affinity: Option<&Affinity>,
+    words: &[Vec<f32>],
     config: &RegionConfig,
 ) -> Vec<Region> {
-    let least = ((config.speck * map.len() as f64).ceil() as usize).max(1);
+    let word_of = |i: usize| {
+        (1..words.len()).fold(0, |best, k| {
+            if words[k][i] > words[best][i] {
+                k
+            } else {
+                best
+            }
+        })
+    };
+    let parts = basins_for(map, size, words.len(), config);
+    let pieces = parts.into_iter().flat_map(|part| {
+        let core = core_of(&part, map, config.rim);
+        let least = config
+            .least(map.len())
+            .max((PIECE * core.len() as f64).ceil() as usize);
+        let mut pieces = connected(&core, size, map.len(), word_of);
+        pieces.retain(|piece| piece.len() >= least);
+        if pieces.len() < 2 {
+            return vec![part];
+        }
+        grown(&part, pieces, size, map.len())
+    });
+    pieces.map(|pixels| with_rim(pixels, map, config)).collect()
+}
+
+/// Smallest piece of a basin, as a share of its core.
+const PIECE: f64 = 0.1;
+
+/// Connected pixels of one word.
+fn connected(
+    pixels: &[usize],
+    size: usize,
+    n: usize,
+    word_of: impl Fn(usize) -> usize,
+) -> Vec<Vec<usize>> {
+    let mut word = vec![None; n];
+    pixels.iter().for_each(|&i| word[i] = Some(word_of(i)));
+    let mut pieces = Vec::new();
+    for &start in pixels {
+        let Some(own) = word[start].take() else {
+            continue;
+        };
+        let (mut piece, mut next) = (vec![start], 0);
+        while next < piece.len() {
+            for i in neighbors(piece[next], size, n) {
+                if word[i] == Some(own) {
+                    word[i] = None;
+                    piece.push(i);
+                }
+            }
+            next += 1;
+        }
+        pieces.push(piece);
+    }
+    pieces
+}
+
+/// Every pixel of a part, with the piece that is nearest within the part.
+fn grown(part: &[usize], pieces: Vec<Vec<usize>>, size: usize, n: usize) -> Vec<Vec<usize>> {
+    const OUTSIDE: usize = usize::MAX;
+    const FREE: usize = usize::MAX - 1;
+    let mut owner = vec![OUTSIDE; n];
+    part.iter().for_each(|&i| owner[i] = FREE);
+    let mut queue = Vec::with_capacity(part.len());
+    for (k, piece) in pieces.iter().enumerate() {
+        piece.iter().for_each(|&i| owner[i] = k);
+        queue.extend(piece);
+    }
+    let mut next = 0;
+    while next < queue.len() {
+        for i in neighbors(queue[next], size, n) {
+            if owner[i] == FREE {
+                owner[i] = owner[queue[next]];
+                queue.push(i);
+            }
+        }
+        next += 1;
+    }
+    let mut grown = vec![Vec::new(); pieces.len()];
+    // What no piece reaches is connected to none; basins are connected, so that there is none.
+    for &i in part {
+        if let Some(pixels) = grown.get_mut(owner[i]) {
+            pixels.push(i);
+        }
+    }
+    grown
+}
+
+/// Basins that are parts, as many as are wanted if shallower saddles part them so.
+fn basins_for(map: &[f32], size: usize, n_wanted: usize, config: &RegionConfig) -> Vec<Vec<usize>> {
+    let least = config.least(map.len());
     let order = downhill(map, config.floor);
     let is_part =
         |part: &Vec<usize>| part.len() >= least && part.iter().any(|&i| map[i] >= config.peak);
@@ -105,6 +204,21 @@ pub(crate) fn regions(
             break;
         }
     }
+    parts
+}
+
+/// At least `n_wanted` parts, if the map and the affinity let themselves be cut so often.
+///
+/// * `map`: `[size · size]` in [0, 1], high in the foreground
+pub(crate) fn regions(
+    map: &[f32],
+    size: usize,
+    n_wanted: usize,
+    affinity: Option<&Affinity>,
+    config: &RegionConfig,
+) -> Vec<Region> {
+    let least = config.least(map.len());
+    let mut parts = basins_for(map, size, n_wanted, config);
     while let Some(affinity) = affinity.filter(|_| parts.len() < n_wanted) {
         let cuts = parts.iter().enumerate().filter_map(|(i, part)| {
             let core = core_of(part, map, config.rim);
@@ -451,6 +565,24 @@ mod tests {
         assert_eq!(cores, [[13, 14, 19, 20], [15, 16, 21, 22]]);
         let n_pixels: usize = found.iter().map(|part| part.pixels.len()).sum();
         assert_eq!(n_pixels, 36, "the ground goes to the nearer one");
+    }
+
+    #[test]
+    fn words_part_what_touches() {
+        let (map, size) = map(&["00000", "09999", "09999", "02220", "00000"]);
+        let left = |i: usize| i % 5 < 3;
+        let words: [Vec<f32>; 2] = [true, false].map(|side| {
+            (0..25)
+                .map(|i| if left(i) == side { 0.9 } else { 0.1 })
+                .collect()
+        });
+        let found = regions_of_words(&map, size, &words, &config());
+        let pixels: Vec<_> = found.iter().map(|part| part.pixels.clone()).collect();
+        // What is no core goes to the nearest.
+        assert_eq!(pixels, [vec![6, 7, 11, 12, 16, 17], vec![8, 9, 13, 14, 18]]);
+        // A word that is the highest nowhere parts nothing.
+        let same = [vec![0.9; 25], vec![0.1; 25]];
+        assert_eq!(regions_of_words(&map, size, &same, &config()).len(), 1);
     }
 
     #[test]

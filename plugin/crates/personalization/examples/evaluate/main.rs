@@ -96,6 +96,8 @@ enum ConfigName {
     NoPrior,
     /// `likelihood` whose foreground is where an object's map is high.
     ObjectForeground,
+    /// `likelihood` with parts by the foreground's shape alone.
+    NoWordParts,
     /// `likelihood` pixel by pixel.
     NoRegions,
     /// `likelihood` that forgets between rounds.
@@ -123,6 +125,7 @@ impl ConfigName {
             Self::ObjectForeground => {
                 with(&|posterior| posterior.foreground = Foreground::ObjectMaps)
             }
+            Self::NoWordParts => with(&|posterior| posterior.pooling = Pooling::Parts),
             Self::NoRegions => with(&|posterior| posterior.pooling = Pooling::Pixels),
             Self::NoMemory => with(&|posterior| posterior.keep = 0.0),
             Self::NoCrf => {
