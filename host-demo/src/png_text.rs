@@ -42,22 +42,23 @@ pub(crate) fn workflow(png: &[u8]) -> Option<String> {
         .read_info()
         .ok()?;
     let info = reader.info();
-    let plain = info
-        .uncompressed_latin1_text
-        .iter()
-        .map(|chunk| (&chunk.keyword, Some(chunk.text.clone())));
-    let packed = info
-        .compressed_latin1_text
-        .iter()
-        .map(|chunk| (&chunk.keyword, chunk.get_text().ok()));
-    let utf8 = info
-        .utf8_text
-        .iter()
-        .map(|chunk| (&chunk.keyword, chunk.get_text().ok()));
-    let texts: Vec<(&String, Option<String>)> = plain.chain(packed).chain(utf8).collect();
     let text = |keyword: &str| {
-        let mut found = texts.iter().filter(|(own, _)| *own == keyword);
-        found.find_map(|(_, text)| text.clone())
+        let plain = info.uncompressed_latin1_text.iter();
+        let packed = info.compressed_latin1_text.iter();
+        let utf8 = info.utf8_text.iter();
+        plain
+            .filter(|chunk| chunk.keyword == keyword)
+            .map(|chunk| chunk.text.clone())
+            .chain(
+                packed
+                    .filter(|chunk| chunk.keyword == keyword)
+                    .filter_map(|chunk| chunk.get_text().ok()),
+            )
+            .chain(
+                utf8.filter(|chunk| chunk.keyword == keyword)
+                    .filter_map(|chunk| chunk.get_text().ok()),
+            )
+            .next()
     };
     text("workflow").or_else(|| text("prompt"))
 }

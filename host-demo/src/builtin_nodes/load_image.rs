@@ -196,30 +196,25 @@ const FOLDERS: [&str; 3] = ["input]", "output]", "temp]"];
 
 fn own_file(name: &str, workflow_dir: &Path, input_dir: &Path) -> Result<PathBuf, String> {
     // The editor notes the folder behind the name; a run on the command line has one.
-    let plain = name
-        .rsplit_once(" [")
-        .filter(|(_, folder)| FOLDERS.contains(folder));
-    if let Some((plain, _)) = plain.filter(|_| !workflow_dir.join(name).is_file()) {
-        return own_file(plain, workflow_dir, input_dir);
-    }
+    let plain = match name.rsplit_once(" [") {
+        Some((plain, folder)) if FOLDERS.contains(&folder) => plain,
+        _ => name,
+    };
     // Joining an absolute path gives that path.
-    let tried = [workflow_dir.join(name), input_dir.join(name)];
-    let found = tried.iter().find(|path| path.is_file());
+    let tried = [name, plain].map(|name| [workflow_dir.join(name), input_dir.join(name)]);
+    let found = tried.iter().flatten().find(|path| path.is_file());
     found.cloned().ok_or_else(|| {
         let folder = |path: &Path| match path.parent() {
             Some(parent) if parent != Path::new("") => parent.display().to_string(),
             _ => "the current folder".to_owned(),
         };
-        let places = if Path::new(name).is_absolute() {
+        let places = if Path::new(plain).is_absolute() {
             String::new()
         } else {
-            format!(
-                "; looked in {} and {}",
-                folder(&tried[0]),
-                folder(&tried[1])
-            )
+            let [_, [first, second]] = &tried;
+            format!("; looked in {} and {}", folder(first), folder(second))
         };
-        format!("there is no picture {name}{places}")
+        format!("there is no picture {plain}{places}")
     })
 }
 

@@ -78,6 +78,8 @@ struct Scope<'a> {
     prefix: String,
     /// Subgraph nodes in here, by node id.
     inner: BTreeMap<String, usize>,
+    /// Slots of the subgraph's inputs that lead to widgets, in order, with the nodes and widgets that they lead to.
+    widgets: BTreeMap<usize, Vec<(String, &'a str)>>,
 }
 
 impl Scope<'_> {
@@ -111,9 +113,12 @@ impl<'a> Scopes<'a> {
             format!("{}:", self.all[scope].id(node))
         });
         let index = self.all.len();
+        let nodes: BTreeMap<String, &EditorNode> =
+            graph.nodes.iter().map(|node| (node.id(), node)).collect();
         self.all.push(Scope {
             graph,
-            nodes: graph.nodes.iter().map(|node| (node.id(), node)).collect(),
+            widgets: promoted_widgets(graph, &nodes),
+            nodes,
             links: graph
                 .links
                 .iter()
@@ -305,37 +310,21 @@ impl<'a> Scopes<'a> {
         }
         let values = node.widgets_values.as_array()?;
         let proxies = node.proxy_widgets();
+        let widgets = &self.all[scope].widgets;
+        let inner = widgets.get(&slot);
         let position = if !proxies.is_empty() && proxies.len() == values.len() {
-            let inner = self.inner_widgets(scope, slot);
-            proxies.iter().position(|proxy| match proxy.node.as_str() {
-                "-1" => proxy.widget == name,
-                id => inner.contains(&(id.to_owned(), proxy.widget.as_str())),
+            proxies.iter().position(|proxy| {
+                let is_shown =
+                    |(id, widget): &(String, &str)| *id == proxy.node && *widget == proxy.widget;
+                match proxy.node.as_str() {
+                    "-1" => proxy.widget == name,
+                    _ => inner.is_some_and(|inner| inner.iter().any(is_shown)),
+                }
             })?
         } else {
-            if self.inner_widgets(scope, slot).is_empty() {
-                return None;
-            }
-            let is_widget = |slot: &usize| !self.inner_widgets(scope, *slot).is_empty();
-            (0..slot).filter(is_widget).count()
+            inner.map(|_| widgets.range(..slot).count())?
         };
         values.get(position)
-    }
-
-    /// Nodes and widgets inside of a subgraph that one of its inputs leads to.
-    fn inner_widgets(&self, scope: usize, slot: usize) -> Vec<(String, &str)> {
-        let here = &self.all[scope];
-        let from_input = |link: &&&EditorLink| link.source() == (SUBGRAPH_INPUT.to_owned(), slot);
-        let widget = |link: &&EditorLink| {
-            let (id, slot) = link.target();
-            let socket = here.nodes.get(&id)?.inputs().get(slot)?;
-            socket.widget.as_ref()?;
-            Some((id, socket.name.as_str()))
-        };
-        here.links
-            .values()
-            .filter(from_input)
-            .filter_map(widget)
-            .collect()
     }
 
     /// From a subgraph's output to the node inside that makes it.
@@ -346,6 +335,27 @@ impl<'a> Scopes<'a> {
             None => Ok(Source::Nothing),
         }
     }
+}
+
+/// Nodes and widgets inside of a subgraph by the slot of the input that leads to them.
+fn promoted_widgets<'a>(
+    graph: &'a EditorGraph,
+    nodes: &BTreeMap<String, &'a EditorNode>,
+) -> BTreeMap<usize, Vec<(String, &'a str)>> {
+    let mut widgets: BTreeMap<usize, Vec<_>> = BTreeMap::new();
+    for link in graph.links.iter().flatten() {
+        let ((source, slot), (id, input)) = (link.source(), link.target());
+        let socket = nodes.get(&id).and_then(|node| node.inputs().get(input));
+        if let Some(socket) =
+            socket.filter(|socket| source == SUBGRAPH_INPUT && socket.widget.is_some())
+        {
+            widgets
+                .entry(slot)
+                .or_default()
+                .push((id, socket.name.as_str()));
+        }
+    }
+    widgets
 }
 
 /// The input that a bypassed node passes on: the one beside the output if it fits, else the first of just its type, else

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, Cursor, Read as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Query, State};
@@ -23,6 +24,31 @@ use crate::pictures::{LoadedPicture, read_file};
 
 /// Bytes of a download that are in memory at once.
 const PIECE: usize = 256 << 10;
+
+/// Size and times of a file; 0 for what is not known.
+pub(super) struct FileFacts {
+    pub(super) size: u64,
+    /// Milliseconds since 1970.
+    pub(super) modified_ms: u64,
+    pub(super) created_ms: u64,
+}
+
+impl FileFacts {
+    pub(super) fn of(path: &Path) -> Self {
+        let meta = path.metadata().ok();
+        let ms = |time: io::Result<SystemTime>| {
+            let since = time.ok()?.duration_since(UNIX_EPOCH).ok()?;
+            Some(since.as_millis() as u64)
+        };
+        let modified = meta.as_ref().and_then(|meta| ms(meta.modified()));
+        let created = meta.as_ref().and_then(|meta| ms(meta.created()));
+        Self {
+            size: meta.map_or(0, |meta| meta.len()),
+            modified_ms: modified.unwrap_or(0),
+            created_ms: created.or(modified).unwrap_or(0),
+        }
+    }
+}
 
 /// The folder that a request means.
 pub(super) fn root<'a>(server: &'a Server, kind: &str) -> Option<&'a Root> {

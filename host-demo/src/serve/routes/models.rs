@@ -1,11 +1,10 @@
 //! Checkpoints, embeddings and LoRA in the server's folder of models: listed for clients that ask.
 
 use std::collections::HashMap;
-use std::fs::{File, Metadata};
+use std::fs::File;
 use std::io::Read as _;
 use std::path::Path as FilePath;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::extract::{Path, Query, State};
 use axum::response::Response;
@@ -13,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::super::Server;
 use super::super::answer::{not_found, ok};
+use super::files::FileFacts;
 use super::info::files_in;
 use super::{blocking, either};
 use crate::confined::Root;
@@ -94,16 +94,11 @@ pub(crate) async fn with_times(
             return not_found(&format!("there is no folder of models {folder}"));
         };
         let entry = |name: String| {
-            let meta = root.path().join(&name).metadata().ok();
-            let seconds = |time: Option<SystemTime>| {
-                let since = time.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-                since.map_or(0.0, |since| since.as_secs_f64())
-            };
-            let modified = seconds(meta.as_ref().and_then(|meta| meta.modified().ok()));
-            let created = meta.as_ref().and_then(|meta| meta.created().ok());
+            let about = FileFacts::of(&root.path().join(&name));
+            let seconds = |ms: u64| ms as f64 / 1000.0;
             json!({
-                "name": name, "pathIndex": 0, "modified": modified, "size": meta.as_ref().map_or(0, Metadata::len),
-                "created": created.map_or(modified, |time| seconds(Some(time))),
+                "name": name, "pathIndex": 0, "size": about.size, "modified": seconds(about.modified_ms),
+                "created": seconds(about.created_ms),
             })
         };
         let names = files_in(&root, &["safetensors"]).into_iter();

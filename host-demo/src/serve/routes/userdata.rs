@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::path::Path as FilePath;
 use std::sync::Arc;
-use std::time::UNIX_EPOCH;
 
 use axum::extract::{Path, Query, Request, State};
 use axum::http::StatusCode;
@@ -13,6 +12,7 @@ use serde_json::{Value, json};
 use super::super::Server;
 use super::super::answer::{bad_request, cannot_write, not_found, ok, refuse};
 use super::super::folders::write_over;
+use super::files::FileFacts;
 use super::{blocking, body, either};
 use crate::confined::{PathError, Root};
 
@@ -35,20 +35,13 @@ fn is_set(query: &HashMap<String, String>, key: &str) -> bool {
     query.get(key).is_some_and(|value| value == "true")
 }
 
-/// Size and times of a file, in milliseconds since 1970.
 fn about(path: &FilePath, name: &str) -> Value {
-    let meta = path.metadata().ok();
-    let ms = |time: Option<std::time::SystemTime>| {
-        let since = time.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-        since.map_or(0, |since| since.as_millis() as u64)
-    };
-    let modified = ms(meta.as_ref().and_then(|meta| meta.modified().ok()));
-    let created = meta
-        .as_ref()
-        .and_then(|meta| meta.created().ok())
-        .map_or(modified, |time| ms(Some(time)));
-    let size = meta.map_or(0, |meta| meta.len());
-    json!({"path": name, "size": size, "modified": modified, "created": created})
+    let FileFacts {
+        size,
+        modified_ms,
+        created_ms,
+    } = FileFacts::of(path);
+    json!({"path": name, "size": size, "modified": modified_ms, "created": created_ms})
 }
 
 /// `GET /userdata?dir&recurse&split&full_info`.
@@ -121,9 +114,9 @@ pub(crate) async fn list_v2(
             let mut listed = json!({"name": name, "path": path});
             listed["type"] = json!(if is_folder { "directory" } else { "file" });
             if !is_folder {
-                let about = about(&entry.path(), &name);
-                listed["size"] = about["size"].clone();
-                listed["modified"] = about["modified"].clone();
+                let about = FileFacts::of(&entry.path());
+                listed["size"] = json!(about.size);
+                listed["modified"] = json!(about.modified_ms);
             }
             if entries.len() < MAX_LISTED {
                 entries.push(listed);

@@ -104,11 +104,8 @@ pub fn load_concepts(paths: &[&Path], device: &Device) -> Result<LearnedConcepts
         .iter()
         .flat_map(|one| one.values.iter().copied())
         .collect();
-    let rows = Tensor::from_vec(
-        rows.clone(),
-        (rows.len() / first.width, first.width),
-        device,
-    )?;
+    let shape = (rows.len() / first.width, first.width);
+    let rows = Tensor::from_vec(rows, shape, device)?;
     let number = |key: &str| {
         let value = first.metadata.get(key);
         value.and_then(|v| v.parse::<u64>().ok()).unwrap_or(0)

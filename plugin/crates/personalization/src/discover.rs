@@ -14,7 +14,7 @@ use crate::attention::upsample_bicubic;
 use crate::config::PosteriorConfig;
 use crate::evidence::Affinity;
 use crate::posterior::Posterior;
-use crate::regions::{Region, cells_of, regions};
+use crate::regions::{Region, basins_for, cells_of, regions};
 use crate::scene::{Role, competitors};
 
 /// More rounds than it ever takes: every one moves a cell, or it ends.
@@ -29,7 +29,15 @@ pub(crate) fn discover(
 ) -> Posterior {
     let objects = competitors(roles);
     let map = foreground(affinity, size);
-    let parts = regions(&map, size, objects.len(), Some(affinity), &config.regions);
+    let basins = basins_for(&map, size, objects.len(), &config.regions);
+    let parts = regions(
+        basins,
+        &map,
+        size,
+        objects.len(),
+        Some(affinity),
+        &config.regions,
+    );
     let parts = joined(parts, objects.len(), size, affinity);
     let mut planes = vec![vec![0.0f32; size * size]; roles.len()];
     for (part, &c) in parts.iter().zip(&objects) {

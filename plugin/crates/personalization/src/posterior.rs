@@ -30,7 +30,7 @@ use crate::evidence::{Affinity, Evidence};
 use crate::maps::{AttentionMaps, upsample_linear};
 use crate::mask::ImageMasks;
 use crate::owners::{Owners, log_sum, owners, softmax};
-use crate::regions::{Region, regions, regions_of_words, sigmoid};
+use crate::regions::{Region, basins_for, regions, regions_of_words, sigmoid};
 use crate::scene::{Role, competitors};
 
 /// Shares below this one count as this one: a map of zeros forbids nothing.
@@ -81,36 +81,9 @@ pub fn posterior(
         config,
     };
     let foreground = picture.foreground(roles);
-    let n_objects = picture.objects.len();
-    let parts = match config.pooling {
-        Pooling::Pixels => Vec::new(),
-        Pooling::Parts | Pooling::BetterParts => {
-            regions(&foreground, maps.size, n_objects, affinity, &config.regions)
-        }
-    };
-    let words_parts = match config.pooling {
-        Pooling::BetterParts => picture.parts_of_words(&foreground),
-        Pooling::Pixels | Pooling::Parts => Vec::new(),
-    };
-    let enough = |parts: &&Vec<Region>| parts.len() >= n_objects;
-    let of_shape = Some(&parts)
-        .filter(enough)
-        .map(|parts| picture.by_part(parts));
-    let of_words = Some(&words_parts)
-        .filter(enough)
-        .map(|parts| picture.by_part(parts));
-    let (mut planes, log_evidence) = match (of_shape, of_words) {
-        (Some(shape), Some(words)) => {
-            let cost = config.part_cost * words_parts.len().saturating_sub(parts.len()) as f64;
-            if words.1 - cost > shape.1 {
-                words
-            } else {
-                shape
-            }
-        }
-        (Some(parts), None) | (None, Some(parts)) => parts,
-        (None, None) => picture.by_pixel(&foreground),
-    };
+    let (mut planes, log_evidence) = picture
+        .by_parts(&foreground)
+        .unwrap_or_else(|| picture.by_pixel(&foreground));
     if let Some(background) = roles
         .iter()
         .position(|&role| role == Role::Background)
@@ -170,17 +143,6 @@ impl Picture<'_> {
         }
     }
 
-    /// Parts of the foreground by whose word's map, from its least to its most, is highest; none where only the noise
-    /// counts.
-    fn parts_of_words(&self, foreground: &[f32]) -> Vec<Region> {
-        if self.config.cue == Cue::Noise {
-            return Vec::new();
-        }
-        let maps = self.objects.iter().map(|&c| min_max(&self.attention[c]));
-        let maps: Vec<Vec<f32>> = maps.collect();
-        regions_of_words(foreground, self.size, &maps, &self.config.regions)
-    }
-
     /// ln of every object's share of the attention, `[objects][S · S]`.
     fn log_prior(&self) -> Vec<Vec<f64>> {
         let uses_attention = self.config.cue != Cue::Noise;
@@ -216,39 +178,70 @@ impl Picture<'_> {
         Some((evidence.size, sums.map(|l| worth * l).collect()))
     }
 
-    fn by_part(&self, parts: &[Region]) -> (Vec<Vec<f32>>, f64) {
+    /// By the hypothesis of the parts that explains the picture better; `None` without enough of them.
+    fn by_parts(&self, foreground: &[f32]) -> Option<(Vec<Vec<f32>>, f64)> {
+        let (size, n_objects, config) = (self.size, self.objects.len(), self.config);
+        if config.pooling == Pooling::Pixels {
+            return None;
+        }
+        let basins = basins_for(foreground, size, n_objects, &config.regions);
+        // Where only the noise counts, attention parts nothing.
+        let by_words = config.pooling == Pooling::BetterParts && config.cue != Cue::Noise;
+        let of_words = by_words.then(|| {
+            let maps = self.objects.iter().map(|&c| min_max(&self.attention[c]));
+            let maps: Vec<Vec<f32>> = maps.collect();
+            regions_of_words(basins.clone(), foreground, size, &maps, &config.regions)
+        });
+        let of_shape = regions(
+            basins,
+            foreground,
+            size,
+            n_objects,
+            self.affinity,
+            &config.regions,
+        );
+        let n_of_shape = of_shape.len();
+        let pixels = self.pixel_evidence();
+        let decided = [Some(of_shape), of_words].map(|parts| {
+            let parts = parts.filter(|parts| parts.len() >= n_objects)?;
+            let more = parts.len().saturating_sub(n_of_shape) as f64;
+            let (planes, log_evidence) = self.by_part(&parts, &pixels);
+            Some((planes, log_evidence, log_evidence - config.part_cost * more))
+        });
+        let better = match decided {
+            [Some(shape), Some(words)] if words.2 > shape.2 => Some(words),
+            [shape, words] => shape.or(words),
+        };
+        better.map(|(planes, log_evidence, _)| (planes, log_evidence))
+    }
+
+    /// r_c of every pixel, `[objects][S · S]`, in nats per latent cell: the prior counts once per cell, as the likelihood
+    /// does.
+    fn pixel_evidence(&self) -> Vec<Vec<f64>> {
         let size = self.size;
-        let prior = self.log_prior();
-        // The prior counts once per latent cell, as the likelihood does.
-        let cell_of =
-            |h: usize, pixel: usize| (pixel / size * h / size) * h + pixel % size * h / size;
-        let h = self.evidence.map_or(size, |evidence| evidence.size);
-        let per_cell = (size * size) as f64 / (h * h) as f64;
-        let likelihoods: Vec<Option<(usize, Vec<f32>)>> = self
-            .objects
-            .iter()
-            .map(|&c| self.log_likelihood(c))
-            .collect();
-        let evidence_of = |part: &Region, k: usize| {
-            let at = |pixel: usize| {
-                let likelihood = likelihoods[k]
-                    .as_ref()
-                    .map_or(0.0, |(h, l)| f64::from(l[cell_of(*h, pixel)]));
-                prior[k][pixel] + likelihood
-            };
-            let pixels = part.pixels.iter().zip(&part.inside);
-            pixels
-                .map(|(&i, &inside)| f64::from(inside) * at(i))
-                .sum::<f64>()
-                / per_cell
+        let mut evidence = self.log_prior();
+        for (own, &c) in evidence.iter_mut().zip(&self.objects) {
+            if let Some((h, likelihood)) = self.log_likelihood(c) {
+                for (pixel, value) in own.iter_mut().enumerate() {
+                    let (y, x) = (pixel / size * h / size, pixel % size * h / size);
+                    *value += f64::from(likelihood[y * h + x]);
+                }
+            }
+        }
+        evidence
+    }
+
+    fn by_part(&self, parts: &[Region], pixels: &[Vec<f64>]) -> (Vec<Vec<f32>>, f64) {
+        let h = self.evidence.map_or(self.size, |evidence| evidence.size);
+        let per_cell = self.n_pixels() as f64 / (h * h) as f64;
+        let evidence_of = |part: &Region, own: &[f64]| {
+            let inside = part.pixels.iter().zip(&part.inside);
+            let sum: f64 = inside.map(|(&i, &inside)| f64::from(inside) * own[i]).sum();
+            sum / per_cell
         };
         let evidence: Vec<Vec<f64>> = parts
             .iter()
-            .map(|part| {
-                (0..self.objects.len())
-                    .map(|k| evidence_of(part, k))
-                    .collect()
-            })
+            .map(|part| pixels.iter().map(|own| evidence_of(part, own)).collect())
             .collect();
         let mut planes = vec![vec![0.0; self.n_pixels()]; self.attention.len()];
         let Owners {

@@ -95,6 +95,7 @@ impl Region {
 /// The basins of a foreground cut where another map of `words` `[size · size]` becomes the highest. A piece has at least
 /// the area of a part, and a tenth of its basin; smaller ones go to the nearest.
 pub(crate) fn regions_of_words(
+    basins: Vec<Vec<usize>>,
     map: &[f32],
     size: usize,
     words: &[Vec<f32>],
@@ -109,8 +110,7 @@ pub(crate) fn regions_of_words(
             }
         })
     };
-    let parts = basins_for(map, size, words.len(), config);
-    let pieces = parts.into_iter().flat_map(|part| {
+    let pieces = basins.into_iter().flat_map(|part| {
         let core = core_of(&part, map, config.rim);
         let least = config
             .least(map.len())
@@ -188,8 +188,14 @@ fn grown(part: &[usize], pieces: Vec<Vec<usize>>, size: usize, n: usize) -> Vec<
     grown
 }
 
-/// Basins that are parts, as many as are wanted if shallower saddles part them so.
-fn basins_for(map: &[f32], size: usize, n_wanted: usize, config: &RegionConfig) -> Vec<Vec<usize>> {
+/// Basins that are parts, as many as are wanted if shallower saddles part them so; `map` `[size · size]` in [0, 1] is high
+/// in the foreground.
+pub(crate) fn basins_for(
+    map: &[f32],
+    size: usize,
+    n_wanted: usize,
+    config: &RegionConfig,
+) -> Vec<Vec<usize>> {
     let least = config.least(map.len());
     let order = downhill(map, config.floor);
     let is_part =
@@ -207,10 +213,9 @@ fn basins_for(map: &[f32], size: usize, n_wanted: usize, config: &RegionConfig) 
     parts
 }
 
-/// At least `n_wanted` parts, if the map and the affinity let themselves be cut so often.
-///
-/// * `map`: `[size · size]` in [0, 1], high in the foreground
+/// The basins of a map, and more parts of them until there are `n_wanted`, if the affinity lets itself be cut so often.
 pub(crate) fn regions(
+    basins: Vec<Vec<usize>>,
     map: &[f32],
     size: usize,
     n_wanted: usize,
@@ -218,7 +223,7 @@ pub(crate) fn regions(
     config: &RegionConfig,
 ) -> Vec<Region> {
     let least = config.least(map.len());
-    let mut parts = basins_for(map, size, n_wanted, config);
+    let mut parts = basins;
     while let Some(affinity) = affinity.filter(|_| parts.len() < n_wanted) {
         let cuts = parts.iter().enumerate().filter_map(|(i, part)| {
             let core = core_of(part, map, config.rim);
@@ -489,6 +494,17 @@ mod tests {
         }
     }
 
+    fn parts(
+        map: &[f32],
+        size: usize,
+        n_wanted: usize,
+        affinity: Option<&Affinity>,
+        config: &RegionConfig,
+    ) -> Vec<Region> {
+        let basins = basins_for(map, size, n_wanted, config);
+        regions(basins, map, size, n_wanted, affinity, config)
+    }
+
     #[test]
     fn a_saddle_parts_two_peaks_only_if_both_rise_above_it() {
         let (deep, size) = map(&["00000", "09390", "09390", "00000", "00000"]);
@@ -514,7 +530,7 @@ mod tests {
             speck: 0.06,
             ..config()
         };
-        assert_eq!(regions(&apart, size, 3, None, &config).len(), 2);
+        assert_eq!(parts(&apart, size, 3, None, &config).len(), 2);
     }
 
     #[test]
@@ -532,14 +548,14 @@ mod tests {
             })
             .collect();
         let affinity = Affinity::from_mean(4, mean);
-        let found = regions(&map, size, 2, Some(&affinity), &config());
+        let found = parts(&map, size, 2, Some(&affinity), &config());
         let mut pixels: Vec<Vec<usize>> = found.into_iter().map(|part| part.pixels).collect();
         pixels.sort();
         let left: Vec<usize> = (0..16).filter(|&i| is_left(i)).collect();
         let right: Vec<usize> = (0..16).filter(|&i| !is_left(i)).collect();
         assert_eq!(pixels, [left, right]);
         // Nothing is cut where there are enough parts.
-        assert_eq!(regions(&map, size, 1, Some(&affinity), &config()).len(), 1);
+        assert_eq!(parts(&map, size, 1, Some(&affinity), &config()).len(), 1);
     }
 
     #[test]
@@ -559,7 +575,7 @@ mod tests {
         };
         let mean = (0..36 * 36).map(|i| look(i / 36, i % 36)).collect();
         let affinity = Affinity::from_mean(6, mean);
-        let found = regions(&map, size, 2, Some(&affinity), &config());
+        let found = parts(&map, size, 2, Some(&affinity), &config());
         let mut cores: Vec<Vec<usize>> = found.iter().map(Region::core).collect();
         cores.sort();
         assert_eq!(cores, [[13, 14, 19, 20], [15, 16, 21, 22]]);
@@ -571,18 +587,22 @@ mod tests {
     fn words_part_what_touches() {
         let (map, size) = map(&["00000", "09999", "09999", "02220", "00000"]);
         let left = |i: usize| i % 5 < 3;
+        let of_words = |words: &[Vec<f32>]| {
+            let basins = basins_for(&map, size, words.len(), &config());
+            regions_of_words(basins, &map, size, words, &config())
+        };
         let words: [Vec<f32>; 2] = [true, false].map(|side| {
             (0..25)
                 .map(|i| if left(i) == side { 0.9 } else { 0.1 })
                 .collect()
         });
-        let found = regions_of_words(&map, size, &words, &config());
+        let found = of_words(&words);
         let pixels: Vec<_> = found.iter().map(|part| part.pixels.clone()).collect();
         // What is no core goes to the nearest.
         assert_eq!(pixels, [vec![6, 7, 11, 12, 16, 17], vec![8, 9, 13, 14, 18]]);
         // A word that is the highest nowhere parts nothing.
         let same = [vec![0.9; 25], vec![0.1; 25]];
-        assert_eq!(regions_of_words(&map, size, &same, &config()).len(), 1);
+        assert_eq!(of_words(&same).len(), 1);
     }
 
     #[test]
@@ -592,7 +612,7 @@ mod tests {
             prominence: [0.1, 0.3],
             ..config()
         };
-        let n_parts = |n_wanted| regions(&map, size, n_wanted, None, &config).len();
+        let n_parts = |n_wanted| parts(&map, size, n_wanted, None, &config).len();
         assert_eq!([n_parts(1), n_parts(2)], [1, 2]);
     }
 
@@ -601,7 +621,7 @@ mod tests {
         let (map, size) = map(&["90000", "90000", "00022", "00022", "00000"]);
         let n_parts = |peak| {
             let config = RegionConfig { peak, ..config() };
-            regions(&map, size, 2, None, &config).len()
+            parts(&map, size, 2, None, &config).len()
         };
         assert_eq!([n_parts(0.2), n_parts(0.25)], [2, 1]);
     }
@@ -609,7 +629,7 @@ mod tests {
     #[test]
     fn the_rim_follows_the_parts_own_peak() {
         let (map, size) = map(&["00000", "09410", "00000", "03200", "00000"]);
-        let found = regions(&map, size, 2, None, &config());
+        let found = parts(&map, size, 2, None, &config());
         assert_eq!(found.len(), 2);
         let inside = |part: &Region, pixel| {
             let at = part.pixels.iter().position(|&p| p == pixel);

@@ -10,7 +10,6 @@ use candle_core::Tensor;
 
 use crate::error::{Error, Result};
 use crate::model::DiffusionModel;
-use crate::prompt::of_one_length;
 use crate::rng::Rng;
 use crate::scheduler::{SchedulerKind, SchedulerStep};
 use crate::unet::UNet;
@@ -72,11 +71,10 @@ pub fn generate(
             format!("{} is not a number", config.guidance),
         ));
     }
-    let (conditional, unconditional) = of_one_length(conditional, unconditional)?;
-    let context = Tensor::cat(&[unconditional, conditional], 0)?.detach();
+    let contexts = [unconditional.detach(), conditional.detach()];
     let mut pictures = Vec::with_capacity(config.n_pictures);
     for picture in 0..config.n_pictures {
-        let latents = denoise(model, &context, config, picture, on_step)?;
+        let latents = denoise(model, &contexts, config, picture, on_step)?;
         pictures.push(model.vae.decode(&latents)?);
     }
     in_unit_range(&Tensor::cat(&pictures, 0)?)
@@ -111,10 +109,10 @@ pub fn preview(model: &DiffusionModel, clean: &Tensor) -> Result<Tensor> {
     in_unit_range(&model.vae.decode(small)?)
 }
 
-/// One picture's latent, [1, 4, h, w], scaled. `context` is [2, N, D]: unconditional, conditional.
+/// One picture's latent, [1, 4, h, w], scaled. `contexts` are those of [`guided_prediction`].
 fn denoise(
     model: &DiffusionModel,
-    context: &Tensor,
+    contexts: &[Tensor; 2],
     config: &GenerateConfig,
     picture: usize,
     on_step: &mut dyn FnMut(GenerateStep<'_>) -> ControlFlow<()>,
@@ -127,7 +125,7 @@ fn denoise(
     let mut latents =
         Rng::new(config.seed, "generate", picture as u64).normal(&shape, &model.device)?;
     for (i, t) in scheduler.timesteps().to_vec().into_iter().enumerate() {
-        let prediction = guided_prediction(&model.unet, &latents, t, context, config.guidance)?;
+        let prediction = guided_prediction(&model.unet, &latents, t, contexts, config.guidance)?;
         let SchedulerStep { sample, clean } = scheduler.step(&prediction, i, &latents)?;
         latents = sample.detach();
         let step = picture * config.steps + i + 1;
@@ -149,7 +147,7 @@ fn denoise(
 /// The U-Net's prediction with classifier-free guidance, [1, 4, h, w].
 ///
 /// * `latents`: [1, 4, h, w]
-/// * `context`: [2, 77, D], unconditional and conditional
+/// * `contexts`: unconditional [1, 77·m, D] and conditional [1, 77·n, D]; those of one length are asked about together
 ///
 /// # Errors
 /// Those of the U-Net.
@@ -157,14 +155,20 @@ pub fn guided_prediction(
     unet: &UNet,
     latents: &Tensor,
     timestep: usize,
-    context: &Tensor,
+    contexts: &[Tensor; 2],
     guidance: f64,
 ) -> Result<Tensor> {
     let t = timestep as f32;
     if guidance == 1.0 {
-        return unet.forward(latents, &[t], &context.narrow(0, 1, 1)?);
+        return unet.forward(latents, &[t], &contexts[1]);
     }
-    let both = unet.forward(&Tensor::cat(&[latents, latents], 0)?, &[t, t], context)?;
-    let (unconditional, conditional) = (both.narrow(0, 0, 1)?, both.narrow(0, 1, 1)?);
+    let (unconditional, conditional) = if contexts[0].dims() == contexts[1].dims() {
+        let latents = Tensor::cat(&[latents, latents], 0)?;
+        let both = unet.forward(&latents, &[t, t], &Tensor::cat(contexts, 0)?)?;
+        (both.narrow(0, 0, 1)?, both.narrow(0, 1, 1)?)
+    } else {
+        let one = |context| unet.forward(latents, &[t], context);
+        (one(&contexts[0])?, one(&contexts[1])?)
+    };
     Ok((&unconditional + ((conditional - &unconditional)? * guidance)?)?)
 }

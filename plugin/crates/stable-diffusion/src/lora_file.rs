@@ -26,6 +26,7 @@ use serde_json::Value;
 
 use crate::config::UNetConfig;
 use crate::error::{Error, Result};
+use crate::model::read_optional;
 use crate::single_file::unet_name;
 use crate::weights::{TensorFile, WeightMap};
 
@@ -34,6 +35,10 @@ const IN_FOLDER: [&str; 2] = [
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
 ];
+/// What PEFT writes beside its file.
+const PEFT_CONFIGURATION: &str = "adapter_config.json";
+/// Starts the names in a file of PEFT's own.
+const PEFT_PREFIX: &str = "base_model.model.";
 /// Key of a file's metadata under which diffusers keeps PEFT's configuration, as JSON.
 pub(crate) const CONFIGURATION: &str = "lora_adapter_metadata";
 
@@ -116,11 +121,11 @@ impl LoraFile {
         })
     }
 
-    /// Sorts a file's tensors.
+    /// Sorts a file's tensors; `beside` is its folder, where PEFT leaves what it scales by.
     ///
     /// # Errors
-    /// [`Error::Unreadable`] for tensors that are no part of a LoRA.
-    pub(crate) fn new(file: TensorFile) -> Result<Self> {
+    /// [`Error::Unreadable`] for tensors that are no part of a LoRA, or a configuration that is none.
+    pub(crate) fn new(file: TensorFile, beside: &Path) -> Result<Self> {
         let refuse = |reason: String| Err(Error::unreadable(file.name(), reason));
         let mut modules: BTreeMap<String, BTreeMap<Part, String>> = BTreeMap::new();
         for name in file.names() {
@@ -146,10 +151,17 @@ impl LoraFile {
         if modules.is_empty() {
             return refuse("it holds no adapter".to_owned());
         }
-        let configuration = file.metadata().get(CONFIGURATION);
-        let configuration = configuration
-            .map_or(Ok(Value::Null), |json| serde_json::from_str(json))
-            .map_err(|error| Error::unreadable(file.name(), format!("{CONFIGURATION}: {error}")))?;
+        let is_pefts = file.names().any(|name| name.starts_with(PEFT_PREFIX));
+        let json = match file.metadata().get(CONFIGURATION) {
+            Some(json) => Some(json.clone().into_bytes()),
+            None if is_pefts => read_optional(&beside.join(PEFT_CONFIGURATION))?,
+            None => None,
+        };
+        let configuration = json
+            .map_or(Ok(Value::Null), |json| lenient_json::from_slice(&json))
+            .map_err(|error| {
+                Error::unreadable(file.name(), format!("its configuration: {error}"))
+            })?;
         Ok(Self {
             file,
             modules,
@@ -250,20 +262,30 @@ impl LoraFile {
                         .unwrap_or(rank as f32),
                 )
             }
-            None => self.configured_alpha(network).unwrap_or(rank as f64),
+            None => self.configured_alpha(network, rank).unwrap_or(rank as f64),
         };
         Ok(Some(
             (product.reshape(weight.shape())? * (alpha / rank as f64))?,
         ))
     }
 
-    /// What PEFT's configuration says of a network.
-    fn configured_alpha(&self, network: Network) -> Option<f64> {
-        let key = match network {
-            Network::UNet => "unet.lora_alpha",
-            Network::TextEncoder => "text_encoder.lora_alpha",
+    /// What PEFT's configuration says of a network: alpha, or alpha · √rank where it divides by √rank.
+    fn configured_alpha(&self, network: Network, rank: usize) -> Option<f64> {
+        let prefix = match network {
+            Network::UNet => "unet.",
+            Network::TextEncoder => "text_encoder.",
         };
-        self.configuration[key].as_f64()
+        let said = |key: &str| {
+            let own = self.configuration.get(format!("{prefix}{key}"));
+            own.or_else(|| self.configuration.get(key))
+        };
+        let alpha = said("lora_alpha")?.as_f64()?;
+        let by_root = said("use_rslora").is_some_and(|value| *value == Value::Bool(true));
+        Some(if by_root {
+            alpha * (rank as f64).sqrt()
+        } else {
+            alpha
+        })
     }
 
     fn add(
@@ -346,7 +368,7 @@ impl<'a> Names<'a> {
 
     /// The network and path of what a file calls `module`.
     fn find(&self, module: &str) -> Option<(Network, &'a str)> {
-        let module = module.strip_prefix("base_model.model.").unwrap_or(module);
+        let module = module.strip_prefix(PEFT_PREFIX).unwrap_or(module);
         if let Some(rest) = module.strip_prefix("diffusion_model.") {
             let path = unet_name(self.config, &format!("{rest}.weight"))?;
             return self

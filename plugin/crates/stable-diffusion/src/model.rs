@@ -132,14 +132,13 @@ impl DiffusionModel {
     /// Builds the networks and checks that everything fits. `name` names the checkpoint in errors.
     fn assemble(
         name: &str,
-        config: ModelConfig,
+        mut config: ModelConfig,
         tokenizer: Tokenizer,
         components: &Components,
         device: &Device,
         fingerprint: String,
     ) -> Result<Self> {
         config.check(name)?;
-        let mut config = config;
         let mut text_encoder_weights = components.text_encoder.clone();
         let (ids, rows) = (tokenizer.base_vocab_size(), config.text_encoder.vocab_size);
         if ids > rows {
@@ -244,7 +243,8 @@ impl DiffusionModel {
         }
         let mine = self.unet_weights()?;
         if LoraFile::is_one(&weights) {
-            let file = LoraFile::new(weights)?;
+            let beside = path.parent().unwrap_or(Path::new("."));
+            let file = LoraFile::new(weights, beside)?;
             let changed = file.applied(
                 &mine,
                 &self.text_encoder_weights,
@@ -423,7 +423,8 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-fn read_optional(path: &Path) -> Result<Option<Vec<u8>>> {
+/// A file's bytes, `None` if it is not there.
+pub(crate) fn read_optional(path: &Path) -> Result<Option<Vec<u8>>> {
     match std::fs::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),

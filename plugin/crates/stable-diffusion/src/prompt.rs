@@ -37,89 +37,115 @@ pub struct Weighted {
     pub weight: f64,
 }
 
-/// The parts of a prompt. Brackets without a partner are text.
+/// The parts of a prompt. Brackets without a partner are text. Takes time in proportion to the prompt's length, however
+/// deep its brackets are.
 #[must_use]
 pub fn weighted(prompt: &str) -> Vec<Weighted> {
-    let characters: Vec<char> = prompt.chars().collect();
-    let mut parts = Vec::new();
-    collect(&characters, 1.0, &mut parts);
-    parts.retain(|part| !part.text.trim().is_empty());
-    parts
-}
-
-fn collect(text: &[char], weight: f64, parts: &mut Vec<Weighted>) {
-    let mut plain = String::new();
-    let mut i = 0;
+    let text: Vec<char> = prompt.chars().collect();
+    let partners = partners(&text);
+    let (mut parts, mut plain) = (Vec::new(), String::new());
+    // Of the brackets around: where their text ends, where they close, and the weight outside of them.
+    let mut around: Vec<(usize, usize, f64)> = Vec::new();
+    let (mut weight, mut i) = (1.0, 0);
     while i < text.len() {
-        let next = text.get(i + 1).copied();
-        if text[i] == '\\' && next.is_some_and(|c| "()[]".contains(c)) {
-            plain.extend(next);
+        if is_escape(&text, i) {
+            plain.push(text[i + 1]);
             i += 2;
             continue;
         }
-        let end = match text[i] {
-            '(' => partner(&text[i..], '(', ')'),
-            '[' => partner(&text[i..], '[', ']'),
-            _ => None,
-        };
-        let Some(end) = end.map(|length| i + length) else {
+        let is_end = around.last().is_some_and(|&(text_end, ..)| text_end == i);
+        let opens = partners[i].filter(|&end| end > i);
+        if opens.is_none() && !is_end {
             plain.push(text[i]);
             i += 1;
             continue;
-        };
+        }
         parts.push(Weighted {
             text: std::mem::take(&mut plain),
             weight,
         });
-        let inside = &text[i + 1..end];
-        if text[i] == '[' {
-            collect(inside, weight / STEP, parts);
-        } else {
-            match explicit(inside) {
-                Some((inside, weight)) => collect(inside, weight, parts),
-                None => collect(inside, weight * STEP, parts),
+        match opens {
+            Some(end) => {
+                let written = (text[i] == '(')
+                    .then(|| weight_before(&text, i, end))
+                    .flatten();
+                let (text_end, inside) = match written {
+                    Some(written) => written,
+                    None if text[i] == '(' => (end, weight * STEP),
+                    None => (end, weight / STEP),
+                };
+                around.push((text_end, end, weight));
+                weight = inside;
+                i += 1;
+            }
+            None => {
+                if let Some((_, end, outside)) = around.pop() {
+                    weight = outside;
+                    i = end + 1;
+                }
             }
         }
-        i = end + 1;
     }
     parts.push(Weighted {
         text: plain,
         weight,
     });
+    parts.retain(|part| !part.text.trim().is_empty());
+    parts
 }
 
-/// Where the bracket that opens `text` is closed.
-fn partner(text: &[char], open: char, close: char) -> Option<usize> {
-    let mut depth = 0usize;
-    let mut is_escaped = false;
-    for (i, &c) in text.iter().enumerate() {
-        match c {
-            '\\' if !is_escaped => {
-                is_escaped = true;
-                continue;
+/// Whether a backslash stands before a bracket here.
+fn is_escape(text: &[char], i: usize) -> bool {
+    text[i] == '\\' && text.get(i + 1).is_some_and(|c| "()[]".contains(*c))
+}
+
+/// For every bracket the place of its partner.
+fn partners(text: &[char]) -> Vec<Option<usize>> {
+    let mut partners = vec![None; text.len()];
+    let mut open: Vec<usize> = Vec::new();
+    let mut n_open = [0usize; 2];
+    let mut i = 0;
+    while i < text.len() {
+        if is_escape(text, i) {
+            i += 2;
+            continue;
+        }
+        match text[i] {
+            '(' | '[' => {
+                n_open[usize::from(text[i] == '[')] += 1;
+                open.push(i);
             }
-            c if c == open && !is_escaped => depth += 1,
-            c if c == close && !is_escaped => {
-                depth -= 1;
-                if depth == 0 {
-                    return Some(i);
+            ')' | ']' if n_open[usize::from(text[i] == ']')] > 0 => {
+                let wanted = if text[i] == ']' { '[' } else { '(' };
+                // What opened in between has no partner.
+                while let Some(start) = open.pop() {
+                    n_open[usize::from(text[start] == '[')] -= 1;
+                    if text[start] == wanted {
+                        (partners[start], partners[i]) = (Some(i), Some(start));
+                        break;
+                    }
                 }
             }
             _ => {}
         }
-        is_escaped = false;
+        i += 1;
     }
-    None
+    partners
 }
 
-/// `word:1.3` as word and 1.3.
-fn explicit(inside: &[char]) -> Option<(&[char], f64)> {
-    let colon = inside.iter().rposition(|&c| c == ':')?;
-    let number: String = inside[colon + 1..].iter().collect();
+/// Where `:1.3` begins before the end of the bracket that opens at `start`, and the number.
+fn weight_before(text: &[char], start: usize, end: usize) -> Option<(usize, f64)> {
+    let in_number = |c: &char| c.is_ascii_digit() || "+-.eE ".contains(*c);
+    let length = text[start + 1..end]
+        .iter()
+        .rev()
+        .take_while(|c| in_number(c))
+        .count();
+    let colon = (end - length).checked_sub(1)?;
+    let number: String = text[colon + 1..end].iter().collect();
     let weight: f64 = number.trim().parse().ok()?;
-    (weight.is_finite() && colon > 0).then_some((&inside[..colon], weight))
+    (text[colon] == ':' && colon > start + 1 && weight.is_finite()).then_some((colon, weight))
 }
-
 /// Ids and weights of one pass of the text encoder.
 #[derive(Debug, Clone, PartialEq)]
 struct Chunk {
@@ -210,25 +236,6 @@ pub fn context(
     Ok(Tensor::cat(&encoded, 1)?)
 }
 
-/// Two contexts of one length: each repeated as often as the other needs, which attention does not notice.
-///
-/// # Errors
-/// Those of the tensor library.
-pub fn of_one_length(a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor)> {
-    let (n_a, n_b) = (a.dim(1)?, b.dim(1)?);
-    let gcd = |mut a: usize, mut b: usize| {
-        while b > 0 {
-            (a, b) = (b, a % b);
-        }
-        a.max(1)
-    };
-    let length = n_a / gcd(n_a, n_b) * n_b;
-    Ok((
-        a.repeat((1, length / n_a, 1))?,
-        b.repeat((1, length / n_b, 1))?,
-    ))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -268,9 +275,25 @@ mod tests {
             ("(<rex> <rex>_1:1.2)", &[("<rex> <rex>_1", 1.2)]),
             ("(a:nan) (:2) ()", &[("a:nan", 1.1), (":2", 1.1)]),
             ("(a:-0.5)", &[("a", -0.5)]),
+            ("(a [b) c]", &[("a [b", 1.1), (" c]", 1.0)]),
+            ("[a (b] c)", &[("a (b", 0.909091), (" c)", 1.0)]),
+            ("((a:2):3)", &[("a", 2.0)]),
             ("", &[]),
         ] {
             assert_eq!(parts(prompt), expected(wanted), "{prompt}");
         }
+    }
+
+    #[test]
+    fn deep_and_open_brackets_take_no_longer_than_text() {
+        let n = 200_000;
+        let deep = format!("{}a{}", "(".repeat(n), ")".repeat(n));
+        assert_eq!(weighted(&deep).len(), 1);
+        assert_eq!(weighted(&"(".repeat(n)).len(), 1);
+        assert_eq!(
+            weighted(&format!("{}{}", "[".repeat(n), ")".repeat(n))).len(),
+            1
+        );
+        assert_eq!(weighted(&"(a:1".repeat(n)).len(), 1);
     }
 }

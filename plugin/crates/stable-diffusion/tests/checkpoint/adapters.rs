@@ -94,6 +94,16 @@ fn error_of(path: &Path, strength: f64, scale: f64, with_text_encoder: bool) -> 
     worst
 }
 
+/// As older diffusers names what belongs to an attention.
+fn of_processor(network: &str, path: &str, is_up: bool) -> Option<String> {
+    let (attention, projection) = path.rsplit_once(".to_").filter(|_| network == "unet")?;
+    let projection = projection.trim_end_matches(".0");
+    let end = if is_up { "up" } else { "down" };
+    Some(format!(
+        "{attention}.processor.to_{projection}_lora.{end}.weight"
+    ))
+}
+
 #[test]
 fn every_tools_names_are_read() {
     let base = model();
@@ -134,22 +144,9 @@ fn every_tools_names_are_read() {
             (network == "unet").then(|| format!("{network}.{path}.lora.{end}.weight"))
         }),
         ("attention processors", |network, path, is_up| {
-            let end = if is_up { "up" } else { "down" };
-            let (attention, projection) = path.rsplit_once(".to_")?;
-            let projection = projection.trim_end_matches(".0");
-            (network == "unet")
-                .then(|| format!("unet.{attention}.processor.to_{projection}_lora.{end}.weight"))
+            Some(format!("unet.{}", of_processor(network, path, is_up)?))
         }),
-        (
-            "attention processors without a prefix",
-            |network, path, is_up| {
-                let end = if is_up { "up" } else { "down" };
-                let (attention, projection) = path.rsplit_once(".to_")?;
-                let projection = projection.trim_end_matches(".0");
-                (network == "unet")
-                    .then(|| format!("{attention}.processor.to_{projection}_lora.{end}.weight"))
-            },
-        ),
+        ("attention processors without a prefix", of_processor),
     ];
     for (tool, names) in tools {
         let mut tensors = HashMap::new();
@@ -207,6 +204,35 @@ fn alpha_scales_and_ranks_may_differ() {
     // A folder means the file in it; half precision is exact to 1e-3 of the change.
     let error = error_of(folder.path(), 1.0, 0.5, false);
     assert!(error < 1e-4, "{error}");
+}
+
+#[test]
+fn pefts_own_folder_says_what_it_scales_by() {
+    let base = model();
+    let folder = tempfile::tempdir().unwrap();
+    let mut tensors = HashMap::new();
+    for (network, path, down, up) in factors(&base, 2) {
+        if network == "unet" {
+            tensors.insert(format!("base_model.model.{path}.lora_A.weight"), down);
+            tensors.insert(format!("base_model.model.{path}.lora_B.weight"), up);
+        }
+    }
+    write(&folder.path().join("adapter_model.safetensors"), &tensors);
+    let configuration = folder.path().join("adapter_config.json");
+    for (text, scale) in [
+        (r#"{"r": 2, "lora_alpha": 8}"#, 4.0),
+        (
+            r#"{"r": 2, "lora_alpha": 8, "use_rslora": true}"#,
+            8.0 / 2.0f64.sqrt(),
+        ),
+    ] {
+        std::fs::write(&configuration, text).unwrap();
+        let error = error_of(folder.path(), 1.0, scale, false);
+        assert!(error < 1e-5, "{text}: {error}");
+    }
+    std::fs::write(&configuration, "{").unwrap();
+    let error = base.with_tuned_weights(folder.path(), 1.0).unwrap_err();
+    assert!(error.to_string().contains("its configuration"), "{error}");
 }
 
 #[test]

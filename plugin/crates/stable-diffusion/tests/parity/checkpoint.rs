@@ -132,7 +132,7 @@ fn sampling(case: &Case<'_>, comparison: &mut Comparison<'_>) {
     let empty: Vec<u32> = case.recording.json("empty_ids");
     let unconditional = model.text_encoder.encode(&empty, None).unwrap();
     comparison.check("text.empty", &unconditional);
-    let context = Tensor::cat(&[unconditional, case.recording.tensor("text.plain")], 0).unwrap();
+    let contexts = [unconditional, case.recording.tensor("text.plain")];
     for (name, kind) in [
         ("ddim", SchedulerKind::Ddim),
         ("dpm", SchedulerKind::DpmSolverPlusPlus2M),
@@ -148,7 +148,7 @@ fn sampling(case: &Case<'_>, comparison: &mut Comparison<'_>) {
         let mut trace = Vec::new();
         for (i, &t) in timesteps.iter().enumerate() {
             let prediction =
-                guided_prediction(&model.unet, &latents, t, &context, GUIDANCE).unwrap();
+                guided_prediction(&model.unet, &latents, t, &contexts, GUIDANCE).unwrap();
             latents = scheduler.step(&prediction, i, &latents).unwrap().sample;
             trace.push(latents.clone());
         }
