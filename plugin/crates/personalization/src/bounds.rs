@@ -106,7 +106,6 @@ impl PosteriorConfig {
         Self::BLUR.check_f32("the blur of the likelihoods", self.blur)?;
         Self::KEEP.check("what is kept of earlier rounds", self.keep)?;
         Self::CORRELATION.check("the correlation of draws", self.correlation)?;
-        Self::PART_COST.check("the cost of a part", self.part_cost)?;
         self.regions.validate()
     }
 }

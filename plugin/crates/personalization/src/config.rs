@@ -116,7 +116,8 @@ pub enum Pooling {
     Pixels,
     /// Parts of the foreground, by its own shape and by the self-attention: see [`crate::regions`].
     Parts,
-    /// Those, or the parts that the words' attention makes of the foreground, whichever explains the picture better.
+    /// Those, or the parts that the words' attention makes of the foreground, if they are no more and explain the picture
+    /// better.
     BetterParts,
 }
 
@@ -137,8 +138,6 @@ pub struct PosteriorConfig {
     pub keep: f64,
     /// ρ: correlation of what two draws of one picture say, in \[0, 1\]; 0 takes them as independent.
     pub correlation: f64,
-    /// How much better the words' parts explain the picture for each part that they are more, in nats, at least 0.
-    pub part_cost: f64,
 }
 
 impl PosteriorConfig {
@@ -146,8 +145,6 @@ impl PosteriorConfig {
     pub const BLUR: Bounds<f64> = Bounds::new(0.0, 16.0);
     /// Of the part of the sums that is kept.
     pub const KEEP: Bounds<f64> = Bounds::new(0.0, 1.0);
-    /// Of the cost of a part, in nats.
-    pub const PART_COST: Bounds<f64> = Bounds::new(0.0, 1e9);
     /// Of ρ.
     pub const CORRELATION: Bounds<f64> = Bounds::new(0.0, 1.0);
 
@@ -162,7 +159,6 @@ impl PosteriorConfig {
             blur: 1.0,
             keep: 1.0,
             correlation: 0.02,
-            part_cost: 400.0,
         }
     }
 }

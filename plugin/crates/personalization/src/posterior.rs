@@ -19,7 +19,7 @@
 //! A and ℓ are those of all draws so far; ℓ counts for as many as correlated draws are worth.
 //!
 //! There are two hypotheses of what the parts are: by the foreground's shape, and by the words' attention. The second is
-//! believed where its evidence is larger by more than a cost for each part that it has more.
+//! believed where it has no more parts and the larger evidence.
 //!
 //! Where there are fewer parts than objects, every pixel is a part of its own, with ℓ blurred.
 
@@ -200,19 +200,17 @@ impl Picture<'_> {
             self.affinity,
             &config.regions,
         );
-        let n_of_shape = of_shape.len();
+        // More parts explain a picture better whatever they are.
+        let of_words = of_words.filter(|words| words.len() <= of_shape.len());
         let pixels = self.pixel_evidence();
         let decided = [Some(of_shape), of_words].map(|parts| {
             let parts = parts.filter(|parts| parts.len() >= n_objects)?;
-            let more = parts.len().saturating_sub(n_of_shape) as f64;
-            let (planes, log_evidence) = self.by_part(&parts, &pixels);
-            Some((planes, log_evidence, log_evidence - config.part_cost * more))
+            Some(self.by_part(&parts, &pixels))
         });
-        let better = match decided {
-            [Some(shape), Some(words)] if words.2 > shape.2 => Some(words),
+        match decided {
+            [Some(shape), Some(words)] if words.1 > shape.1 => Some(words),
             [shape, words] => shape.or(words),
-        };
-        better.map(|(planes, log_evidence, _)| (planes, log_evidence))
+        }
     }
 
     /// r_c of every pixel, `[objects][S · S]`, in nats per latent cell: the prior counts once per cell, as the likelihood

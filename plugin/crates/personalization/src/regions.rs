@@ -16,9 +16,9 @@
 //!
 //! A part is not assumed to be an object: one object may own several.
 //!
-//! Another hypothesis ([`regions_of_words`]) parts the basins where another word's attention becomes the highest: it finds
+//! Another hypothesis (`regions_of_words`) parts the basins where another word's attention becomes the highest: it finds
 //! things that touch and look at each other, where the words are bound well. Which one explains the picture is for
-//! [`crate::posterior`] to say.
+//! [`mod@crate::posterior`] to say.
 
 use nalgebra::DMatrix;
 use serde::Serialize;
