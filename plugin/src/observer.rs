@@ -14,7 +14,7 @@ use personalization::{
 use plugin_api::host::LogLevel;
 use plugin_api::{Host, SharedTensor};
 use stable_diffusion::generate::preview;
-use stable_diffusion::{DiffusionModel, GenerateConfig, SchedulerKind, UNet};
+use stable_diffusion::{DiffusionModel, GenerateConfig, Sampler, Schedule, Start, UNet};
 
 /// Denoising steps between two previews.
 const PREVIEW_EVERY: usize = 5;
@@ -109,13 +109,16 @@ impl<'a> HostObserver<'a> {
         let config = GenerateConfig {
             steps: SAMPLE_STEPS,
             guidance: SAMPLE_GUIDANCE,
-            scheduler: SchedulerKind::DpmSolverPlusPlus2M,
+            sampler: Sampler::DpmPp2m,
+            schedule: Schedule::Normal,
             seed: learned.seed,
             n_pictures: 1,
+            start: Start::Noise([model.image_size(); 2]),
         };
         let prompts = SamplePrompts {
             prompts: &prompts,
             negative: "",
+            latents: None,
         };
         let mut goes_on = |_: &Event<'_>| {
             if self.host.is_canceled() {

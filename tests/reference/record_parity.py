@@ -15,11 +15,12 @@ import blake3
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import hash_noise
+import record_samplers
 import small_model
 from observe import Observer, encode
 
@@ -102,21 +103,26 @@ def record_vae(model, out):
 
 
 def record_sampling(model, out):
+    """Every sampler and schedule of record_samplers.py with this U-Net, from noise and from the middle."""
     unet, size = model["unet"], model["unet"].config.sample_size
     unconditional = encode(model["text_encoder"], torch.tensor([model["empty_ids"]]))
     context = torch.cat([unconditional, out["text.plain"]])
-    start = noise("sampling.start", (1, 4, size, size))
-    out["sampling.start"], out["text.empty"] = start, unconditional
+    out["sampling.start"], out["text.empty"] = noise("sampling.start", (1, 4, size, size)), unconditional
+    out["sampling.noise"] = noise("sampling.noise", (STEPS, 4, size, size))
+
+    def guided(x, t):
+        empty, full = unet(x.repeat(2, 1, 1, 1), t, context).sample.chunk(2)
+        return empty + GUIDANCE * (full - empty)
+
     ddim = DDIMScheduler.from_pretrained(model["folder"] / "scheduler")
-    for name, scheduler in [("ddim", ddim), ("dpm", DPMSolverMultistepScheduler.from_config(ddim.config))]:
-        scheduler.set_timesteps(STEPS)
-        latents, trace = start, []
-        for t in scheduler.timesteps:
-            empty, full = unet(latents.repeat(2, 1, 1, 1), t, context).sample.chunk(2)
-            latents = scheduler.step(empty + GUIDANCE * (full - empty), t, latents).prev_sample
-            trace.append(latents)
-        out[f"sampling.{name}"] = torch.cat(trace)
-        model[f"{name}_timesteps"] = scheduler.timesteps.tolist()
+    samplers = record_samplers.Samplers(guided, ddim.alphas_cumprod, ddim.config.prediction_type, out["sampling.noise"])
+    for sampler in record_samplers.NAMES:
+        for schedule in record_samplers.SCHEDULES:
+            for denoise in record_samplers.DENOISE:
+                name = f"{sampler}.{schedule}.{denoise}"
+                sigmas = samplers.sigmas(sampler, schedule, STEPS, denoise)
+                out[f"sampling.sigmas.{name}"] = sigmas
+                out[f"sampling.end.{name}"] = samplers.sample(sampler, out["sampling.start"], sigmas)
 
 
 def record_step(model, out):
@@ -180,7 +186,7 @@ def record_model(folder, name):
         record_vae(model, out)
         record_sampling(model, out)
     record_step(model, out)
-    keys = ["timesteps", "ids", "positions", "plain_ids", "empty_ids", "ddim_timesteps", "dpm_timesteps"]
+    keys = ["timesteps", "ids", "positions", "plain_ids", "empty_ids"]
     metadata = {key: json.dumps(model[key]) for key in keys}
     metadata |= {"fingerprint": fingerprint(folder), "prompt": PROMPT, "plain_prompt": PLAIN_PROMPT}
     save(name, out, metadata)

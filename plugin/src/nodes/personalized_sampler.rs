@@ -2,13 +2,16 @@
 
 use candle_core::Tensor;
 use personalization::{SamplePrompts, sample};
-use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, Value, port};
+use plugin_api::{
+    Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, SharedTensor, Value, port,
+};
+use plugin_api::host::LogLevel;
 use schemars::JsonSchema;
 use serde::Deserialize;
-use stable_diffusion::{GenerateConfig, SchedulerKind};
+use stable_diffusion::{DiffusionModel, GenerateConfig, Sampler, Schedule, Start};
 
 use crate::failure::from_method;
-use crate::nodes::common::seed_schema;
+use crate::nodes::common::{internal, seed_schema};
 use crate::observer::HostObserver;
 use crate::tensor_bridge;
 use crate::values::{ConceptsValue, ModelValue};
@@ -17,14 +20,41 @@ use crate::values::{ConceptsValue, ModelValue};
 #[derive(Debug, Default)]
 pub(crate) struct PersonalizedSampler;
 
-/// The sampler.
+/// How steps are made, under ComfyUI's names.
+#[derive(Debug, Clone, Copy, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum SamplerName {
+    Euler,
+    EulerAncestral,
+    Heun,
+    #[serde(rename = "dpmpp_2m")]
+    DpmPp2m,
+    #[serde(rename = "dpmpp_2m_sde")]
+    DpmPp2mSde,
+    Ddim,
+    UniPc,
+}
+
+impl SamplerName {
+    const fn sampler(self) -> Sampler {
+        match self {
+            Self::Euler => Sampler::Euler,
+            Self::EulerAncestral => Sampler::EulerAncestral,
+            Self::Heun => Sampler::Heun,
+            Self::DpmPp2m => Sampler::DpmPp2m,
+            Self::DpmPp2mSde => Sampler::DpmPp2mSde,
+            Self::Ddim => Sampler::Ddim,
+            Self::UniPc => Sampler::UniPc,
+        }
+    }
+}
+
+/// Which noise levels the steps visit, under ComfyUI's names.
 #[derive(Debug, Clone, Copy, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 enum Scheduler {
-    /// DPM-Solver++ (2M): good pictures from 20 steps.
-    DpmSolver,
-    /// DDIM, as Break-A-Scene samples.
-    Ddim,
+    Normal,
+    Karras,
 }
 
 /// Parameters of the node.
@@ -37,7 +67,7 @@ pub(crate) struct Parameters {
     /// What the pictures are steered away from; empty in the method's own figures.
     #[serde(default)]
     negative_prompt: String,
-    /// Evaluations of the U-Net per picture.
+    /// Steps per picture.
     #[serde(default = "steps")]
     #[schemars(range(min = 1, max = 1000))]
     steps: usize,
@@ -45,10 +75,26 @@ pub(crate) struct Parameters {
     #[serde(default = "guidance")]
     #[schemars(range(min = 1.0, max = 30.0), extend("x-step" = 0.5))]
     guidance: f64,
-    /// The sampler.
+    /// How steps are made, under ComfyUI's names: dpmpp_2m gives good pictures from 20 steps, Break-A-Scene samples with
+    /// ddim; heun asks the model twice a step.
+    #[serde(default = "sampler_name")]
+    sampler_name: SamplerName,
+    /// Which noise levels the steps visit: normal is even in the training's timesteps, karras visits more of the low ones.
     #[serde(default = "scheduler")]
     scheduler: Scheduler,
-    /// Pictures per prompt.
+    /// Width in pixels, a multiple of 8; 0 is the model's own. A picture to start from has its own.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 4096))]
+    width: usize,
+    /// Height in pixels, a multiple of 8; 0 is the model's own. A picture to start from has its own.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 4096))]
+    height: usize,
+    /// How much of a picture to start from is painted anew: 1 keeps nothing of it. Without such a picture it is 1.
+    #[serde(default = "denoise")]
+    #[schemars(range(min = 0.01, max = 1.0), extend("x-step" = 0.01))]
+    denoise: f64,
+    /// Pictures per prompt, and of each picture to start from.
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 64))]
     pictures_per_prompt: usize,
@@ -67,8 +113,14 @@ fn steps() -> usize {
 fn guidance() -> f64 {
     5.0
 }
+fn sampler_name() -> SamplerName {
+    SamplerName::DpmPp2m
+}
 fn scheduler() -> Scheduler {
-    Scheduler::DpmSolver
+    Scheduler::Normal
+}
+fn denoise() -> f64 {
+    1.0
 }
 fn one() -> usize {
     1
@@ -94,6 +146,11 @@ impl Node for PersonalizedSampler {
             port::CONCEPTS,
             "Learned tokens; without them prompts are plain text",
         )
+        .optional_input(
+            "image",
+            port::IMAGE,
+            "Pictures to start from: every prompt repaints each of them as far as denoise says",
+        )
         .output(
             "images",
             port::IMAGE,
@@ -112,16 +169,21 @@ impl Node for PersonalizedSampler {
         let learned = inputs
             .optional_object::<ConceptsValue>("concepts")?
             .map(|value| &value.0);
-        let scheduler = match parameters.scheduler {
-            Scheduler::DpmSolver => SchedulerKind::DpmSolverPlusPlus2M,
-            Scheduler::Ddim => SchedulerKind::Ddim,
-        };
+        let latents = inputs
+            .optional_tensor("image")?
+            .map(|image| latents(model, image, host))
+            .transpose()?;
         let config = GenerateConfig {
             steps: parameters.steps,
             guidance: parameters.guidance,
-            scheduler,
+            sampler: parameters.sampler_name.sampler(),
+            schedule: match parameters.scheduler {
+                Scheduler::Normal => Schedule::Normal,
+                Scheduler::Karras => Schedule::Karras,
+            },
             seed: parameters.seed,
             n_pictures: parameters.pictures_per_prompt,
+            start: start(model, latents.is_some(), &parameters, host)?,
         };
         let prompts: Vec<&str> = parameters
             .prompts
@@ -138,6 +200,7 @@ impl Node for PersonalizedSampler {
         let prompts = SamplePrompts {
             prompts: &prompts,
             negative: &parameters.negative_prompt,
+            latents: latents.as_ref(),
         };
         let pictures = sample(
             model,
@@ -151,11 +214,79 @@ impl Node for PersonalizedSampler {
     }
 }
 
+/// What the parameters say of where pictures start; what they say in vain is told.
+fn start(
+    model: &DiffusionModel,
+    has_picture: bool,
+    parameters: &Parameters,
+    host: &Host,
+) -> Result<Start, NodeError> {
+    let Parameters {
+        width,
+        height,
+        denoise,
+        ..
+    } = *parameters;
+    if has_picture {
+        if [width, height] != [0, 0] {
+            let text = "width and height are not used: pictures have the size of the ones to start from";
+            host.log(LogLevel::Warning, text);
+        }
+        return Ok(Start::Latents { denoise });
+    }
+    if denoise < 1.0 {
+        let text = format!("denoise {denoise} is not used: there is no picture to start from");
+        host.log(LogLevel::Warning, &text);
+    }
+    let factor = model.config.vae.downsampling();
+    let side = |name: &str, wanted: usize| match wanted {
+        0 => Ok(model.image_size()),
+        _ if wanted % factor == 0 => Ok(wanted),
+        _ => {
+            let nearest = (wanted / factor).max(1) * factor;
+            let text = format!("{name} is {wanted}, it takes multiples of {factor}: try {nearest}");
+            Err(NodeError::invalid_input(name, text))
+        }
+    };
+    Ok(Start::Noise([
+        side("width", width)?,
+        side("height", height)?,
+    ]))
+}
+
+/// The latents `[B, 4, h, w]` of pictures; what their middle has beyond multiples of the VAE's cells is cut off.
+fn latents(model: &DiffusionModel, image: &SharedTensor, host: &Host) -> Result<Tensor, NodeError> {
+    let [_, height, width] = port::image_size("image", image)?;
+    // Values that are no numbers are refused there.
+    tensor_bridge::values("image", image)?;
+    let pixels = tensor_bridge::tensor("image", image, &model.device)?;
+    let factor = model.config.vae.downsampling();
+    let whole = [height, width].map(|side| side / factor * factor);
+    if whole.contains(&0) {
+        let text = format!("the input image is {width} x {height} pixels; it needs {factor} a side");
+        return Err(NodeError::invalid_input("image", text));
+    }
+    if whole != [height, width] {
+        let text = format!(
+            "the picture to start from is cut from {width} x {height} to {} x {}, multiples of {factor}",
+            whole[1], whole[0]
+        );
+        host.log(LogLevel::Warning, &text);
+    }
+    let cut = |pixels: &Tensor, dim: usize, side: usize, whole: usize| {
+        pixels.narrow(dim, (side - whole) / 2, whole)
+    };
+    let pixels = cut(&pixels, 1, height, whole[0])
+        .and_then(|pixels| cut(&pixels, 2, width, whole[1]))
+        .and_then(|pixels| pixels.permute((0, 3, 1, 2))?.contiguous())
+        .and_then(|pixels| pixels.affine(2.0, -1.0))
+        .map_err(internal)?;
+    let moments = model.vae.moments(&pixels).map_err(internal)?;
+    model.vae.scaled(&moments.mean).map_err(internal)
+}
+
 /// `[n, 3, H, W]` as an `IMAGE`.
 fn shared(pictures: &Tensor) -> Result<Outputs, NodeError> {
-    let internal = |error: candle_core::Error| {
-        NodeError::new(plugin_api::ErrorCode::Internal, error.to_string())
-    };
     let images = pictures
         .permute((0, 2, 3, 1))
         .and_then(|images| images.contiguous())

@@ -31,7 +31,7 @@ use judge::{Judge, Judgment};
 use personalization::{Picture, Role, SamplePrompts, Silent, sample};
 use scenes::{Index, TrueScene, Which};
 use stable_diffusion::rng::Rng;
-use stable_diffusion::{CheckpointSource, DiffusionModel, GenerateConfig, SchedulerKind};
+use stable_diffusion::{CheckpointSource, DiffusionModel, GenerateConfig, Sampler, Schedule, Start};
 use words::with_article;
 
 /// Backgrounds to paste on.
@@ -135,13 +135,16 @@ fn paint(model: &DiffusionModel, word: &str) -> Result<RgbImage> {
     let prompts = SamplePrompts {
         prompts: &[&prompt],
         negative: "",
+            latents: None,
     };
     let config = GenerateConfig {
         steps: 25,
         guidance: 5.0,
-        scheduler: SchedulerKind::DpmSolverPlusPlus2M,
+        sampler: Sampler::DpmPp2m,
+            schedule: Schedule::Normal,
         seed: 0,
         n_pictures: 1,
+            start: Start::Noise([model.image_size(); 2]),
     };
     let pixels = sample(model, None, &prompts, &config, &mut Silent)?;
     let pixels = pixels.squeeze(0)?.permute((1, 2, 0))?.flatten_all()?;

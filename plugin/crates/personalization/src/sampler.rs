@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use stable_diffusion::DiffusionModel;
-use stable_diffusion::generate::{GenerateConfig, generate};
+use stable_diffusion::generate::{Contexts, GenerateConfig, generate};
 use stable_diffusion::prompt::context;
 
 use crate::error::{Error, Result};
@@ -17,13 +17,14 @@ pub struct SamplePrompts<'a> {
     pub prompts: &'a [&'a str],
     /// What all of them are steered away from; empty in P.
     pub negative: &'a str,
+    /// Latents [B, 4, h, w], scaled, that every prompt repaints, where the configuration starts from latents.
+    pub latents: Option<&'a Tensor>,
 }
 
 /// Pictures `[n, 3, H, W]` in [0, 1]: all of the first prompt, then of the second, …
 ///
 /// # Errors
-/// A token in angle brackets that nobody learned, concepts of another model width, or a
-/// stop.
+/// A token in angle brackets that nobody learned, concepts of another model width, a configuration out of range, or a stop.
 pub fn sample(
     model: &DiffusionModel,
     learned: Option<&LearnedConcepts>,
@@ -49,7 +50,11 @@ pub fn sample(
     let n_prompts = contexts.len();
     let mut pictures = Vec::new();
     for (index, conditional) in contexts.iter().enumerate() {
-        let own = generate(model, conditional, &unconditional, config, &mut |step| {
+        let contexts = Contexts {
+            conditional,
+            unconditional: &unconditional,
+        };
+        let own = generate(model, contexts, prompts.latents, config, &mut |step| {
             let total = step.total * n_prompts;
             observer.on_event(&Event::Denoised {
                 step: index * step.total + step.step,

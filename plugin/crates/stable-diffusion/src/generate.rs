@@ -6,13 +6,13 @@
 
 use std::ops::ControlFlow;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
+use crate::config::Prediction;
 use crate::error::{Error, Result};
 use crate::model::DiffusionModel;
 use crate::rng::Rng;
-use crate::scheduler::{SchedulerKind, SchedulerStep};
-use crate::unet::UNet;
+use crate::sampling::{NoiseLevels, Problem, Sampler, Schedule};
 
 /// Cells a side of the largest latent that [`preview`] decodes as it is.
 const PREVIEW_WHOLE: usize = 32;
@@ -23,16 +23,33 @@ const PREVIEW_ON_CPU: usize = 16;
 /// What to generate.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerateConfig {
-    /// Evaluations of the U-Net per picture.
+    /// Steps per picture, in 1..=T.
     pub steps: usize,
     /// Weight of the prompt against the unconditional prompt; 1 leaves the latter out.
     pub guidance: f64,
-    /// The sampler.
-    pub scheduler: SchedulerKind,
-    /// Seed of the initial noise; picture i has its own stream under it.
+    /// How steps are made.
+    pub sampler: Sampler,
+    /// Which noise levels they visit.
+    pub schedule: Schedule,
+    /// Seed of all noise; picture i has its own streams under it.
     pub seed: u64,
-    /// Pictures to make.
+    /// Pictures to make, of each picture to start from.
     pub n_pictures: usize,
+    /// What to start from.
+    pub start: Start,
+}
+
+/// What a picture starts from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Start {
+    /// Pure noise, of this width and height in pixels.
+    Noise([usize; 2]),
+    /// The latents given to [`generate`], with as much noise as the last part of the steps takes away; in (0, 1], 1 leaves
+    /// nothing of them.
+    Latents {
+        /// Which part.
+        denoise: f64,
+    },
 }
 
 /// Where a call of [`generate`] stands.
@@ -51,14 +68,15 @@ pub struct GenerateStep<'a> {
 /// Generates pictures, [n, 3, H, W] in [0, 1]. Picture i is the same whatever `n_pictures` is.
 ///
 /// * `conditional`, `unconditional`: contexts, [1, 77·n, D] and [1, 77·m, D], see [`crate::prompt`]
+/// * `latents`: [B, 4, h, w], scaled, for [`Start::Latents`]: all pictures of the first come first
 /// * `on_step`: called after each step; `Break` stops
 ///
 /// # Errors
 /// [`Error::Canceled`] if `on_step` broke off, [`Error::Argument`] if the configuration is out of range.
 pub fn generate(
     model: &DiffusionModel,
-    conditional: &Tensor,
-    unconditional: &Tensor,
+    contexts: Contexts<'_>,
+    latents: Option<&Tensor>,
     config: &GenerateConfig,
     on_step: &mut dyn FnMut(GenerateStep<'_>) -> ControlFlow<()>,
 ) -> Result<Tensor> {
@@ -71,13 +89,111 @@ pub fn generate(
             format!("{} is not a number", config.guidance),
         ));
     }
-    let contexts = [unconditional.detach(), conditional.detach()];
-    let mut pictures = Vec::with_capacity(config.n_pictures);
-    for picture in 0..config.n_pictures {
-        let latents = denoise(model, &contexts, config, picture, on_step)?;
+    let starts = starts(model, latents, config)?;
+    let guided = GuidedModel::new(model, contexts, config.guidance);
+    let denoise = match config.start {
+        Start::Noise(_) => 1.0,
+        Start::Latents { denoise } => denoise,
+    };
+    let sigmas = config
+        .sampler
+        .noise_levels(&guided.levels, config.schedule, config.steps, denoise)?;
+    let n_pictures = starts.len() * config.n_pictures;
+    let mut pictures = Vec::with_capacity(n_pictures);
+    for picture in 0..n_pictures {
+        let mut denoising = Denoising {
+            guided: &guided,
+            noise: Rng::new(config.seed, "sampler noise", picture as u64),
+            picture,
+            steps: (picture * config.steps, n_pictures * config.steps),
+            on_step,
+        };
+        let x = denoising.noisy(&starts[picture / config.n_pictures], &sigmas, config.seed)?;
+        let latents = config.sampler.sample(&mut denoising, &x, &sigmas)?;
         pictures.push(model.vae.decode(&latents)?);
     }
     in_unit_range(&Tensor::cat(&pictures, 0)?)
+}
+
+/// What [`generate`] is told in words.
+#[derive(Debug, Clone, Copy)]
+pub struct Contexts<'a> {
+    /// [1, 77·n, D]
+    pub conditional: &'a Tensor,
+    /// [1, 77·m, D]
+    pub unconditional: &'a Tensor,
+}
+
+/// Latents [1, 4, h, w] to start from, each once.
+fn starts(
+    model: &DiffusionModel,
+    latents: Option<&Tensor>,
+    config: &GenerateConfig,
+) -> Result<Vec<Tensor>> {
+    let channels = model.config.unet.in_channels;
+    match (config.start, latents) {
+        (Start::Noise(size), _) => {
+            let factor = model.config.vae.downsampling();
+            let [width, height] = size.map(|side| side / factor);
+            if size.iter().any(|&side| side == 0 || side % factor != 0) {
+                let reason = format!(
+                    "{} x {} is not a size in multiples of {factor} pixels",
+                    size[0], size[1]
+                );
+                return Err(Error::argument("size", reason));
+            }
+            let shape = (1, channels, height, width);
+            Ok(vec![Tensor::zeros(shape, DType::F32, &model.device)?])
+        }
+        (Start::Latents { .. }, Some(latents)) => {
+            let n = latents.dim(0)?;
+            let one = |i| Ok(latents.narrow(0, i, 1)?.detach());
+            (0..n).map(one).collect()
+        }
+        (Start::Latents { .. }, None) => Err(Error::argument("latents", "there are none")),
+    }
+}
+
+/// One picture in the making.
+struct Denoising<'a> {
+    guided: &'a GuidedModel<'a>,
+    noise: Rng,
+    picture: usize,
+    /// Done and to do over all pictures.
+    steps: (usize, usize),
+    on_step: &'a mut dyn FnMut(GenerateStep<'_>) -> ControlFlow<()>,
+}
+
+impl Denoising<'_> {
+    /// z with the first level's noise. At the largest one the whole has the variance that the model was trained with.
+    fn noisy(&self, z: &Tensor, sigmas: &[f64], seed: u64) -> Result<Tensor> {
+        let noise = Rng::new(seed, "generate", self.picture as u64).normal(z.dims(), z.device())?;
+        let sigma = sigmas[0];
+        let is_all = sigma >= self.guided.levels.largest() * (1.0 - 1e-5);
+        let scale = if is_all { (1.0 + sigma * sigma).sqrt() } else { sigma };
+        Ok((z + (noise * scale)?)?)
+    }
+}
+
+impl Problem for Denoising<'_> {
+    fn clean(&mut self, x: &Tensor, sigma: f64) -> Result<Tensor> {
+        self.guided.clean(x, sigma)
+    }
+
+    fn noise(&mut self, x: &Tensor) -> Result<Tensor> {
+        self.noise.normal(x.dims(), x.device())
+    }
+
+    fn on_step(&mut self, clean: &Tensor) -> Result<()> {
+        self.steps.0 += 1;
+        let (step, total) = self.steps;
+        let picture = self.picture;
+        let step = GenerateStep { picture, step, total, clean };
+        if (self.on_step)(step).is_break() {
+            return Err(Error::Canceled);
+        }
+        Ok(())
+    }
 }
 
 /// The decoder's pictures, about [-1, 1], as pictures in [0, 1].
@@ -109,66 +225,67 @@ pub fn preview(model: &DiffusionModel, clean: &Tensor) -> Result<Tensor> {
     in_unit_range(&model.vae.decode(small)?)
 }
 
-/// One picture's latent, [1, 4, h, w], scaled. `contexts` are those of [`guided_prediction`].
-fn denoise(
-    model: &DiffusionModel,
-    contexts: &[Tensor; 2],
-    config: &GenerateConfig,
-    picture: usize,
-    on_step: &mut dyn FnMut(GenerateStep<'_>) -> ControlFlow<()>,
-) -> Result<Tensor> {
-    let mut scheduler = config
-        .scheduler
-        .build(&model.config.scheduler, config.steps)?;
-    let size = model.latent_size();
-    let shape = [1, model.config.unet.in_channels, size, size];
-    let mut latents =
-        Rng::new(config.seed, "generate", picture as u64).normal(&shape, &model.device)?;
-    for (i, t) in scheduler.timesteps().to_vec().into_iter().enumerate() {
-        let prediction = guided_prediction(&model.unet, &latents, t, contexts, config.guidance)?;
-        let SchedulerStep { sample, clean } = scheduler.step(&prediction, i, &latents)?;
-        latents = sample.detach();
-        let step = picture * config.steps + i + 1;
-        let total = config.n_pictures * config.steps;
-        if on_step(GenerateStep {
-            picture,
-            step,
-            total,
-            clean: &clean.detach(),
-        })
-        .is_break()
-        {
-            return Err(Error::Canceled);
-        }
-    }
-    Ok(latents)
+/// A U-Net that denoises towards a prompt and away from another.
+#[derive(Debug)]
+pub struct GuidedModel<'a> {
+    model: &'a DiffusionModel,
+    levels: NoiseLevels,
+    /// Unconditional, conditional.
+    contexts: [Tensor; 2],
+    guidance: f64,
 }
 
-/// The U-Net's prediction with classifier-free guidance, [1, 4, h, w].
-///
-/// * `latents`: [1, 4, h, w]
-/// * `contexts`: unconditional [1, 77·m, D] and conditional [1, 77·n, D]; those of one length are asked about together
-///
-/// # Errors
-/// Those of the U-Net.
-pub fn guided_prediction(
-    unet: &UNet,
-    latents: &Tensor,
-    timestep: usize,
-    contexts: &[Tensor; 2],
-    guidance: f64,
-) -> Result<Tensor> {
-    let t = timestep as f32;
-    if guidance == 1.0 {
-        return unet.forward(latents, &[t], &contexts[1]);
+impl<'a> GuidedModel<'a> {
+    /// `guidance` 1 leaves the unconditional prompt out.
+    #[must_use]
+    pub fn new(model: &'a DiffusionModel, contexts: Contexts<'_>, guidance: f64) -> Self {
+        Self {
+            model,
+            levels: NoiseLevels::new(&model.noise_schedule),
+            contexts: [
+                contexts.unconditional.detach(),
+                contexts.conditional.detach(),
+            ],
+            guidance,
+        }
     }
-    let (unconditional, conditional) = if contexts[0].dims() == contexts[1].dims() {
-        let latents = Tensor::cat(&[latents, latents], 0)?;
-        let both = unet.forward(&latents, &[t, t], &Tensor::cat(contexts, 0)?)?;
-        (both.narrow(0, 0, 1)?, both.narrow(0, 1, 1)?)
-    } else {
+
+    /// The model's noise levels.
+    #[must_use]
+    pub fn levels(&self) -> &NoiseLevels {
+        &self.levels
+    }
+
+    /// D(x, σ) of [`crate::sampling`], [1, 4, h, w] as `x`.
+    ///
+    /// # Errors
+    /// Those of the U-Net.
+    pub fn clean(&self, x: &Tensor, sigma: f64) -> Result<Tensor> {
+        // x in the variance-preserving form that the U-Net knows.
+        let alpha = 1.0 / (1.0 + sigma * sigma).sqrt();
+        let latents = (x * alpha)?;
+        let output = self.prediction(&latents, self.levels.timestep(sigma) as f32)?;
+        let clean = match self.model.noise_schedule.prediction() {
+            Prediction::Epsilon => (x - (output * sigma)?)?,
+            Prediction::Velocity => ((latents - (output * sigma)?)? * alpha)?,
+        };
+        Ok(clean.detach())
+    }
+
+    /// With classifier-free guidance. Contexts of one length are asked about together.
+    fn prediction(&self, latents: &Tensor, t: f32) -> Result<Tensor> {
+        let (unet, contexts) = (&self.model.unet, &self.contexts);
         let one = |context| unet.forward(latents, &[t], context);
-        (one(&contexts[0])?, one(&contexts[1])?)
-    };
-    Ok((&unconditional + ((conditional - &unconditional)? * guidance)?)?)
+        if self.guidance == 1.0 {
+            return one(&contexts[1]);
+        }
+        let (unconditional, conditional) = if contexts[0].dims() == contexts[1].dims() {
+            let latents = Tensor::cat(&[latents, latents], 0)?;
+            let both = unet.forward(&latents, &[t, t], &Tensor::cat(contexts, 0)?)?;
+            (both.narrow(0, 0, 1)?, both.narrow(0, 1, 1)?)
+        } else {
+            (one(&contexts[0])?, one(&contexts[1])?)
+        };
+        Ok((&unconditional + ((conditional - &unconditional)? * self.guidance)?)?)
+    }
 }

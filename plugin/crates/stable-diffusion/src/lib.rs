@@ -11,7 +11,7 @@
 //! | ids and weights to context, latents and context to prediction | [`text_encoder`], [`prompt`], [`unet`] |
 //! | small trainable deltas, and those of other tools | [`lora`], `lora_file` |
 //! | pictures to latents and back | [`vae`] |
-//! | noise levels, sampling | [`noise_schedule`], [`scheduler`], [`generate`] |
+//! | noise levels, sampling | [`noise_schedule`], [`sampling`], [`generate`] |
 //! | all of it in one value | [`model`] |
 
 pub mod error;
@@ -42,14 +42,14 @@ pub mod vae;
 
 pub mod noise_schedule;
 
-pub mod scheduler;
+pub mod sampling;
 
 pub mod model;
 
 pub mod generate;
 
 pub use error::{Error, Result};
-pub use generate::GenerateConfig;
+pub use generate::{GenerateConfig, Start};
 pub use model::{CheckpointSource, DiffusionModel};
-pub use scheduler::SchedulerKind;
+pub use sampling::{Sampler, Schedule};
 pub use unet::UNet;

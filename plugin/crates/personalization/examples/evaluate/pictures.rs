@@ -9,7 +9,7 @@ use personalization::{
     joint_stage, sample,
 };
 use serde::Serialize;
-use stable_diffusion::{DiffusionModel, GenerateConfig, SchedulerKind};
+use stable_diffusion::{DiffusionModel, GenerateConfig, Sampler, Schedule, Start};
 
 use crate::judge::{Judge, Judgment};
 use crate::masks::Learned;
@@ -102,13 +102,16 @@ pub(crate) fn paint(
         let config = GenerateConfig {
             steps: STEPS,
             guidance: GUIDANCE,
-            scheduler: SchedulerKind::DpmSolverPlusPlus2M,
+            sampler: Sampler::DpmPp2m,
+            schedule: Schedule::Normal,
             seed,
             n_pictures: 1,
+            start: Start::Noise([model.image_size(); 2]),
         };
         let prompts = SamplePrompts {
             prompts: &[&prompt],
             negative: "",
+            latents: None,
         };
         let pixels = sample(&tuned, Some(&tokens), &prompts, &config, &mut Silent)?;
         let pixels = pixels.squeeze(0)?.permute((1, 2, 0))?.flatten_all()?;

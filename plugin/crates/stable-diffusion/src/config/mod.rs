@@ -178,18 +178,8 @@ pub enum Prediction {
     Velocity,
 }
 
-/// Which timesteps a sampler visits (Lin et al. 2024, Table 2).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TimestepSpacing {
-    /// Multiples of T / steps from 0, plus `steps_offset`.
-    Leading,
-    /// Multiples of T / steps down from T.
-    Trailing,
-    /// Evenly spaced from 0 to T - 1.
-    Linspace,
-}
-
-/// The noise that the model was trained with, and the samplers' defaults.
+/// The noise that the model was trained with. Which sampler a checkpoint's file names, and how that one spaces its timesteps,
+/// is the caller's choice: see [`crate::sampling`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct SchedulerConfig {
     /// T.
@@ -202,17 +192,8 @@ pub struct SchedulerConfig {
     pub beta_schedule: BetaSchedule,
     /// What the U-Net predicts.
     pub prediction: Prediction,
-    /// Added to the timesteps of `Leading`.
-    pub steps_offset: usize,
-    /// abar "before timestep 0" in DDIM: 1 if set, abar of timestep 0 if not.
-    pub set_alpha_to_one: bool,
-    /// Timesteps to visit; `None` is each sampler's own default
-    /// (DDIM leading, DPM-Solver++ linspace), as in diffusers.
-    pub timestep_spacing: Option<TimestepSpacing>,
     /// Whether beta is rescaled so that abar ends at 0 (Lin et al. 2024, Algorithm 1).
     pub rescale_betas_zero_snr: bool,
-    /// Whether DDIM clamps the predicted latent to [-1, 1]; never in latent diffusion as published.
-    pub clip_sample: bool,
 }
 
 /// A whole checkpoint.
@@ -289,11 +270,7 @@ impl ModelConfig {
                 beta_end: 0.012,
                 beta_schedule: BetaSchedule::ScaledLinear,
                 prediction: Prediction::Epsilon,
-                steps_offset: 1,
-                set_alpha_to_one: false,
-                timestep_spacing: None,
                 rescale_betas_zero_snr: false,
-                clip_sample: false,
             },
         }
     }

@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::{
     Activation, BetaSchedule, DownBlock, Prediction, SchedulerConfig, TextEncoderConfig,
-    TimestepSpacing, UNetConfig, UpBlock, VaeConfig,
+    UNetConfig, UpBlock, VaeConfig,
 };
 use crate::error::{Error, Result};
 
@@ -401,27 +401,13 @@ impl SchedulerConfig {
             ("epsilon", Prediction::Epsilon),
             ("v_prediction", Prediction::Velocity),
         ];
-        let spacings = [
-            ("leading", Some(TimestepSpacing::Leading)),
-            ("trailing", Some(TimestepSpacing::Trailing)),
-            ("linspace", Some(TimestepSpacing::Linspace)),
-        ];
-        let class = f.value("_class_name");
-        // Absent keys have the defaults of the class that wrote the file.
-        let class = class.as_ref().and_then(Value::as_str);
-        let plms = class == Some("PNDMScheduler");
-        let clips = matches!(class, Some("DDIMScheduler" | "DDPMScheduler"));
         let config = Self {
             num_train_timesteps: f.size("num_train_timesteps", 1000),
             beta_start: f.number("beta_start", 0.0001),
             beta_end: f.number("beta_end", 0.02),
             beta_schedule: f.choice("beta_schedule", &betas, BetaSchedule::Linear),
             prediction: f.choice("prediction_type", &predictions, Prediction::Epsilon),
-            steps_offset: f.count("steps_offset", 0),
-            set_alpha_to_one: f.flag("set_alpha_to_one", !plms),
-            timestep_spacing: f.choice("timestep_spacing", &spacings, None),
             rescale_betas_zero_snr: f.flag("rescale_betas_zero_snr", false),
-            clip_sample: f.flag("clip_sample", clips),
         };
         if config.rescale_betas_zero_snr && config.prediction == Prediction::Epsilon {
             f.faults.push("\"rescale_betas_zero_snr\" needs \"v_prediction\": pure noise says nothing of the picture".to_owned());

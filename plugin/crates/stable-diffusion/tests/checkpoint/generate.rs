@@ -2,19 +2,22 @@ use std::ops::ControlFlow;
 
 use candle_core::{Device, Tensor};
 use stable_diffusion::config::ModelConfig;
-use stable_diffusion::generate::{GenerateConfig, generate, preview};
+use stable_diffusion::generate::{Contexts, GenerateConfig, GenerateStep, Start, generate, preview};
+use stable_diffusion::Result;
 use stable_diffusion::model::DiffusionModel;
 use stable_diffusion::rng::Rng;
-use stable_diffusion::scheduler::SchedulerKind;
+use stable_diffusion::sampling::{Sampler, Schedule};
 
 use crate::models::{shrunk, tokenizer};
 
 const CONFIG: GenerateConfig = GenerateConfig {
     steps: 3,
     guidance: 4.0,
-    scheduler: SchedulerKind::Ddim,
+    sampler: Sampler::Ddim,
+    schedule: Schedule::Normal,
     seed: 5,
     n_pictures: 2,
+    start: Start::Noise([64, 64]),
 };
 
 fn model() -> DiffusionModel {
@@ -32,12 +35,24 @@ fn embeddings(model: &DiffusionModel) -> (Tensor, Tensor) {
     (encode("a dog on the grass"), encode(""))
 }
 
+/// Pictures of a conditional and an unconditional context.
+fn painted(
+    model: &DiffusionModel,
+    [conditional, unconditional]: [&Tensor; 2],
+    latents: Option<&Tensor>,
+    config: &GenerateConfig,
+) -> Result<Tensor> {
+    let contexts = Contexts {
+        conditional,
+        unconditional,
+    };
+    let on_step = &mut |_: GenerateStep<'_>| ControlFlow::Continue(());
+    generate(model, contexts, latents, config, on_step)
+}
+
 fn pictures(model: &DiffusionModel, config: &GenerateConfig) -> Vec<Vec<f32>> {
     let (conditional, unconditional) = embeddings(model);
-    let out = generate(model, &conditional, &unconditional, config, &mut |_| {
-        ControlFlow::Continue(())
-    })
-    .unwrap();
+    let out = painted(model, [&conditional, &unconditional], None, config).unwrap();
     assert_eq!(out.dims(), [config.n_pictures, 3, 64, 64]);
     out.flatten_from(1).unwrap().to_vec2().unwrap()
 }
@@ -79,7 +94,7 @@ fn the_same_seed_gives_the_same_bits() {
             ..one.clone()
         },
         GenerateConfig {
-            scheduler: SchedulerKind::DpmSolverPlusPlus2M,
+            sampler: Sampler::DpmPp2m,
             ..one.clone()
         },
     ] {
@@ -97,10 +112,7 @@ fn guidance_one_ignores_the_unconditional_prompt() {
         ..CONFIG
     };
     let run = |unconditional: &Tensor| {
-        let out = generate(&model, &conditional, unconditional, &config, &mut |_| {
-            ControlFlow::Continue(())
-        })
-        .unwrap();
+        let out = painted(&model, [&conditional, unconditional], None, &config).unwrap();
         out.flatten_all().unwrap().to_vec1::<f32>().unwrap()
     };
     assert_eq!(run(&unconditional), run(&conditional));
@@ -112,7 +124,11 @@ fn every_step_is_reported_and_can_be_the_last() {
     let (conditional, unconditional) = embeddings(&model);
     let run = |stop_at: usize| {
         let mut steps = Vec::new();
-        let result = generate(&model, &conditional, &unconditional, &CONFIG, &mut |step| {
+        let contexts = Contexts {
+            conditional: &conditional,
+            unconditional: &unconditional,
+        };
+        let result = generate(&model, contexts, None, &CONFIG, &mut |step| {
             assert_eq!(step.clean.dims(), [1, 4, 8, 8]);
             steps.push((step.picture, step.step, step.total));
             if step.step == stop_at {
@@ -133,6 +149,46 @@ fn every_step_is_reported_and_can_be_the_last() {
     ];
     assert_eq!(run(0), (all.to_vec(), None));
     assert_eq!(run(4), (all[..4].to_vec(), Some("canceled".to_owned())));
+}
+
+#[test]
+fn pictures_have_the_size_that_is_asked_for() {
+    let model = model();
+    let (conditional, unconditional) = embeddings(&model);
+    // 9 cells a side cannot be halved evenly.
+    for [width, height] in [[96, 64], [72, 40], [8, 136]] {
+        let config = GenerateConfig {
+            start: Start::Noise([width, height]),
+            n_pictures: 1,
+            ..CONFIG
+        };
+        let found = painted(&model, [&conditional, &unconditional], None, &config).unwrap();
+        assert_eq!(found.dims(), [1, 3, height, width]);
+    }
+}
+
+#[test]
+fn a_picture_to_start_from_is_kept_as_far_as_denoise_says() {
+    let model = model();
+    let (conditional, unconditional) = embeddings(&model);
+    let z = Rng::new(1, "test", 0)
+        .normal(&[2, 4, 8, 12], &model.device)
+        .unwrap();
+    let distance = |denoise: f64| {
+        let config = GenerateConfig {
+            start: Start::Latents { denoise },
+            ..CONFIG
+        };
+        let contexts = [&conditional, &unconditional];
+        let found = painted(&model, contexts, Some(&z), &config).unwrap();
+        assert_eq!(found.dims(), [4, 3, 64, 96]);
+        let kept = preview(&model, &z.narrow(0, 1, 1).unwrap()).unwrap();
+        let third = found.narrow(0, 2, 1).unwrap();
+        let difference = (third - kept).unwrap().abs().unwrap();
+        difference.mean_all().unwrap().to_scalar::<f32>().unwrap()
+    };
+    let (little, much) = (distance(0.01), distance(1.0));
+    assert!(little < 0.2 * much, "{little} {much}");
 }
 
 #[test]
@@ -163,11 +219,8 @@ fn impossible_requests_are_refused() {
     let model = model();
     let (conditional, unconditional) = embeddings(&model);
     let refuse = |config: GenerateConfig| {
-        let on_step =
-            &mut |_: stable_diffusion::generate::GenerateStep<'_>| ControlFlow::Continue(());
-        generate(&model, &conditional, &unconditional, &config, on_step)
-            .unwrap_err()
-            .to_string()
+        let found = painted(&model, [&conditional, &unconditional], None, &config);
+        found.unwrap_err().to_string()
     };
     assert_eq!(
         refuse(GenerateConfig { steps: 0, ..CONFIG }),
@@ -187,6 +240,15 @@ fn impossible_requests_are_refused() {
         }),
         "guidance: NaN is not a number"
     );
+    for (start, message) in [
+        (
+            Start::Noise([64, 60]),
+            "size: 64 x 60 is not a size in multiples of 8 pixels",
+        ),
+        (Start::Latents { denoise: 0.5 }, "latents: there are none"),
+    ] {
+        assert_eq!(refuse(GenerateConfig { start, ..CONFIG }), message);
+    }
 }
 
 #[test]

@@ -4,11 +4,11 @@ use std::ops::ControlFlow;
 
 use candle_core::{Device, Tensor};
 use stable_diffusion::config::ModelConfig;
-use stable_diffusion::generate::{GenerateConfig, generate};
+use stable_diffusion::generate::{Contexts, GenerateConfig, Start, generate};
 use stable_diffusion::model::DiffusionModel;
 use stable_diffusion::prompt::context;
 use stable_diffusion::rng::Rng;
-use stable_diffusion::scheduler::SchedulerKind;
+use stable_diffusion::sampling::{Sampler, Schedule};
 use stable_diffusion::tokenizer::Tokenizer;
 
 use crate::models::{shrunk, tokenizer};
@@ -127,12 +127,18 @@ fn contexts_of_different_lengths_paint_together() {
     let config = GenerateConfig {
         steps: 2,
         guidance: 3.0,
-        scheduler: SchedulerKind::Ddim,
+        sampler: Sampler::Ddim,
+        schedule: Schedule::Normal,
         seed: 1,
         n_pictures: 1,
+        start: Start::Noise([model.image_size(); 2]),
     };
     let paint = |context: &Tensor| {
-        generate(&model, context, &short, &config, &mut |_| {
+        let contexts = Contexts {
+            conditional: context,
+            unconditional: &short,
+        };
+        generate(&model, contexts, None, &config, &mut |_| {
             ControlFlow::Continue(())
         })
         .unwrap()

@@ -2,9 +2,10 @@
 
 use candle_core::{Device, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
-use stable_diffusion::generate::guided_prediction;
+use stable_diffusion::Result;
+use stable_diffusion::generate::{Contexts, GuidedModel};
 use stable_diffusion::model::{CheckpointSource, DiffusionModel};
-use stable_diffusion::scheduler::SchedulerKind;
+use stable_diffusion::sampling::{Problem, Sampler, Schedule};
 use stable_diffusion::unet::Watch;
 
 use crate::losses;
@@ -13,6 +14,8 @@ use crate::recording::{Comparison, Recording, fixtures, sprites};
 const GUIDANCE: f64 = 5.0;
 const STEPS: usize = 10;
 const LAMBDA: f64 = 0.01;
+/// Of latents after ten steps, as a fraction of their greatest magnitude.
+const SAMPLED: f64 = 2e-4;
 
 #[test]
 fn the_bundled_checkpoint_computes_what_the_reference_computes() {
@@ -127,36 +130,64 @@ fn vae(case: &Case<'_>, comparison: &mut Comparison<'_>) {
     );
 }
 
+/// A problem whose noise was recorded.
+struct Recorded<'a> {
+    guided: GuidedModel<'a>,
+    noise: Tensor,
+    drawn: usize,
+}
+
+impl Problem for Recorded<'_> {
+    fn clean(&mut self, x: &Tensor, sigma: f64) -> Result<Tensor> {
+        self.guided.clean(x, sigma)
+    }
+    fn noise(&mut self, _: &Tensor) -> Result<Tensor> {
+        self.drawn += 1;
+        Ok(self.noise.narrow(0, self.drawn - 1, 1)?)
+    }
+    fn on_step(&mut self, _: &Tensor) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Every sampler and schedule, from noise and with the last steps of a longer run.
 fn sampling(case: &Case<'_>, comparison: &mut Comparison<'_>) {
     let model = &case.model;
     let empty: Vec<u32> = case.recording.json("empty_ids");
     let unconditional = model.text_encoder.encode(&empty, None).unwrap();
     comparison.check("text.empty", &unconditional);
-    let contexts = [unconditional, case.recording.tensor("text.plain")];
-    for (name, kind) in [
-        ("ddim", SchedulerKind::Ddim),
-        ("dpm", SchedulerKind::DpmSolverPlusPlus2M),
-    ] {
-        let mut scheduler = kind.build(&model.config.scheduler, STEPS).unwrap();
-        let timesteps = scheduler.timesteps().to_vec();
-        assert_eq!(
-            timesteps,
-            case.recording
-                .json::<Vec<usize>>(&format!("{name}_timesteps"))
-        );
-        let mut latents = case.recording.tensor("sampling.start");
-        let mut trace = Vec::new();
-        for (i, &t) in timesteps.iter().enumerate() {
-            let prediction =
-                guided_prediction(&model.unet, &latents, t, &contexts, GUIDANCE).unwrap();
-            latents = scheduler.step(&prediction, i, &latents).unwrap().sample;
-            trace.push(latents.clone());
+    let contexts = Contexts {
+        conditional: &case.recording.tensor("text.plain"),
+        unconditional: &unconditional,
+    };
+    let mut checked = Vec::new();
+    for sampler in Sampler::ALL {
+        for schedule in Schedule::ALL {
+            for denoise in [1.0, 0.6] {
+                let name = format!("{}.{}.{denoise:?}", sampler.name(), schedule.name());
+                let mut problem = Recorded {
+                    guided: GuidedModel::new(model, contexts, GUIDANCE),
+                    noise: case.recording.tensor("sampling.noise"),
+                    drawn: 0,
+                };
+                let levels = problem.guided.levels();
+                let sigmas = sampler
+                    .noise_levels(levels, schedule, STEPS, denoise)
+                    .unwrap();
+                let found: Vec<f32> = sigmas.iter().map(|&sigma| sigma as f32).collect();
+                let found = Tensor::new(found.as_slice(), &Device::Cpu).unwrap();
+                comparison.check(&format!("sampling.sigmas.{name}"), &found);
+                let scale = (1.0 + sigmas[0] * sigmas[0]).sqrt();
+                let x = (case.recording.tensor("sampling.start") * scale).unwrap();
+                let end = sampler.sample(&mut problem, &x, &sigmas).unwrap();
+                let name = format!("sampling.end.{name}");
+                comparison.check_within(&name, &end, SAMPLED);
+                checked.push(name);
+            }
         }
-        comparison.check(
-            &format!("sampling.{name}"),
-            &Tensor::cat(&trace, 0).unwrap(),
-        );
     }
+    checked.sort();
+    assert_eq!(checked, case.recording.names("sampling.end."));
 }
 
 /// Both losses, their gradients with respect to the concepts' rows, and one step of AdamW.
