@@ -235,6 +235,15 @@ impl<'a> Worker<'a> {
                 total: job.plan.len(),
             },
         );
+        if let Some(text) = unknown_inputs(node, descriptor) {
+            job.observer.on_event(
+                label,
+                &Event::Log {
+                    level: 2,
+                    text: &text,
+                },
+            );
+        }
         let started = Instant::now();
         let has_saved = Arc::new(AtomicBool::new(false));
         let context = self.context(label, &signature, &has_saved)?;
@@ -406,6 +415,33 @@ fn mismatch(socket: &OutputSocket, value: &Value) -> Option<String> {
         (_, Value::Tensor(_) | Value::Json(_)) => true,
     };
     (!fits).then_some(found)
+}
+
+/// What to say of inputs that a node does not have: a slip of the pen, or a parameter of another version.
+fn unknown_inputs(node: &GraphNode, descriptor: &NodeDescriptor) -> Option<String> {
+    // What editors leave beside the parameters.
+    const OF_EDITORS: [&str; 4] = [
+        "upload",
+        "control_after_generate",
+        "is_changed",
+        "choose file to upload",
+    ];
+    let is_known = |name: &str| {
+        OF_EDITORS.contains(&name)
+            || descriptor.widgets.iter().any(|widget| widget.name == name)
+            || descriptor.inputs.iter().any(|socket| socket.name == name)
+    };
+    let names = node.inputs.keys().filter(|name| !is_known(name));
+    let names: Vec<&str> = names.map(String::as_str).collect();
+    let (are, they) = match names.len() {
+        0 => return None,
+        1 => ("is", "it"),
+        _ => ("are", "they"),
+    };
+    Some(format!(
+        "{} {are} not among its inputs, and {they} {are} not used; `host-demo nodes` lists them",
+        names.join(", ")
+    ))
 }
 
 /// The host as a running node sees it.

@@ -25,6 +25,31 @@ pub(crate) struct RgbPicture {
 /// A picture with its transparency, 8 or 16 bits per channel as the file had it.
 pub(crate) struct LoadedPicture(DynamicImage);
 
+/// Whether a JPEG's scans have no end: the decoder fills up what is missing with gray.
+fn is_cut_off_jpeg(bytes: &[u8]) -> bool {
+    const START_OF_IMAGE: [u8; 2] = [0xff, 0xd8];
+    const END_OF_IMAGE: [u8; 2] = [0xff, 0xd9];
+    const START_OF_SCAN: u8 = 0xda;
+    if !bytes.starts_with(&START_OF_IMAGE) {
+        return false;
+    }
+    // Segments before the first scan have lengths; a thumbnail among them has an end of its own.
+    let mut at = 2;
+    while let Some(&[0xff, marker, high, low]) = bytes.get(at..at + 4) {
+        if marker == 0xff {
+            at += 1;
+            continue;
+        }
+        at += 2 + usize::from(u16::from_be_bytes([high, low]));
+        if marker == START_OF_SCAN {
+            break;
+        }
+    }
+    // In a scan 0xff is followed by 0 or by a marker.
+    let scans = bytes.get(at..).unwrap_or_default();
+    !scans.windows(2).any(|pair| pair == END_OF_IMAGE)
+}
+
 impl LoadedPicture {
     /// Reads a picture; `name` is what errors call it.
     ///
@@ -52,6 +77,10 @@ impl LoadedPicture {
         let orientation = decoder.orientation().map_err(unreadable)?;
         let mut picture = DynamicImage::from_decoder(decoder).map_err(unreadable)?;
         picture.apply_orientation(orientation);
+        if is_cut_off_jpeg(bytes) {
+            let reason = "ends before its last row; copy or download it again".to_owned();
+            return Err(refuse(reason));
+        }
         Ok(Self(picture))
     }
 
@@ -352,6 +381,30 @@ mod tests {
     fn what_is_no_picture_is_refused_by_name() {
         let error = LoadedPicture::decode("notes.txt", b"hello").err().unwrap();
         assert!(error.message.contains("notes.txt"), "{error}");
+    }
+
+    #[test]
+    fn a_jpeg_that_is_cut_off_is_refused() {
+        let noise = image::RgbImage::from_fn(48, 40, |x, y| {
+            image::Rgb([
+                (x * y % 251) as u8,
+                (x * 7 % 256) as u8,
+                (y * 5 % 256) as u8,
+            ])
+        });
+        let mut jpeg = Vec::new();
+        let format = image::ImageFormat::Jpeg;
+        noise.write_to(&mut Cursor::new(&mut jpeg), format).unwrap();
+        assert!(LoadedPicture::decode("a.jpg", &jpeg).is_ok());
+        // A thumbnail's end is not the picture's; what lies behind the end does no harm.
+        let thumbnail = [0xff, 0xe1, 0, 6, 0xff, 0xd8, 0xff, 0xd9];
+        let with_thumbnail = [&jpeg[..2], &thumbnail, &jpeg[2..], b"more"].concat();
+        assert!(LoadedPicture::decode("a.jpg", &with_thumbnail).is_ok());
+        for cut in [0, 2].into_iter().chain((20..jpeg.len()).step_by(37)) {
+            let cut_off = [&with_thumbnail[..10], &jpeg[2..jpeg.len() - cut.max(2)]].concat();
+            let error = LoadedPicture::decode("a.jpg", &cut_off).err();
+            assert!(error.is_some_and(|e| e.message.contains("a.jpg")), "{cut}");
+        }
     }
 
     #[test]

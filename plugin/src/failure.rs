@@ -47,7 +47,7 @@ fn at_fault(error: &personalization::Error) -> Option<&'static str> {
         }
         Error::MaskSize { .. }
         | Error::SoftMaskSize { .. }
-        | Error::EmptyAfterCrop { .. }
+        | Error::EmptyGivenMask { .. }
         | Error::MasksDoNotFitPicture { .. }
         | Error::MasksDoNotFit { .. }
         | Error::MasksMissing
@@ -79,8 +79,8 @@ mod tests {
             "joint_learning_rate"
         );
         assert_eq!(of(Error::MasksMissing), "masks");
-        let (found, wanted) = (64, 128);
-        assert_eq!(of(Error::PictureSize { found, wanted }), "images");
+        let (size, unit) = (personalization::Size::square(63), 64);
+        assert_eq!(of(Error::PictureSize { size, unit }), "images");
         let token = "<a>".to_owned();
         assert_eq!(of(Error::TokenTwice { token }), "concept_list");
     }

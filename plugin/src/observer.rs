@@ -9,7 +9,7 @@ use personalization::m_step::{INVERSION, TOKENS};
 use personalization::metrics::mask_ious;
 use personalization::{
     Concept, Event, ImageMasks, LearnedConcepts, Observation, Observer, Role, SamplePrompts, Scene,
-    overlay, sample,
+    Size, overlay, sample,
 };
 use plugin_api::host::LogLevel;
 use plugin_api::{Host, SharedTensor};
@@ -279,9 +279,9 @@ impl<'a> HostObserver<'a> {
         }
     }
 
-    fn preview(&self, rgb: &[u8], size: usize, series: &str, label: &str) {
+    fn preview(&self, rgb: &[u8], size: Size, series: &str, label: &str) {
         let values = rgb.iter().map(|&v| f32::from(v) / 255.0).collect();
-        match SharedTensor::from_vec(values, &[size, size, 3]) {
+        match SharedTensor::from_vec(values, &[size.height, size.width, 3]) {
             Ok(picture) => self.host.preview(picture, series, label),
             Err(error) => self.no_preview(series, &error.to_string()),
         }

@@ -1,7 +1,8 @@
 //! Pictures on a wire and a list of concepts in a text box, to a scene of the method.
 
-use personalization::{Concept, Picture, Role, Scene, ScenePicture};
-use plugin_api::{Inputs, NodeError, SharedTensor, port};
+use personalization::{Concept, Picture, Role, Scene, ScenePicture, Size};
+use plugin_api::host::LogLevel;
+use plugin_api::{Host, Inputs, NodeError, SharedTensor, port};
 use stable_diffusion::DiffusionModel;
 
 use crate::tensor_bridge;
@@ -81,7 +82,7 @@ fn parse_pictures(line: &str, numbers: &str) -> Result<Vec<usize>, NodeError> {
     numbers.split(',').map(parse).collect()
 }
 
-/// The scene that the input `images` and the list make, at the model's picture size.
+/// The scene that the input `images` and the list make, at the size at which the model learns such pictures.
 ///
 /// # Errors
 /// Values that are no pictures, or a list that names a picture which is not there.
@@ -89,9 +90,13 @@ pub(crate) fn scene(
     inputs: &Inputs,
     concepts: &str,
     model: &DiffusionModel,
+    host: &Host,
 ) -> Result<Scene, NodeError> {
     let listed = parse_concepts(concepts)?;
-    let pictures = pictures(inputs.tensor("images")?, model.image_size())?;
+    if let Some(text) = same_word(&listed) {
+        host.log(LogLevel::Warning, &text);
+    }
+    let pictures = pictures_to_learn(inputs, model, host)?;
     let n_pictures = pictures.len();
     if let Some(i) = listed
         .iter()
@@ -114,21 +119,66 @@ pub(crate) fn scene(
     Scene::new(concepts, pictures).map_err(|error| wrong(error.to_string()))
 }
 
-/// The pictures of an `IMAGE` at `size` pixels a side.
+/// What to say of objects that one word stands for, in one picture.
+fn same_word(listed: &[ListedConcept]) -> Option<String> {
+    let is_same = |a: &ListedConcept, b: &ListedConcept| {
+        let word = &a.concept.class_word;
+        !word.is_empty() && *word == b.concept.class_word && a.pictures == b.pictures
+    };
+    let pairs = listed.iter().enumerate();
+    let (first, other) = pairs
+        .flat_map(|(i, a)| listed[i + 1..].iter().map(move |b| (a, b)))
+        .find(|(a, b)| is_same(a, b))?;
+    Some(format!(
+        "{} and {} are both called {}: they start alike, and which of them learns which is left to chance; words that \
+         differ, such as \"brown {}\", or masks say which is meant",
+        first.concept.token,
+        other.concept.token,
+        first.concept.class_word,
+        first.concept.class_word
+    ))
+}
+
+/// The pictures of the input `images`, whole, at the size at which a model learns them; the person is told of it.
 ///
 /// # Errors
 /// Values that are no pictures.
-pub(crate) fn pictures(images: &SharedTensor, size: usize) -> Result<Vec<Picture>, NodeError> {
+pub(crate) fn pictures_to_learn(
+    inputs: &Inputs,
+    model: &DiffusionModel,
+    host: &Host,
+) -> Result<Vec<Picture>, NodeError> {
+    let images = inputs.tensor("images")?;
+    let from = size_of(images)?;
+    let size = Picture::size_for(model, from);
+    if size != from {
+        let text = format!("pictures of {from} pixels are learned whole, not cropped, at {size}");
+        host.log(LogLevel::Info, &text);
+    }
+    pictures(images, size)
+}
+
+/// Width and height of the pictures of an `IMAGE`.
+///
+/// # Errors
+/// Something else.
+pub(crate) fn size_of(images: &SharedTensor) -> Result<Size, NodeError> {
     let [_, height, width] = port::image_size("images", images)?;
+    Ok(Size::new(width, height))
+}
+
+/// The pictures of an `IMAGE` at another size.
+///
+/// # Errors
+/// Values that are no pictures.
+pub(crate) fn pictures(images: &SharedTensor, size: Size) -> Result<Vec<Picture>, NodeError> {
+    let from = size_of(images)?;
     let values = tensor_bridge::values("images", images)?;
     let picture = |pixels: &[f32]| {
-        Picture::from_unit_f32(width, height, pixels, size)
+        Picture::from_unit_f32(from, pixels, size)
             .map_err(|error| NodeError::invalid_input("images", error.to_string()))
     };
-    values
-        .chunks_exact(height * width * 3)
-        .map(picture)
-        .collect()
+    values.chunks_exact(from.area() * 3).map(picture).collect()
 }
 
 #[cfg(test)]
@@ -164,6 +214,16 @@ mod tests {
         assert_eq!(read("<a>"), [object("<a>", "", &[])]);
         let sea = ("<sea>".into(), "sea".into(), Role::Background, vec![1]);
         assert_eq!(read("<sea> sea (background) @2"), [sea]);
+    }
+
+    #[test]
+    fn objects_of_one_word_are_told() {
+        let told = |text: &str| same_word(&parse_concepts(text).unwrap());
+        let text = told("<a> dog\n<b> dog\n<sea> sea (background)").unwrap();
+        assert!(text.contains("<a> and <b> are both called dog"), "{text}");
+        for text in ["<a> dog\n<b> cat", "<a>\n<b>", "<a> dog @1\n<b> dog @2"] {
+            assert_eq!(told(text), None, "{text}");
+        }
     }
 
     #[test]

@@ -3,9 +3,9 @@
 #
 #   tests/editor/run.sh [PYTEST ARGUMENTS]
 #
-# Needs python 3.11 or later with venv, Debian's chromium (apt-get install chromium; or name another with CHROMIUM),
-# and `cargo build --release` done. Installs everything else below target/editor: Python packages of requirements.txt,
-# the two versions of the editor, which no part of this repository is, and a client in Rust. Screenshots are left in
+# Needs python 3.11 or later with venv, node 20 or later with npm, Debian's chromium (apt-get install chromium; or name
+# another with CHROMIUM), and `cargo build --release` done. Installs everything else below target/editor: Python packages of requirements.txt,
+# the two versions of the editor, which no part of this repository is, clients from npm, and one in Rust. Screenshots are left in
 # target/editor/screenshots.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -32,6 +32,13 @@ for version in 1.58.1 1.39.19; do
             "comfyui-frontend-package==$version"
     fi
 done
+
+if ! cmp -s "$here/packages/package-lock.json" "$work/packages/package-lock.json"; then
+    rm -rf "$work/packages"
+    mkdir -p "$work/packages"
+    cp "$here/packages/package.json" "$here/packages/package-lock.json" "$work/packages"
+    npm ci --silent --ignore-scripts --no-audit --no-fund --prefix "$work/packages"
+fi
 
 CARGO_TARGET_DIR="$work/rucomfyui" cargo build --quiet --locked --manifest-path "$here/rucomfyui/Cargo.toml"
 

@@ -4,8 +4,9 @@
         --prompt "a photo of <rex> on grass" --picture RUN_DIRECTORY/sample_00001.png
 
 `load_textual_inversion` reads every concept, `load_lora_weights` the LoRA if there is one, `from_pretrained` the tuned U-Net
-(an f16 one is as far from the run's f32 as f16 is); the prompt is sampled with the
-same scheduler from the same noise (`cargo run --example initial_noise`). Fails if the pictures differ by more than
+(an f16 one is as far from the run's f32 as f16 is); the prompt is sampled from the same noise
+(`cargo run --example initial_noise`) with DPM-Solver++ (2M) at Karras' noise levels: the run's sampler has to be
+`dpmpp_2m` with the scheduler `karras`, whose arithmetic is k-diffusion's. Fails if the pictures differ by more than
 a rounding of colors.
 """
 
@@ -34,7 +35,7 @@ def main():
     arguments = parser.parse_args()
 
     pipeline = StableDiffusionPipeline.from_pretrained(arguments.model, safety_checker=None, torch_dtype=torch.float32)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, use_karras_sigmas=True)
     tuned = arguments.run / "concepts" / "unet"
     if tuned.is_dir():
         pipeline.unet = UNet2DConditionModel.from_pretrained(tuned, torch_dtype=torch.float32)

@@ -44,7 +44,9 @@ class Samplers:
     def clean(self, x, sigma, **_):
         """D(x, sigma), asked at the nearest timestep."""
         sigma = float(sigma.flatten()[0]) if torch.is_tensor(sigma) else sigma
-        t = int((self.log_sigmas - math.log(sigma)).abs().argmin())
+        distance = (self.log_sigmas - math.log(sigma)).abs()
+        # The lower one of two that are as near, whatever the rounding.
+        t = int((distance <= distance.min() + 1e-5).nonzero()[0])
         alpha = 1 / math.sqrt(1 + sigma**2)
         output = self.guided(x * alpha, t)
         if self.prediction_type == "v_prediction":

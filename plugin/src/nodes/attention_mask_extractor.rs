@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::failure::from_method;
-use crate::nodes::common::{masks_value, overlay_value, planes_value, show_masks};
+use crate::nodes::common::{masks_value, overlay_value, planes_value, show_masks, size_of};
 use crate::nodes::parameters::{self, ExtractionParameters};
 use crate::observer::HostObserver;
 use crate::scene_input;
@@ -62,7 +62,7 @@ impl Node for AttentionMaskExtractor {
         let model = &*base.model;
         let learned = &inputs.object::<ConceptsValue>("concepts")?.0;
         let failed = |error: personalization::Error| from_method("images", &error);
-        let pictures = scene_input::pictures(inputs.tensor("images")?, model.image_size())?;
+        let pictures = scene_input::pictures_to_learn(inputs, model, host)?;
         let all: Vec<usize> = (0..learned.concepts.len()).collect();
         let shown = pictures
             .into_iter()
@@ -111,7 +111,7 @@ impl Node for AttentionMaskExtractor {
         };
         Ok(vec![
             masks_value(&masks)?,
-            planes_value(attention, model.image_size())?,
+            planes_value(attention, size_of(&masks))?,
             overlay_value(&scene, &masks)?,
             evidence_value(found),
         ])

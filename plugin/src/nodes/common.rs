@@ -1,6 +1,6 @@
 //! Parameters and conversions that several nodes share.
 
-use personalization::{ImageMasks, Scene, SceneMasks, overlay};
+use personalization::{ImageMasks, Scene, SceneMasks, Size, overlay};
 use plugin_api::parameter::MAX_SAFE_INTEGER;
 use plugin_api::{ErrorCode, Host, Inputs, NodeError, SharedTensor, Value, port};
 use schemars::Schema;
@@ -22,7 +22,7 @@ pub(crate) fn internal(error: impl std::fmt::Display) -> NodeError {
 
 /// Masks of a scene as a `MASK` `[B, H, W]`: picture after picture, concept after concept.
 pub(crate) fn masks_value(masks: &[ImageMasks]) -> Result<Value, NodeError> {
-    let size = masks.first().map_or(0, ImageMasks::size);
+    let size = size_of(masks);
     let planes = masks.iter().flat_map(ImageMasks::planes);
     planes_value(
         planes.flatten().map(|&inside| f32::from(inside)).collect(),
@@ -30,19 +30,24 @@ pub(crate) fn masks_value(masks: &[ImageMasks]) -> Result<Value, NodeError> {
     )
 }
 
-/// Planes of `size` × `size` values as one tensor `[B, size, size]`.
-pub(crate) fn planes_value(values: Vec<f32>, size: usize) -> Result<Value, NodeError> {
-    let n = values.len() / (size * size).max(1);
+/// Planes of one size as one tensor `[B, H, W]`.
+pub(crate) fn planes_value(values: Vec<f32>, size: Size) -> Result<Value, NodeError> {
+    let n = values.len() / size.area().max(1);
     Ok(Value::Tensor(
-        SharedTensor::from_vec(values, &[n, size, size]).map_err(internal)?,
+        SharedTensor::from_vec(values, &[n, size.height, size.width]).map_err(internal)?,
     ))
+}
+
+/// That of the pictures on one wire: they share it.
+pub(crate) fn size_of(masks: &[ImageMasks]) -> Size {
+    masks.first().map_or(Size::square(0), ImageMasks::size)
 }
 
 /// Shows every picture with its masks, and what each of them keeps of it.
 pub(crate) fn show_masks(host: &Host, scene: &Scene, masks: &[ImageMasks]) {
-    let show = |rgb: &[u8], size: usize, series: &str, label: &str| {
+    let show = |rgb: &[u8], size: Size, series: &str, label: &str| {
         let values = rgb.iter().map(|&byte| f32::from(byte) / 255.0).collect();
-        if let Ok(picture) = SharedTensor::from_vec(values, &[size, size, 3]) {
+        if let Ok(picture) = SharedTensor::from_vec(values, &[size.height, size.width, 3]) {
             host.preview(picture, series, label);
         }
     };
@@ -69,16 +74,17 @@ pub(crate) fn overlay_value(scene: &Scene, masks: &[ImageMasks]) -> Result<Value
     let pictures = scene.pictures().iter().zip(masks);
     let rgb = pictures.flat_map(|(picture, masks)| overlay::masks_over(&picture.picture, masks));
     let values: Vec<f32> = rgb.map(|byte| f32::from(byte) / 255.0).collect();
-    let size = masks.first().map_or(0, ImageMasks::size);
+    let size = size_of(masks);
+    let shape = [masks.len(), size.height, size.width, 3];
     Ok(Value::Tensor(
-        SharedTensor::from_vec(values, &[masks.len(), size, size, 3]).map_err(internal)?,
+        SharedTensor::from_vec(values, &shape).map_err(internal)?,
     ))
 }
 
-/// The masks of an optional input: one per concept and picture of the scene, cropped and scaled as the pictures were.
+/// The masks of an optional input: one per concept and picture of the scene, scaled as the pictures were.
 ///
 /// # Errors
-/// A number of masks that does not fit the scene, values that are no mask, or an empty one.
+/// A number of masks that does not fit the scene, masks of other proportions, values that are no mask, or an empty one.
 pub(crate) fn optional_masks(
     inputs: &Inputs,
     input: &str,
@@ -106,13 +112,34 @@ fn scene_masks(input: &str, tensor: &SharedTensor, scene: &Scene) -> Result<Scen
             ),
         ));
     }
-    let mut planes = planes.chunks_exact(height * width);
+    let from = Size::new(width, height);
+    for picture in scene.pictures() {
+        check_proportions(input, from, picture.picture.size())?;
+    }
+    let mut planes = planes.chunks_exact(from.area());
     let pictures = scene.pictures().iter().map(|picture| {
         let own: Vec<&[f32]> = planes.by_ref().take(picture.concepts.len()).collect();
-        ImageMasks::from_soft_planes(width, height, &own, picture.picture.size())
+        ImageMasks::from_soft_planes(from, &own, picture.picture.size())
             .map_err(|error| NodeError::invalid_input(input, format!("the input {input}: {error}")))
     });
     pictures.collect()
+}
+
+/// Whether masks are of the shape of the pictures: what was drawn on a part of a picture is no mask of the whole.
+///
+/// # Errors
+/// Proportions that differ by more than pictures are stretched to the model's units.
+pub(crate) fn check_proportions(input: &str, masks: Size, pictures: Size) -> Result<(), NodeError> {
+    const MOST: f64 = 0.1;
+    let proportions = |size: Size| (size.width as f64 / size.height as f64).ln();
+    if (proportions(masks) - proportions(pictures)).abs() <= MOST {
+        return Ok(());
+    }
+    let text = format!(
+        "the input {input} has masks of {masks} pixels, which is another shape than that of the pictures ({pictures}); \
+         draw them on the whole pictures"
+    );
+    Err(NodeError::invalid_input(input, text))
 }
 
 /// Values of planes `[B, H, W]` with their sizes.

@@ -67,7 +67,7 @@ impl Node for ConceptTokenLearner {
     ) -> Result<Outputs, NodeError> {
         let base = ModelValue::of(inputs)?;
         let model = &*base.model;
-        let scene = scene_input::scene(inputs, &parameters.concept_list, model)?;
+        let scene = scene_input::scene(inputs, &parameters.concept_list, model, host)?;
         let masks = optional_masks(inputs, "masks", &scene)?;
         let prepared = base.prepare(&scene)?;
         let failed = |error: personalization::Error| from_method("concept_list", &error);

@@ -3,14 +3,14 @@
 use densecrf::{Appearance, CrfConfig, DenseCrf, Smoothness};
 use personalization::{
     AttentionMaps, Concept, CrfStage, Guard, ImageMasks, Labels, Posterior, Role, Scene,
-    ScenePicture, refine,
+    ScenePicture, Size, refine,
 };
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, SharedTensor, port};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::failure::from_method;
-use crate::nodes::common::{masks_value, overlay_value, planes, show_masks};
+use crate::nodes::common::{check_proportions, masks_value, overlay_value, planes, show_masks};
 use crate::nodes::parameters::{self, RECOMMENDED};
 use crate::scene_input;
 use crate::values::EvidenceValue;
@@ -111,7 +111,7 @@ impl Node for DenseCrfRefine {
             "Conceptloom/masks",
             "Refines the masks of every picture together with a dense CRF; no diffusion model needed",
         )
-        .input("images", port::IMAGE, "The pictures, of the size of the masks")
+        .input("images", port::IMAGE, "The pictures, of the shape of the masks")
         .input("masks", port::MASK, "As many masks for every picture, picture after picture")
         .optional_input("attention", port::ATTENTION_MAPS, "Stands in where a mask and its predecessor are empty")
         .optional_input("evidence", port::EVIDENCE, "Of the extraction: how sure it is of every pixel, instead of the masks")
@@ -128,29 +128,31 @@ impl Node for DenseCrfRefine {
         host: &Host,
     ) -> Result<Outputs, NodeError> {
         let (values, [n_masks, height, width]) = planes("masks", inputs.tensor("masks")?)?;
-        let pictures = scene_input::pictures(inputs.tensor("images")?, height.min(width))?;
+        let size = Size::new(width, height);
+        let images = inputs.tensor("images")?;
+        check_proportions("masks", size, scene_input::size_of(images)?)?;
+        let pictures = scene_input::pictures(images, size)?;
         let per_picture = n_masks / pictures.len();
-        if height != width || per_picture * pictures.len() != n_masks {
+        if per_picture * pictures.len() != n_masks {
             return Err(NodeError::invalid_input(
                 "masks",
                 format!(
-                    "{n_masks} masks of {width}x{height} do not share out over {} square pictures",
+                    "{n_masks} masks do not share out over {} pictures",
                     pictures.len()
                 ),
             ));
         }
         let all = ImageSet {
             values,
-            size: height,
+            size,
             per_picture,
         };
-        let attention = optional_planes(inputs, "attention", n_masks, height)?;
-        let previous =
-            optional_planes(inputs, "previous", n_masks, height)?.map(|values| ImageSet {
-                values,
-                size: height,
-                per_picture,
-            });
+        let attention = optional_planes(inputs, "attention", n_masks, size)?;
+        let previous = optional_planes(inputs, "previous", n_masks, size)?.map(|values| ImageSet {
+            values,
+            size,
+            per_picture,
+        });
         let mut roles = vec![Role::Object; per_picture];
         if let Some(last) = roles
             .last_mut()
@@ -158,7 +160,7 @@ impl Node for DenseCrfRefine {
         {
             *last = Role::Background;
         }
-        let posteriors = posteriors(inputs, pictures.len(), per_picture, height)?;
+        let posteriors = posteriors(inputs, pictures.len(), per_picture, size)?;
         let stage = parameters.stage();
         let failed = |error: personalization::Error| from_method("masks", &error);
         let mut refined = Vec::with_capacity(pictures.len());
@@ -167,9 +169,9 @@ impl Node for DenseCrfRefine {
                 return Err(NodeError::canceled());
             }
             let maps = attention.as_ref().map(|values| AttentionMaps {
-                size: height,
+                size,
                 maps: values
-                    .chunks_exact(height * height)
+                    .chunks_exact(size.area())
                     .skip(i * per_picture)
                     .take(per_picture)
                     .map(<[f32]>::to_vec)
@@ -180,7 +182,7 @@ impl Node for DenseCrfRefine {
                 .map(|set| set.masks(i))
                 .transpose()
                 .map_err(failed)?;
-            let crf = DenseCrf::new(height, height, picture.rgb8(), &stage.crf)
+            let crf = DenseCrf::new(width, height, picture.rgb8(), &stage.crf)
                 .map_err(|error| failed(error.into()))?;
             let labels = Labels {
                 masks: all.masks(i).map_err(failed)?,
@@ -224,7 +226,7 @@ fn posteriors(
     inputs: &Inputs,
     n_pictures: usize,
     per_picture: usize,
-    size: usize,
+    size: Size,
 ) -> Result<Vec<Posterior>, NodeError> {
     let value = inputs.optional_object::<EvidenceValue>("evidence")?;
     let posteriors = value.map_or(&[][..], |value| &value.posteriors);
@@ -233,7 +235,7 @@ fn posteriors(
         return Err(NodeError::invalid_input(
             "evidence",
             format!(
-                "the evidence is of {} pictures, the masks are {per_picture} of {size}x{size} for each of \
+                "the evidence is of {} pictures, the masks are {per_picture} of {size} pixels for each of \
                  {n_pictures}; link both from one extraction",
                 posteriors.len()
             ),
@@ -245,7 +247,7 @@ fn posteriors(
 /// Planes of all pictures.
 struct ImageSet {
     values: Vec<f32>,
-    size: usize,
+    size: Size,
     per_picture: usize,
 }
 
@@ -254,7 +256,7 @@ impl ImageSet {
     fn masks(&self, picture: usize) -> personalization::Result<ImageMasks> {
         let planes = self
             .values
-            .chunks_exact(self.size * self.size)
+            .chunks_exact(self.size.area())
             .skip(picture * self.per_picture);
         let binary = |plane: &[f32]| plane.iter().map(|&v| u8::from(v > 0.5)).collect();
         ImageMasks::new(
@@ -269,15 +271,13 @@ fn optional_planes(
     inputs: &Inputs,
     name: &str,
     n: usize,
-    size: usize,
+    size: Size,
 ) -> Result<Option<Vec<f32>>, NodeError> {
     let read = |tensor: &SharedTensor| {
         let (values, shape) = planes(name, tensor)?;
-        if shape != [n, size, size] {
-            let message = format!(
-                "the input {name} is {shape:?}, the masks are {:?}",
-                [n, size, size]
-            );
+        let wanted = [n, size.height, size.width];
+        if shape != wanted {
+            let message = format!("the input {name} is {shape:?}, the masks are {wanted:?}");
             return Err(NodeError::invalid_input(name, message));
         }
         Ok(values)

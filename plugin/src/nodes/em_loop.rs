@@ -13,7 +13,9 @@ use serde::Deserialize;
 use stable_diffusion::DiffusionModel;
 
 use crate::failure::from_method;
-use crate::nodes::common::{masks_value, optional_masks, overlay_value, planes_value, seed_schema};
+use crate::nodes::common::{
+    masks_value, optional_masks, overlay_value, planes_value, seed_schema, size_of,
+};
 use crate::nodes::parameters::{self, ExtractionParameters, Scope, TokenParameters};
 use crate::observer::{HostObserver, joint_file};
 use crate::scene_input;
@@ -168,8 +170,9 @@ impl Node for EmLoop {
              noise, in turns; then tokens and weights together",
         )
         .input("model", port::DIFFUSION_MODEL, "The model to learn on; it is not changed")
-        .input("images", port::IMAGE, "One or several pictures of the concepts")
-        .optional_input("masks", port::MASK, "For mode `given`: one mask per concept, in the order of the list")
+        .input("images", port::IMAGE, "One or several pictures of the concepts; learned whole, at their own proportions and about the area of the model's own \
+             pictures")
+        .optional_input("masks", port::MASK, "For mode `given`: one mask per concept, in the order of the list, of the shape of the pictures")
         .optional_input("true_masks", port::MASK, "Only to show the IoU: one true mask per concept")
         .output("concepts", port::CONCEPTS, "The learned tokens")
         .output("model", port::DIFFUSION_MODEL, "The model with the tuned weights")
@@ -187,7 +190,7 @@ impl Node for EmLoop {
     ) -> Result<Outputs, NodeError> {
         let base = ModelValue::of(inputs)?;
         let model = &*base.model;
-        let scene = scene_input::scene(inputs, &parameters.concept_list, model)?;
+        let scene = scene_input::scene(inputs, &parameters.concept_list, model, host)?;
         let given = optional_masks(inputs, "masks", &scene)?;
         let truth = optional_masks(inputs, "true_masks", &scene)?;
         let prepared = base.prepare(&scene)?;
@@ -259,7 +262,7 @@ impl Node for EmLoop {
             concepts_value(learned),
             model_value(tuned),
             masks_value(&masks)?,
-            planes_value(attention, model.image_size())?,
+            planes_value(attention, size_of(&masks))?,
             overlay_value(&scene, &masks)?,
         ])
     }

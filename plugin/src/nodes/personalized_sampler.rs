@@ -2,10 +2,10 @@
 
 use candle_core::Tensor;
 use personalization::{SamplePrompts, sample};
+use plugin_api::host::LogLevel;
 use plugin_api::{
     Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, SharedTensor, Value, port,
 };
-use plugin_api::host::LogLevel;
 use schemars::JsonSchema;
 use serde::Deserialize;
 use stable_diffusion::{DiffusionModel, GenerateConfig, Sampler, Schedule, Start};
@@ -229,7 +229,8 @@ fn start(
     } = *parameters;
     if has_picture {
         if [width, height] != [0, 0] {
-            let text = "width and height are not used: pictures have the size of the ones to start from";
+            let text =
+                "width and height are not used: pictures have the size of the ones to start from";
             host.log(LogLevel::Warning, text);
         }
         return Ok(Start::Latents { denoise });
@@ -241,7 +242,7 @@ fn start(
     let factor = model.config.vae.downsampling();
     let side = |name: &str, wanted: usize| match wanted {
         0 => Ok(model.image_size()),
-        _ if wanted % factor == 0 => Ok(wanted),
+        _ if wanted.is_multiple_of(factor) => Ok(wanted),
         _ => {
             let nearest = (wanted / factor).max(1) * factor;
             let text = format!("{name} is {wanted}, it takes multiples of {factor}: try {nearest}");
@@ -263,7 +264,8 @@ fn latents(model: &DiffusionModel, image: &SharedTensor, host: &Host) -> Result<
     let factor = model.config.vae.downsampling();
     let whole = [height, width].map(|side| side / factor * factor);
     if whole.contains(&0) {
-        let text = format!("the input image is {width} x {height} pixels; it needs {factor} a side");
+        let text =
+            format!("the input image is {width} x {height} pixels; it needs {factor} a side");
         return Err(NodeError::invalid_input("image", text));
     }
     if whole != [height, width] {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::support::{Place, node, pixels, repository};
+use crate::support::{Done, Place, node, pixels, repository};
 
 const CONCEPTS: &str = "<bob> man\n<tom> cat\n<desk> table (background)";
 
@@ -176,11 +176,17 @@ fn a_tuned_unet_is_saved_and_comes_back() {
     assert_ne!(picture("out"), picture("first"));
 }
 
-#[test]
-fn one_round_wired_by_hand_gives_the_bits_of_the_loop() {
-    let place = Place::with_conceptloom();
-    place.run(&em_loop(json!({})), &[]).succeeded();
+/// Runs into a folder of this name.
+#[track_caller]
+fn run_into(place: &Place, out: &str, workflow: &Value) -> Done {
+    place.write("workflow.json", workflow.to_string());
+    place
+        .host(&["run", "workflow.json", "--out", out])
+        .succeeded()
+}
 
+/// The loop of [`em_loop`], its nodes wired one by one.
+fn round_by_hand() -> Value {
     let learner = |more: Value| {
         let inputs =
             json!({"model": ["1", 0], "images": ["2", 0], "concept_list": CONCEPTS, "seed": 11});
@@ -205,12 +211,16 @@ fn one_round_wired_by_hand_gives_the_bits_of_the_loop() {
         "17": node("MaskToImage", json!({"mask": ["15", 0]})),
         "18": node("SaveImage", json!({"images": ["17", 0], "filename_prefix": "mask"})),
     });
-    place.write("by-hand.json", with(sources(), by_hand).to_string());
-    place
-        .host(&["run", "by-hand.json", "--out", "by-hand"])
-        .succeeded();
+    with(sources(), by_hand)
+}
+
+#[test]
+fn one_round_wired_by_hand_gives_the_bits_of_the_loop() {
+    let place = Place::with_conceptloom();
+    run_into(&place, "loop", &em_loop(json!({})));
+    run_into(&place, "by-hand", &round_by_hand());
     assert!(
-        results(&place, "out") == results(&place, "by-hand"),
+        results(&place, "loop") == results(&place, "by-hand"),
         "the bits differ"
     );
 }
@@ -235,7 +245,9 @@ fn two_of_one_class_are_told_apart_and_the_energy_falls() {
         "first_timesteps": 100, "timesteps": 20, "seed": 0, "sample_every": 0,
     }));
     workflow["2"] = node("LoadImage", json!({"image": "two-dogs.png"}));
-    place.run(&workflow, &[]).succeeded();
+    let done = place.run(&workflow, &[]).succeeded();
+    let told = "<a> and <b> are both called dog";
+    assert!(done.stderr.contains(told), "{}", done.stderr);
     let areas = areas(&place, 3);
     assert!(
         areas[0] > 0.03 && areas[1] > 0.03 && areas[2] > 0.5,
@@ -273,6 +285,120 @@ fn tokens_without_words_find_the_things_of_a_picture() {
         (areas.iter().sum::<f64>() - 1.0).abs() < 1e-9,
         "every pixel is one thing: {areas:?}"
     );
+}
+
+/// The demo's picture between the two halves of a wider one, 192 by 128 pixels: what lies at its sides is learned too.
+fn wide_picture(place: &Place) {
+    let demo = repository().join("host-demo/workflows/pictures/man-and-cat.png");
+    let demo = image::open(demo).unwrap().into_rgb8();
+    let (width, height) = demo.dimensions();
+    let wide = image::RgbImage::from_fn(width * 3 / 2, height, |x, y| {
+        *demo.get_pixel((x + width * 3 / 4) % width, y)
+    });
+    wide.save(place.path().join("wide.png")).unwrap();
+}
+
+#[test]
+fn a_wide_picture_is_learned_whole() {
+    let place = Place::with_conceptloom();
+    wide_picture(&place);
+    let wide = |mut workflow: Value| {
+        workflow["2"] = node("LoadImage", json!({"image": "wide.png"}));
+        workflow
+    };
+    let done = run_into(&place, "loop", &wide(em_loop(json!({}))));
+    let told = "pictures of 192 x 128 pixels are learned whole";
+    assert!(done.stderr.contains(told), "{}", done.stderr);
+    let report = String::from_utf8(place.read("loop/report.html")).unwrap();
+    assert!(report.contains(told));
+    for i in 1..=3 {
+        let mask = place.read(&format!("loop/mask_{i:05}.png"));
+        let mask = image::load_from_memory(&mask).unwrap();
+        assert_eq!((mask.width(), mask.height()), (144, 96));
+    }
+    run_into(&place, "by-hand", &wide(round_by_hand()));
+    assert!(
+        results(&place, "loop") == results(&place, "by-hand"),
+        "the bits differ"
+    );
+}
+
+#[test]
+fn masks_of_another_shape_are_refused() {
+    let place = Place::with_conceptloom();
+    wide_picture(&place);
+    let square = image::GrayImage::from_pixel(128, 128, image::Luma([255]));
+    square.save(place.path().join("square.png")).unwrap();
+    let mask = || {
+        node(
+            "LoadImageMask",
+            json!({"image": "square.png", "channel": "red"}),
+        )
+    };
+    let batch = json!({"mask_1": ["7", 0], "mask_2": ["8", 0], "mask_3": ["10", 0]});
+    let masks =
+        json!({"7": mask(), "8": mask(), "10": mask(), "9": node("MaskBatch", batch.clone())});
+    let mut workflow = with(em_loop(json!({"mode": "given", "masks": ["9", 0]})), masks);
+    workflow["2"] = node("LoadImage", json!({"image": "wide.png"}));
+    let parts = ["another shape", "128 x 128", "144 x 96", "whole pictures"];
+    refused(
+        &place,
+        &workflow,
+        &[&["node 3 (EmLoop), input masks"][..], &parts].concat(),
+    );
+    workflow["3"] = node(
+        "DenseCrfRefine",
+        json!({"images": ["2", 0], "masks": ["9", 0]}),
+    );
+    let workflow = json!({
+        "2": workflow["2"], "3": workflow["3"], "7": workflow["7"], "8": workflow["8"], "9": workflow["9"],
+        "10": workflow["10"], "5": node("MaskToImage", json!({"mask": ["3", 0]})),
+        "6": node("SaveImage", json!({"images": ["5", 0]})),
+    });
+    let parts = [
+        "node 3 (DenseCrfRefine), input masks",
+        "another shape",
+        "192 x 128",
+    ];
+    refused(&place, &workflow, &parts);
+}
+
+#[test]
+fn pictures_of_any_size_are_painted_from_noise_or_from_a_picture() {
+    let place = Place::with_conceptloom();
+    let painted = |out: &str, parameters: Value| {
+        let done = run_into(&place, out, &sampler(with(json!({"steps": 3}), parameters)));
+        let picture = place
+            .names(out)
+            .into_iter()
+            .find(|name| name.ends_with(".png"));
+        let picture = place.read(&format!("{out}/{}", picture.unwrap()));
+        let picture = image::load_from_memory(&picture).unwrap().into_rgb8();
+        (done, picture)
+    };
+    let wide =
+        json!({"width": 192, "height": 104, "sampler_name": "uni_pc", "scheduler": "karras"});
+    assert_eq!(painted("wide", wide).1.dimensions(), (192, 104));
+    // What is a little painted over is still the picture.
+    let demo = repository().join("host-demo/workflows/pictures/man-and-cat.png");
+    let demo = image::open(demo).unwrap().into_rgb8();
+    let distance = |denoise: f64| -> u64 {
+        let from = json!({"image": ["2", 0], "denoise": denoise, "width": 64});
+        let (done, picture) = painted(&format!("denoise-{denoise}"), from);
+        let told = "width and height are not used";
+        assert!(done.stderr.contains(told), "{}", done.stderr);
+        assert_eq!(picture.dimensions(), demo.dimensions());
+        let pairs = picture.as_raw().iter().zip(demo.as_raw());
+        pairs.map(|(a, b)| u64::from(a.abs_diff(*b))).sum()
+    };
+    let (little, much) = (distance(0.1), distance(1.0));
+    assert!(4 * little < much, "{little} {much}");
+    let parts = [
+        "node 3 (PersonalizedSampler), input width",
+        "101",
+        "multiples",
+    ];
+    refused(&place, &sampler(json!({"width": 101})), &parts);
 }
 
 /// A copy of the bundled checkpoint.

@@ -299,3 +299,22 @@ fn pictures_are_found_beside_the_workflow_and_in_the_input_folder() {
     let values = [1, 2].map(|i| pixels(&place.read(&format!("out/picture_0000{i}.png")))[0]);
     assert_eq!(values, [10, 20]);
 }
+
+#[test]
+fn inputs_that_a_node_does_not_have_are_told() {
+    let place = Place::with_faulty();
+    let mut workflow = counting();
+    workflow["1"]["inputs"]["stepz"] = json!(3);
+    // What editors leave beside the parameters is nobody's slip.
+    workflow["1"]["inputs"]["control_after_generate"] = json!("fixed");
+    let done = place.run(&workflow, &[]).succeeded();
+    let told = "stepz is not among its inputs, and it is not used";
+    assert!(done.stderr.contains(told), "{}", done.stderr);
+    assert!(
+        !done.stderr.contains("control_after_generate"),
+        "{}",
+        done.stderr
+    );
+    let report = String::from_utf8(place.read("out/report.html")).unwrap();
+    assert!(report.contains(told));
+}

@@ -28,10 +28,12 @@ use clap::Parser;
 use image::imageops::{FilterType, flip_horizontal, overlay, resize};
 use image::{RgbImage, Rgba, RgbaImage, buffer::ConvertBuffer};
 use judge::{Judge, Judgment};
-use personalization::{Picture, Role, SamplePrompts, Silent, sample};
+use personalization::{Picture, Role, SamplePrompts, Silent, Size, sample};
 use scenes::{Index, TrueScene, Which};
 use stable_diffusion::rng::Rng;
-use stable_diffusion::{CheckpointSource, DiffusionModel, GenerateConfig, Sampler, Schedule, Start};
+use stable_diffusion::{
+    CheckpointSource, DiffusionModel, GenerateConfig, Sampler, Schedule, Start,
+};
 use words::with_article;
 
 /// Backgrounds to paste on.
@@ -96,7 +98,7 @@ fn main() -> Result<()> {
         .collect::<Result<_>>()?;
     let mut kinds: BTreeMap<String, Margins> = BTreeMap::new();
     for (number, entry) in arguments.which.of(&index)?.into_iter().enumerate() {
-        let scene = entry.load(root, model.image_size())?;
+        let scene = entry.load(root, &model)?;
         let judge = Judge::new(&model, &scene)?;
         let mut rng = Rng::new(0, "pasted", number as u64);
         for object in 0..scene.objects().len() {
@@ -135,31 +137,28 @@ fn paint(model: &DiffusionModel, word: &str) -> Result<RgbImage> {
     let prompts = SamplePrompts {
         prompts: &[&prompt],
         negative: "",
-            latents: None,
+        latents: None,
     };
     let config = GenerateConfig {
         steps: 25,
         guidance: 5.0,
         sampler: Sampler::DpmPp2m,
-            schedule: Schedule::Normal,
+        schedule: Schedule::Normal,
         seed: 0,
         n_pictures: 1,
-            start: Start::Noise([model.image_size(); 2]),
+        start: Start::Noise([model.image_size(); 2]),
     };
     let pixels = sample(model, None, &prompts, &config, &mut Silent)?;
     let pixels = pixels.squeeze(0)?.permute((1, 2, 0))?.flatten_all()?;
-    let size = model.image_size();
-    image_of(&Picture::from_unit_f32(
-        size,
-        size,
-        &pixels.to_vec1::<f32>()?,
-        size,
-    )?)
+    let size = Size::square(model.image_size());
+    let picture = Picture::from_unit_f32(size, &pixels.to_vec1::<f32>()?, size)?;
+    image_of(&picture)
 }
 
 fn image_of(picture: &Picture) -> Result<RgbImage> {
-    let side = u32::try_from(picture.size())?;
-    RgbImage::from_raw(side, side, picture.rgb8().to_vec()).context("the picture's size")
+    let Size { width, height } = picture.size();
+    let [width, height] = [u32::try_from(width)?, u32::try_from(height)?];
+    RgbImage::from_raw(width, height, picture.rgb8().to_vec()).context("the picture's size")
 }
 
 /// The object of the first picture that shows it, mirrored, 0.8 to 1.3 times as large, somewhere on the background.
@@ -202,6 +201,6 @@ fn pasted(
     let mut canvas: RgbaImage = background.convert();
     overlay(&mut canvas, &cut, x, y);
     let canvas: RgbImage = canvas.convert();
-    let side = side as usize;
-    Ok(Picture::from_rgb8(side, side, canvas.as_raw(), side)?)
+    let size = Size::square(side as usize);
+    Ok(Picture::from_rgb8(size, canvas.as_raw(), size)?)
 }

@@ -13,6 +13,7 @@ use stable_diffusion::unet::LayerAttention;
 use crate::error::Result;
 use crate::loss::cross_attention::concept_map;
 use crate::maps::AttentionMaps;
+use crate::size::Size;
 
 /// Sums of one picture's maps over the passes so far.
 #[derive(Debug)]
@@ -53,7 +54,7 @@ impl AttentionSums {
     }
 
     /// The maps at picture size.
-    pub(crate) fn maps(self, size: usize) -> AttentionMaps {
+    pub(crate) fn maps(self, size: Size) -> AttentionMaps {
         let layers: Vec<LayerSum> = self
             .layers
             .into_values()
@@ -71,20 +72,16 @@ impl AttentionSums {
 /// Sum over timesteps of one layer's maps.
 #[derive(Debug)]
 struct LayerSum {
-    width: usize,
-    height: usize,
-    /// `[C][height · width]`.
+    size: Size,
+    /// `[C][h · w]`.
     maps: Vec<Vec<f32>>,
 }
 
 impl LayerSum {
     fn empty(layer: &LayerAttention, n_concepts: usize) -> Self {
-        let maps = vec![vec![0.0; layer.width * layer.height]; n_concepts];
-        Self {
-            width: layer.width,
-            height: layer.height,
-            maps,
-        }
+        let size = Size::new(layer.width, layer.height);
+        let maps = vec![vec![0.0; size.area()]; n_concepts];
+        Self { size, maps }
     }
 
     fn add(
@@ -111,10 +108,10 @@ impl LayerSum {
 }
 
 /// One concept's map at picture size: every layer up to it, then the plain mean (P, DAAM).
-fn combine(layers: &[LayerSum], concept: usize, size: usize) -> Vec<f32> {
-    let mut total = vec![0.0f32; size * size];
+fn combine(layers: &[LayerSum], concept: usize, size: Size) -> Vec<f32> {
+    let mut total = vec![0.0f32; size.area()];
     for layer in layers {
-        let up = upsample_bicubic(&layer.maps[concept], layer.width, layer.height, size);
+        let up = upsample_bicubic(&layer.maps[concept], layer.size, size);
         for (sum, v) in total.iter_mut().zip(up) {
             *sum += v / layers.len() as f32;
         }
@@ -124,23 +121,23 @@ fn combine(layers: &[LayerSum], concept: usize, size: usize) -> Vec<f32> {
 
 /// Bicubic interpolation as PyTorch does it (a = -0.75, pixel centers, edges repeated), clamped to at least 0.
 #[must_use]
-pub fn upsample_bicubic(map: &[f32], width: usize, height: usize, size: usize) -> Vec<f32> {
-    let columns = taps(width, size);
-    let rows = taps(height, size);
-    let narrow: Vec<f32> = (0..height)
+pub fn upsample_bicubic(map: &[f32], from: Size, to: Size) -> Vec<f32> {
+    let columns = taps(from.width, to.width);
+    let rows = taps(from.height, to.height);
+    let narrow: Vec<f32> = (0..from.height)
         .flat_map(|y| {
-            let row = &map[y * width..(y + 1) * width];
+            let row = &map[y * from.width..(y + 1) * from.width];
             columns
                 .iter()
                 .map(move |taps| taps.iter().map(|&(x, weight)| row[x] * weight).sum())
         })
         .collect();
-    (0..size * size)
+    (0..to.area())
         .map(|i| {
-            let (y, x) = (i / size, i % size);
+            let (y, x) = to.place(i);
             rows[y]
                 .iter()
-                .map(|&(row, weight)| narrow[row * size + x] * weight)
+                .map(|&(row, weight)| narrow[row * to.width + x] * weight)
                 .sum::<f32>()
                 .max(0.0)
         })
@@ -226,10 +223,14 @@ mod tests {
                 assert!((ours - pytorchs.max(0.0)).abs() < 1e-5, "{ours} {pytorchs}");
             }
         };
-        check(upsample_bicubic(&[0.0, 1.0, 2.0, 4.0], 2, 2, 4), &of_2x2);
+        let [two, four] = [2, 4].map(Size::square);
+        check(upsample_bicubic(&[0.0, 1.0, 2.0, 4.0], two, four), &of_2x2);
         let wide = [0.0, 1.0, 3.0, 2.0, 4.0, 1.0];
-        check(upsample_bicubic(&wide, 3, 2, 5), &of_3x2);
-        let flat = upsample_bicubic(&[3.0; 4], 2, 2, 7);
+        check(
+            upsample_bicubic(&wide, Size::new(3, 2), Size::square(5)),
+            &of_3x2,
+        );
+        let flat = upsample_bicubic(&[3.0; 4], two, Size::new(7, 3));
         assert!(flat.iter().all(|v| (v - 3.0).abs() < 1e-5));
     }
 }

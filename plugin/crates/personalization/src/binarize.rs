@@ -52,7 +52,7 @@ pub fn compete(
             }
         })
     };
-    let owners: Vec<Option<usize>> = (0..maps.size * maps.size)
+    let owners: Vec<Option<usize>> = (0..maps.size.area())
         .map(|i| {
             let inside = objects.iter().any(|&c| normalized[c][i] > tau);
             inside.then(|| winner(i))
@@ -83,9 +83,10 @@ pub fn normalize(map: &[f32], how: Normalization) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::size::Size;
 
     fn maps(maps: Vec<Vec<f32>>) -> AttentionMaps {
-        let size = maps[0].len().isqrt();
+        let size = Size::square(maps[0].len().isqrt());
         AttentionMaps { size, maps }
     }
 

@@ -16,6 +16,7 @@ use crate::evidence::Affinity;
 use crate::posterior::Posterior;
 use crate::regions::{Region, basins_for, cells_of, regions};
 use crate::scene::{Role, competitors};
+use crate::size::Size;
 
 /// More rounds than it ever takes: every one moves a cell, or it ends.
 const MOST_ROUNDS: usize = 50;
@@ -23,7 +24,7 @@ const MOST_ROUNDS: usize = 50;
 /// A part for every object, all of them certain.
 pub(crate) fn discover(
     affinity: &Affinity,
-    size: usize,
+    size: Size,
     roles: &[Role],
     config: &PosteriorConfig,
 ) -> Posterior {
@@ -39,7 +40,7 @@ pub(crate) fn discover(
         &config.regions,
     );
     let parts = joined(parts, objects.len(), size, affinity);
-    let mut planes = vec![vec![0.0f32; size * size]; roles.len()];
+    let mut planes = vec![vec![0.0f32; size.area()]; roles.len()];
     for (part, &c) in parts.iter().zip(&objects) {
         for (&i, &inside) in part.pixels.iter().zip(&part.inside) {
             planes[c][i] = inside;
@@ -47,7 +48,7 @@ pub(crate) fn discover(
     }
     let background = roles.iter().position(|&role| role == Role::Background);
     if let Some(background) = background.filter(|c| !objects.contains(c)) {
-        planes[background] = (0..size * size)
+        planes[background] = (0..size.area())
             .map(|i| 1.0 - objects.iter().map(|&c| planes[c][i]).sum::<f32>())
             .collect();
     }
@@ -58,14 +59,11 @@ pub(crate) fn discover(
     }
 }
 
-/// `[size · size]` in [0, 1], high where cells do not look at the background.
-pub(crate) fn foreground(affinity: &Affinity, size: usize) -> Vec<f32> {
-    let width = affinity.width();
-    let n = width * width;
-    let on_border = |i: usize| {
-        let (y, x) = (i / width, i % width);
-        y == 0 || x == 0 || y + 1 == width || x + 1 == width
-    };
+/// `[H · W]` in [0, 1], high where cells do not look at the background.
+pub(crate) fn foreground(affinity: &Affinity, size: Size) -> Vec<f32> {
+    let grid = affinity.size();
+    let n = grid.area();
+    let on_border = |i: usize| grid.neighbors(i).count() < 4;
     let mut is_background: Vec<bool> = (0..n).map(on_border).collect();
     let mut ratios = vec![1.0; n];
     for _ in 0..MOST_ROUNDS {
@@ -91,14 +89,14 @@ pub(crate) fn foreground(affinity: &Affinity, size: usize) -> Vec<f32> {
     let logs: Vec<f64> = ratios.iter().map(|ratio| -ratio.ln()).collect();
     let least = logs.iter().copied().fold(f64::INFINITY, f64::min);
     let shifted: Vec<f32> = logs.iter().map(|log| (log - least) as f32).collect();
-    let map = upsample_bicubic(&shifted, width, width, size);
+    let map = upsample_bicubic(&shifted, grid, size);
     let largest = map.iter().copied().fold(1e-12, f32::max);
     map.into_iter().map(|v| v / largest).collect()
 }
 
 /// At most so many parts: the two that look at each other most become one, again and again.
-fn joined(mut parts: Vec<Region>, most: usize, size: usize, affinity: &Affinity) -> Vec<Region> {
-    let cells = |part: &Region| cells_of(&part.core(), size, affinity.width());
+fn joined(mut parts: Vec<Region>, most: usize, size: Size, affinity: &Affinity) -> Vec<Region> {
+    let cells = |part: &Region| cells_of(&part.core(), size, affinity.size());
     let mut cells: Vec<Vec<usize>> = parts.iter().map(cells).collect();
     while parts.len() > most {
         let mut best = (f64::NEG_INFINITY, 0, 1);
@@ -138,13 +136,18 @@ mod tests {
             let (a, b) = (thing(i / 64), thing(i % 64));
             if a == b { 1.0 } else { 0.02 }
         });
-        Affinity::from_mean(8, mean.collect())
+        Affinity::from_mean(Size::square(8), mean.collect())
     }
 
     #[test]
     fn things_are_found_without_a_word() {
         let roles = [Role::Object, Role::Object, Role::Background];
-        let found = discover(&affinity(), 32, &roles, &PosteriorConfig::likelihood());
+        let found = discover(
+            &affinity(),
+            Size::square(32),
+            &roles,
+            &PosteriorConfig::likelihood(),
+        );
         let masks = found.masks().unwrap();
         let center = |y: usize, x: usize| (4 * y) * 32 + 4 * x;
         let owner = |pixel: usize| (0..3).find(|&c| masks.planes()[c][pixel] == 1).unwrap();
@@ -159,7 +162,12 @@ mod tests {
     #[test]
     fn parts_that_look_at_each_other_are_one_object() {
         let roles = [Role::Object, Role::Background];
-        let found = discover(&affinity(), 32, &roles, &PosteriorConfig::likelihood());
+        let found = discover(
+            &affinity(),
+            Size::square(32),
+            &roles,
+            &PosteriorConfig::likelihood(),
+        );
         let masks = found.masks().unwrap();
         assert_eq!(
             [12 * 32 + 8, 20 * 32 + 24].map(|i| masks.planes()[0][i]),

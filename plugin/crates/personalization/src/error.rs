@@ -1,5 +1,7 @@
 //! What can go wrong, by who is at fault.
 
+use crate::size::Size;
+
 /// Result of everything in this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -51,64 +53,58 @@ pub enum Error {
         backgrounds: usize,
     },
     /// Values that are not a picture's.
-    #[error("a picture of {width}x{height} does not have {values} values")]
+    #[error("a picture of {size} pixels does not have {values} values")]
     PictureValues {
-        /// Width in pixels.
-        width: usize,
-        /// Height in pixels.
-        height: usize,
+        /// In pixels.
+        size: Size,
         /// Values that came.
         values: usize,
     },
     /// A side that does not fit 32 bits.
-    #[error("a picture has {side} pixels along a side, more than 2^32")]
+    #[error("a picture has {size} pixels, more than 2^32 along a side")]
     PictureSide {
-        /// The longest side.
-        side: usize,
+        /// In pixels.
+        size: Size,
     },
-    /// A picture of another size than the model's.
-    #[error("a picture has {found} pixels a side, the model works at {wanted}")]
+    /// A picture that is not made of the model's units.
+    #[error("a picture has {size} pixels, the model works with sides that are multiples of {unit}")]
     PictureSize {
         /// Of the picture.
-        found: usize,
-        /// Of the model.
-        wanted: usize,
+        size: Size,
+        /// Of the model, in pixels.
+        unit: usize,
     },
-    /// A plane that is no square of the size that it should be.
-    #[error("a mask has {pixels} pixels, {size}x{size} are needed")]
+    /// A plane of another size than it should have.
+    #[error("a mask has {pixels} pixels, {size} are needed")]
     MaskSize {
         /// Of the plane.
         pixels: usize,
-        /// Side that is needed.
-        size: usize,
+        /// What is needed.
+        size: Size,
     },
     /// A soft mask of another size than it is said to have.
-    #[error("mask {mask} does not have {width}x{height} pixels")]
+    #[error("mask {mask} does not have {size} pixels")]
     SoftMaskSize {
         /// Number of the mask, from 1.
         mask: usize,
-        /// Width in pixels.
-        width: usize,
-        /// Height in pixels.
-        height: usize,
+        /// In pixels.
+        size: Size,
     },
-    /// A mask that lies outside of the centered square.
-    #[error(
-        "mask {mask} is empty after cropping to a square; draw the concept, or leave the masks out"
-    )]
-    EmptyAfterCrop {
+    /// A mask with nothing inside at the size at which the picture is learned.
+    #[error("mask {mask} is empty; draw the concept, or leave the masks out")]
+    EmptyGivenMask {
         /// Number of the mask, from 1.
         mask: usize,
     },
     /// Masks of one picture that are not those of its concepts.
     #[error(
-        "{masks} masks of {size}x{size} do not fit {concepts} concepts on a picture of {pixels} pixels"
+        "{masks} masks of {size} pixels do not fit {concepts} concepts on a picture of {pixels} pixels"
     )]
     MasksDoNotFitPicture {
         /// Number of masks.
         masks: usize,
-        /// Their side in pixels.
-        size: usize,
+        /// Of each.
+        size: Size,
         /// Concepts of the picture.
         concepts: usize,
         /// Pixels of the picture.

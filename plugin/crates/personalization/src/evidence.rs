@@ -11,7 +11,7 @@
 //! ```
 //! | symbol | shape | meaning |
 //! | --- | --- | --- |
-//! | ℓ_c | `[h · h]`, nats | log-likelihood of a latent cell under concept c, less the mean over the concepts |
+//! | ℓ_c | `[h · w]`, nats | log-likelihood of a latent cell under concept c, less the mean over the concepts |
 //! | σ_t² | scalar | variance of the errors at this timestep: early and late timesteps count alike |
 //!
 //! Draws of later rounds are added, of the noise and of the attention: the words are evidence too. A forgetting factor
@@ -25,6 +25,7 @@ use candle_core::Tensor;
 
 use crate::error::Result;
 use crate::maps::{AttentionMaps, upsample_linear};
+use crate::size::Size;
 
 /// What was seen of one picture.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,8 +39,8 @@ pub struct Observation {
 /// The evidence on one picture: sums over all draws so far.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Evidence {
-    /// h: width and height of the latent.
-    pub size: usize,
+    /// Width and height of the latent.
+    pub size: Size,
     /// ℓ_c of every concept of the picture, in its order; zeros for those that do not compete.
     pub log_likelihoods: Vec<Vec<f32>>,
     /// Draws in the sums; old ones count less if they are forgotten.
@@ -53,7 +54,7 @@ pub struct Evidence {
 /// Cross-attention of every concept, the mean over the draws so far.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct MeanAttention {
-    /// `[C][S · S]`; empty before the first draw.
+    /// `[C][H · W]`; empty before the first draw.
     pub maps: Vec<Vec<f32>>,
     /// Weight of the draws in it.
     pub weight: f64,
@@ -78,34 +79,34 @@ impl MeanAttention {
 /// Self-attention among the cells of one level of the U-Net, the mean over layers and heads, summed over draws.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Affinity {
-    width: usize,
-    /// `[width⁴]`, symmetric.
+    size: Size,
+    /// `[n · n]` for n cells, symmetric.
     sums: Vec<f32>,
     n_draws: f64,
 }
 
 impl Affinity {
-    /// Of a grid of `width · width` cells, before any draw.
+    /// Of a grid of this size, before any draw.
     #[must_use]
-    pub fn empty(width: usize) -> Self {
+    pub fn empty(size: Size) -> Self {
         Self {
-            width,
-            sums: vec![0.0; width.pow(4)],
+            size,
+            sums: vec![0.0; size.area().pow(2)],
             n_draws: 0.0,
         }
     }
 
     /// From its parts, as [`Self::parts`] gives them.
     #[must_use]
-    pub fn from_parts(width: usize, sums: Vec<f32>, n_draws: f64) -> Option<Self> {
-        (sums.len() == width.pow(4)).then_some(Self {
-            width,
+    pub fn from_parts(size: Size, sums: Vec<f32>, n_draws: f64) -> Option<Self> {
+        (sums.len() == size.area().pow(2)).then_some(Self {
+            size,
             sums,
             n_draws,
         })
     }
 
-    /// Sums `[width⁴]`, and the draws in them.
+    /// Sums `[n · n]`, and the draws in them.
     #[must_use]
     pub fn parts(&self) -> (&[f32], f64) {
         (&self.sums, self.n_draws)
@@ -113,8 +114,8 @@ impl Affinity {
 
     /// Width and height of the grid.
     #[must_use]
-    pub fn width(&self) -> usize {
-        self.width
+    pub fn size(&self) -> Size {
+        self.size
     }
 
     /// Whether nothing was added yet.
@@ -126,15 +127,15 @@ impl Affinity {
     /// W_ij ≥ 0, symmetric: how much two cells look at each other, up to a factor.
     #[must_use]
     pub fn between(&self, i: usize, j: usize) -> f64 {
-        f64::from(self.sums[i * self.width * self.width + j])
+        f64::from(self.sums[i * self.size.area() + j])
     }
 
-    /// Adds the mean over layers of self-attention `[B, width², width²]`, made symmetric.
+    /// Adds the mean over layers of self-attention `[B, n, n]`, made symmetric.
     pub(crate) fn add(&mut self, layers: &[&Tensor]) -> Result<()> {
         let Some(first) = layers.first() else {
             return Ok(());
         };
-        let n_cells = self.width * self.width;
+        let n_cells = self.size.area();
         let n_draws = first.dim(0)?;
         for layer in layers {
             let seen = layer.sum(0)?.flatten_all()?.to_vec1::<f32>()?;
@@ -151,9 +152,9 @@ impl Affinity {
     }
 
     #[cfg(test)]
-    pub(crate) fn from_mean(width: usize, mean: Vec<f32>) -> Self {
+    pub(crate) fn from_mean(size: Size, mean: Vec<f32>) -> Self {
         Self {
-            width,
+            size,
             sums: mean,
             n_draws: 1.0,
         }
@@ -163,13 +164,13 @@ impl Affinity {
 impl Evidence {
     /// Before any draw.
     #[must_use]
-    pub fn empty(size: usize, n_concepts: usize, affinity_width: usize) -> Self {
+    pub fn empty(size: Size, n_concepts: usize, affinity: Size) -> Self {
         Self {
             size,
-            log_likelihoods: vec![vec![0.0; size * size]; n_concepts],
+            log_likelihoods: vec![vec![0.0; size.area()]; n_concepts],
             n_draws: 0.0,
             attention: MeanAttention::default(),
-            affinity: Affinity::empty(affinity_width),
+            affinity: Affinity::empty(affinity),
         }
     }
 
@@ -193,19 +194,19 @@ impl Evidence {
         self
     }
 
-    /// ℓ of a concept at picture size, `[size · size]`.
+    /// ℓ of a concept at picture size, `[H · W]`.
     #[must_use]
-    pub fn at_size(&self, concept: usize, size: usize) -> Vec<f32> {
+    pub fn at_size(&self, concept: usize, size: Size) -> Vec<f32> {
         upsample_linear(&self.log_likelihoods[concept], self.size, size)
     }
 
-    /// Adds draws: squared errors `[B, 4, h, h]` of each of these concepts, for the same noisy latents.
+    /// Adds draws: squared errors `[B, 4, h, w]` of each of these concepts, for the same noisy latents.
     pub(crate) fn add(&mut self, concepts: &[usize], squares: &[Tensor]) -> Result<()> {
         let Some(first) = squares.first() else {
             return Ok(());
         };
         let n_draws = first.dim(0)?;
-        let n_cells = self.size * self.size;
+        let n_cells = self.size.area();
         let per_concept = squares
             .iter()
             .map(|square| Ok(square.sum(1)?.flatten_all()?.to_vec1::<f32>()?))
@@ -244,7 +245,7 @@ mod tests {
         let square =
             |values: [f32; 2]| Tensor::from_vec(values.to_vec(), (2, 1, 1, 1), &Device::Cpu);
         let squares = [square([1.0, 8.0]).unwrap(), square([3.0, 4.0]).unwrap()];
-        let mut evidence = Evidence::empty(1, 3, 1);
+        let mut evidence = Evidence::empty(Size::square(1), 3, Size::square(1));
         evidence.add(&[0, 2], &squares).unwrap();
         // σ² = 2 and 6: ℓ_0 - ℓ_2 = (3 - 1) / 4 + (4 - 8) / 12.
         let difference = evidence.log_likelihoods[0][0] - evidence.log_likelihoods[2][0];
@@ -264,7 +265,7 @@ mod tests {
 
     #[test]
     fn correlated_draws_are_worth_a_bounded_number() {
-        let mut evidence = Evidence::empty(1, 2, 1);
+        let mut evidence = Evidence::empty(Size::square(1), 2, Size::square(1));
         for (n_draws, expected) in [(0.0, 0.0), (1.0, 1.0), (11.0, 5.5), (1e9, 10.0)] {
             evidence.n_draws = n_draws;
             assert!((n_draws * evidence.worth(0.1) - expected).abs() < 1e-6);
@@ -275,7 +276,7 @@ mod tests {
     #[test]
     fn attention_is_the_mean_over_all_draws() {
         let maps = |v: f32| AttentionMaps {
-            size: 1,
+            size: Size::square(1),
             maps: vec![vec![v]],
         };
         let mut mean = MeanAttention::default();
@@ -286,11 +287,11 @@ mod tests {
 
     #[test]
     fn affinity_is_symmetric() {
-        let mut affinity = Affinity::empty(1);
+        let mut affinity = Affinity::empty(Size::square(1));
         let seen = Tensor::from_vec(vec![0.25f32, 0.75], (2, 1, 1), &Device::Cpu).unwrap();
         affinity.add(&[&seen, &seen]).unwrap();
         assert_eq!(affinity.between(0, 0), 1.0);
-        let mut affinity = Affinity::empty(2);
+        let mut affinity = Affinity::empty(Size::square(2));
         let seen: Vec<f32> = (0..16).map(|i| i as f32).collect();
         let seen = Tensor::from_vec(seen, (1, 4, 4), &Device::Cpu).unwrap();
         affinity.add(&[&seen]).unwrap();

@@ -36,12 +36,12 @@
 //! | symbol | shape | meaning |
 //! | --- | --- | --- |
 //! | C, V, D | | concepts, vectors per concept, width of the text encoder |
-//! | S | | picture size in pixels; pictures are square |
-//! | h | | latent size |
-//! | R | | width of the attention layers that are read, [`LayerChoice`]: h / 4, 16 in SD |
+//! | H, W | | size of a picture in pixels, [`Size`]: its own proportions, about the area that the model knows |
+//! | h, w | | size of its latent |
+//! | n | | cells of the attention layers that are read, [`LayerChoice`]: h / 4 · w / 4 in SD |
 //! | v | `[C·V, D]` | learned rows |
-//! | A_c | `[S, S]` ≥ 0 | attention map |
-//! | B_c, M_c | `[S, S]` {0, 1} | thresholded and refined mask |
+//! | A_c | `[H, W]` ≥ 0 | attention map |
+//! | B_c, M_c | `[H, W]` {0, 1} | thresholded and refined mask |
 
 pub mod error;
 
@@ -53,6 +53,7 @@ pub mod maps;
 pub mod mask;
 pub mod prepared;
 pub mod scene;
+pub mod size;
 
 pub mod learned;
 pub mod optimizer;
@@ -119,5 +120,6 @@ pub use refine::{Refined, refine};
 pub use regions::RegionConfig;
 pub use sampler::{SamplePrompts, sample};
 pub use scene::{Concept, Picture, Role, Scene, ScenePicture};
+pub use size::Size;
 pub use state::EmState;
 pub use token::init_tokens;

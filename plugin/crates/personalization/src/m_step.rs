@@ -27,6 +27,7 @@ use crate::observer::{Event, Observer, tell};
 use crate::optimizer::{AdamWState, clip_gradient_norm};
 use crate::prepared::PreparedScene;
 use crate::scene::ScenePicture;
+use crate::size::Size;
 
 /// Name of stage 2 in events and errors.
 pub const TOKENS: &str = "tokens";
@@ -40,9 +41,9 @@ pub(crate) struct Draw {
     /// Indices into the picture's concepts, in the order of the prompt.
     subset: Vec<usize>,
     flipped: bool,
-    /// z `[B, 4, h, h]`.
+    /// z `[B, 4, h, w]`.
     latents: Tensor,
-    /// ε `[B, 4, h, h]`.
+    /// ε `[B, 4, h, w]`.
     noise: Tensor,
     timesteps: Vec<usize>,
 }
@@ -61,8 +62,8 @@ impl Draw {
         let n_sampled = 1 + rng.below(n_concepts);
         let subset = rng.sample_without_replacement(n_concepts, n_sampled);
         let flipped = rng.uniform() < config.flip_probability;
-        let size = model.latent_size();
-        let shape = [config.batch, model.config.unet.in_channels, size, size];
+        let Size { width, height } = scene.latent_size(model, picture);
+        let shape = [config.batch, model.config.unet.in_channels, height, width];
         let latents =
             scene.latents(model, picture, flipped, &rng.normal(&shape, &model.device)?)?;
         let noise = rng.normal(&shape, &model.device)?;
@@ -136,8 +137,10 @@ impl LossContext<'_> {
             &context,
             Watch::Layers(&layers, &positions),
         )?;
-        let (from, h, device) = (masks.size(), self.model.latent_size(), &self.model.device);
-        let union = plane_tensor(&masks.union(&draw.subset), from, h, draw.flipped, device)?;
+        let latent = self.scene.latent_size(self.model, draw.picture);
+        let union = masks.union(&draw.subset);
+        let device = &self.model.device;
+        let union = plane_tensor(&union, masks.size(), latent, draw.flipped, device)?;
         let masked_diffusion = masked_diffusion_loss(&observed.prediction, &target, &union)?;
         if layers.is_empty() {
             let value = masked_diffusion.to_scalar()?;
@@ -155,7 +158,7 @@ impl LossContext<'_> {
         })
     }
 
-    /// L_attn, the mean over layers; those of one width R share their maps.
+    /// L_attn, the mean over layers; those of one size share their maps.
     fn cross_attention(
         &self,
         attention: Vec<LayerAttention>,
@@ -163,25 +166,28 @@ impl LossContext<'_> {
         draw: &Draw,
     ) -> Result<Tensor> {
         let n_layers = attention.len() as f64;
-        let mut by_width: BTreeMap<usize, Vec<LayerAttention>> = BTreeMap::new();
+        let mut by_size: BTreeMap<(usize, usize), Vec<LayerAttention>> = BTreeMap::new();
         for layer in attention {
-            by_width.entry(layer.width).or_default().push(layer);
+            let size = (layer.width, layer.height);
+            by_size.entry(size).or_default().push(layer);
         }
-        let loss = |(width, layers): (usize, Vec<LayerAttention>)| -> Result<Tensor> {
-            let maps = concept_maps(&layers, self.learned.vectors_per_concept()?)?;
-            let loss = cross_attention_loss(&maps, &self.small_masks(masks, draw, width)?)?;
-            Ok((loss * (layers.len() as f64 / n_layers))?)
-        };
-        let losses = by_width.into_iter().map(loss).collect::<Result<Vec<_>>>()?;
+        let loss =
+            |((width, height), layers): ((usize, usize), Vec<LayerAttention>)| -> Result<Tensor> {
+                let size = Size::new(width, height);
+                let maps = concept_maps(&layers, self.learned.vectors_per_concept()?)?;
+                let loss = cross_attention_loss(&maps, &self.small_masks(masks, draw, size)?)?;
+                Ok((loss * (layers.len() as f64 / n_layers))?)
+            };
+        let losses = by_size.into_iter().map(loss).collect::<Result<Vec<_>>>()?;
         Ok(Tensor::stack(&losses, 0)?.sum_all()?)
     }
 
-    /// G `[R·R, C]` of the sampled concepts.
-    fn small_masks(&self, masks: &ImageMasks, draw: &Draw, resolution: usize) -> Result<Tensor> {
+    /// G `[n, C]` of the sampled concepts.
+    fn small_masks(&self, masks: &ImageMasks, draw: &Draw, size: Size) -> Result<Tensor> {
         let small =
-            |&c: &usize| at_resolution(&masks.planes()[c], masks.size(), resolution, draw.flipped);
+            |&c: &usize| at_resolution(&masks.planes()[c], masks.size(), size, draw.flipped);
         let planes: Vec<f32> = draw.subset.iter().flat_map(small).collect();
-        let shape = (draw.subset.len(), resolution * resolution);
+        let shape = (draw.subset.len(), size.area());
         Ok(Tensor::from_vec(planes, shape, &self.model.device)?
             .t()?
             .contiguous()?)

@@ -189,7 +189,8 @@ pub fn masked_errors(
     picture: usize,
 ) -> Result<Vec<f64>> {
     let tokenizer = learned.tokenizer(model)?;
-    let (h, total) = (model.latent_size(), model.noise_schedule.n_timesteps());
+    let latent = scene.latent_size(model, picture);
+    let total = model.noise_schedule.n_timesteps();
     let timesteps: Vec<usize> = (1..=N_TIMESTEPS)
         .map(|k| k * (total - 1) / (N_TIMESTEPS + 1))
         .collect();
@@ -207,9 +208,9 @@ pub fn masked_errors(
             .text_encoder
             .encode(&prompt.ids, Some(&learned.rows))?
             .detach();
-        let inside = at_resolution(&truth.planes()[index], truth.size(), h, false);
+        let inside = at_resolution(&truth.planes()[index], truth.size(), latent, false);
         let n_inside: f32 = inside.iter().sum();
-        let inside = Tensor::from_vec(inside, (1, 1, h, h), &model.device)?;
+        let inside = Tensor::from_vec(inside, (1, 1, latent.height, latent.width), &model.device)?;
         let mut sum = 0.0;
         for (&t, noise) in timesteps.iter().zip(&noises) {
             let noisy = model.noise_schedule.add_noise(&z, noise, &[t])?;
@@ -232,6 +233,7 @@ pub fn masked_errors(
 mod tests {
     use super::*;
     use crate::scene::{Concept, Picture};
+    use crate::size::Size;
 
     /// Objects with these words, a background, and pictures that show these concepts.
     fn scene(words: &[&str], pictures: &[&[usize]]) -> Scene {
@@ -245,7 +247,7 @@ mod tests {
             },
         };
         let picture = |concepts: &&[usize]| ScenePicture {
-            picture: Picture::from_rgb8(2, 2, &[7; 12], 2).unwrap(),
+            picture: Picture::from_rgb8(Size::square(2), &[7; 12], Size::square(2)).unwrap(),
             concepts: concepts.to_vec(),
         };
         let concepts = words.iter().enumerate().map(concept).collect();
@@ -255,7 +257,7 @@ mod tests {
     /// One plane per entry, with that pixel inside.
     fn masks(pixels: &[usize]) -> ImageMasks {
         let plane = |&pixel: &usize| (0..4).map(|i| u8::from(i == pixel)).collect();
-        ImageMasks::new(2, pixels.iter().map(plane).collect()).unwrap()
+        ImageMasks::new(Size::square(2), pixels.iter().map(plane).collect()).unwrap()
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::learned::LearnedConcepts;
 use crate::observer::{Event, Observer, tell};
 use crate::prepared::PreparedScene;
 use crate::scene::competitors;
+use crate::size::Size;
 
 /// Noisy latents in one pass, at a latent size of 32; fewer at larger ones, so that memory stays about the same.
 const BATCH_AT_32: usize = 10;
@@ -130,13 +131,14 @@ impl Eye<'_> {
         } else {
             Watch::Layers(&layers, &positions)
         };
-        let h = model.latent_size();
-        let batch = (BATCH_AT_32 * 32 * 32 / (h * h)).clamp(1, BATCH_AT_32);
+        let size = self.scene.latent_size(model, self.picture);
+        let batch = (BATCH_AT_32 * 32 * 32 / size.area()).clamp(1, BATCH_AT_32);
         let mut sums = AttentionSums::new(concepts.len(), learned.vectors_per_concept()?);
         let mut done = 0;
         for timesteps in timesteps.chunks(batch) {
             let n_draws = timesteps.len();
-            let shape = [n_draws, model.config.unet.in_channels, h, h];
+            let channels = model.config.unet.in_channels;
+            let shape = [n_draws, channels, size.height, size.width];
             let noise = rng.normal(&shape, &model.device)?;
             let latents = self.scene.latents(model, self.picture, false, &noise)?;
             let noise = rng.normal(&shape, &model.device)?;
@@ -146,10 +148,9 @@ impl Eye<'_> {
             let observed = model.unet.forward_observed(&noisy, &t, &context, watch)?;
             sums.add(&observed.attention, &self.weights(timesteps))?;
             if let Some(evidence) = &mut evidence {
-                let seen = observed
-                    .attention
-                    .iter()
-                    .filter(|layer| layer.width == evidence.affinity.width());
+                let seen = observed.attention.iter().filter(|layer| {
+                    evidence.affinity.size() == Size::new(layer.width, layer.height)
+                });
                 let seen: Vec<&Tensor> = seen
                     .filter_map(|layer| layer.self_attention.as_ref())
                     .collect();
@@ -165,7 +166,7 @@ impl Eye<'_> {
             on_pass(done)?;
         }
         let weight = sums.weight();
-        let maps = sums.maps(model.image_size());
+        let maps = sums.maps(self.scene.scene.pictures()[self.picture].picture.size());
         if let Some(evidence) = evidence.as_mut().filter(|_| !learned.is_blank()) {
             evidence.attention.add(&maps, weight);
         }
@@ -190,9 +191,13 @@ impl Eye<'_> {
         }
         let layers = self.model.unet.cross_attention_layers();
         let level = LayerChoice::AboveBottleneck.of(layers);
-        let width = level.first().map_or(1, |&i| layers[i].resolution);
+        let latent = self.scene.latent_size(self.model, self.picture);
+        let grid = level.first().map_or(Size::square(1), |&i| {
+            let [height, width] = layers[i].size_of([latent.height, latent.width]);
+            Size::new(width, height)
+        });
         let n_concepts = self.scene.scene.pictures()[self.picture].concepts.len();
-        Evidence::empty(self.model.latent_size(), n_concepts, width)
+        Evidence::empty(latent, n_concepts, grid)
     }
 
     /// The picture's concepts among which the noise decides, if it does.

@@ -17,7 +17,7 @@ pub const PALETTE: [[u8; 3]; 7] = [
 /// Share of the color in a tinted pixel.
 const TINT: f32 = 0.55;
 
-/// The picture with every concept's mask in its color, `[size, size, 3]` bytes.
+/// The picture with every concept's mask in its color, `[H, W, 3]` bytes.
 #[must_use]
 pub fn masks_over(picture: &Picture, masks: &ImageMasks) -> Vec<u8> {
     let mut rgb = picture.rgb8().to_vec();
@@ -31,7 +31,7 @@ pub fn masks_over(picture: &Picture, masks: &ImageMasks) -> Vec<u8> {
     rgb
 }
 
-/// What one mask keeps of the picture; the rest is faded, `[size, size, 3]` bytes.
+/// What one mask keeps of the picture; the rest is faded, `[H, W, 3]` bytes.
 #[must_use]
 pub fn cut_out(picture: &Picture, mask: &[u8]) -> Vec<u8> {
     let mut rgb = picture.rgb8().to_vec();
@@ -45,7 +45,7 @@ pub fn cut_out(picture: &Picture, mask: &[u8]) -> Vec<u8> {
     rgb
 }
 
-/// A map `[size · size]` of any range as heat over the gray picture, `[size, size, 3]` bytes.
+/// A map `[H · W]` of any range as heat over the gray picture, `[H, W, 3]` bytes.
 #[must_use]
 pub fn heat_over(picture: &Picture, map: &[f32]) -> Vec<u8> {
     let largest = map.iter().copied().fold(f32::MIN, f32::max);

@@ -29,6 +29,7 @@ use stable_diffusion::rng::Rng;
 
 use crate::error::Result;
 use crate::scene::Picture;
+use crate::size::Size;
 
 /// Seed of the evaluation streams.
 const EVALUATION_SEED: u64 = 12_345;
@@ -45,9 +46,11 @@ const N_TIMESTEPS: usize = 16;
 /// F of every cell of a picture.
 #[derive(Debug, Clone)]
 pub struct PictureFeatures {
-    /// Cells a side.
-    side: usize,
-    /// `[side², D]`, rows of unit length.
+    /// Of the picture.
+    size: Size,
+    /// Of the grid of cells.
+    grid: Size,
+    /// `[n, D]`, rows of unit length.
     cells: Tensor,
 }
 
@@ -70,12 +73,13 @@ pub fn picture_features(model: &DiffusionModel, picture: &Picture) -> Result<Pic
     let n_up = N_UP.min(model.config.unet.block_out_channels.len());
     let nothing = context(model, "")?;
     let seen = model.unet.features(&noisy, &[t as f32], &nothing, n_up)?;
-    let side = seen.dim(3)?;
-    let color = z.avg_pool2d((z.dim(3)? / side).max(1))?;
+    let grid = Size::new(seen.dim(3)?, seen.dim(2)?);
+    let color = z.avg_pool2d((z.dim(3)? / grid.width).max(1))?;
     let seen = (cells(&seen)? * (1.0 - COLOR_WEIGHT).sqrt())?;
     let color = (cells(&color)? * COLOR_WEIGHT.sqrt())?;
     Ok(PictureFeatures {
-        side,
+        size: picture.size(),
+        grid,
         cells: Tensor::cat(&[seen, color], 1)?,
     })
 }
@@ -88,7 +92,7 @@ fn cells(plane: &Tensor) -> Result<Tensor> {
 }
 
 impl ConceptFeatures {
-    /// Of the cells that are mostly inside of the masks `[size · size]` of these pictures; in a picture in which none
+    /// Of the cells that are mostly inside of these pictures' masks `[H · W]`; in a picture in which none
     /// is, of those with the largest share.
     ///
     /// # Errors
@@ -96,7 +100,7 @@ impl ConceptFeatures {
     pub fn new(shown: &[(&PictureFeatures, &[u8])]) -> Result<Self> {
         let mut rows = Vec::with_capacity(shown.len());
         for (picture, mask) in shown {
-            let inside = inside(mask, picture.side);
+            let inside = inside(mask, picture.size, picture.grid);
             let n = inside.len();
             let inside = Tensor::from_vec(inside, n, picture.cells.device())?;
             rows.push(picture.cells.index_select(&inside, 0)?);
@@ -107,13 +111,11 @@ impl ConceptFeatures {
     }
 }
 
-/// The cells, of `side`² over a mask, more than half of whose pixels are inside, or else those with the most.
-fn inside(mask: &[u8], side: usize) -> Vec<u32> {
-    let size = mask.len().isqrt();
-    let cell = |x: usize| x * side / size;
-    let mut counts = vec![[0_usize; 2]; side * side];
+/// The cells over a mask more than half of whose pixels are inside, or else those with the most.
+fn inside(mask: &[u8], size: Size, grid: Size) -> Vec<u32> {
+    let mut counts = vec![[0_usize; 2]; grid.area()];
     for (i, &value) in mask.iter().enumerate() {
-        let count = &mut counts[cell(i / size) * side + cell(i % size)];
+        let count = &mut counts[size.cell_in(i, grid)];
         count[0] += usize::from(value != 0);
         count[1] += 1;
     }
@@ -170,7 +172,7 @@ pub fn prompt_errors(
     Ok(errors)
 }
 
-/// Scaled mean of the posterior, `[1, 4, h, h]`.
+/// Scaled mean of the posterior, `[1, 4, h, w]`.
 fn latent(model: &DiffusionModel, picture: &Picture) -> Result<Tensor> {
     let moments = model.vae.moments(&picture.tensor(false, &model.device)?)?;
     Ok(model.vae.scaled(&moments.mean)?.detach())
@@ -198,7 +200,8 @@ mod tests {
             ([b"##.#", b"....", b"....", b"...."], vec![0]),
             ([b"....", b"..#.", b"....", b"#..."], vec![1, 2]),
         ] {
-            assert_eq!(inside(&mask(rows), 2), expected);
+            let (size, grid) = (Size::square(4), Size::square(2));
+            assert_eq!(inside(&mask(rows), size, grid), expected);
         }
     }
 
@@ -210,7 +213,11 @@ mod tests {
             Tensor::from_vec(cells, shape, &candle_core::Device::Cpu).unwrap()
         };
         let (one, other) = ([1.0, 0.0], [0.0, 1.0]);
-        let picture = |cells| PictureFeatures { side: 2, cells };
+        let picture = |cells| PictureFeatures {
+            size: Size::square(2),
+            grid: Size::square(2),
+            cells,
+        };
         let shown = picture(features(&[one, one, other, other]));
         let thing = ConceptFeatures::new(&[(&shown, &[1, 1, 0, 0])]).unwrap();
         let moved = picture(features(&[other, other, other, one]));

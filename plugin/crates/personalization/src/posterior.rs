@@ -9,11 +9,11 @@
 //! ```
 //! | symbol | shape | meaning |
 //! | --- | --- | --- |
-//! | A_c | `[S, S]` | attention map, see [`crate::attention`] |
-//! | ℓ_c | `[h, h]` nats | log-likelihood, see [`crate::evidence`] |
+//! | A_c | `[H, W]` | attention map, see [`crate::attention`] |
+//! | ℓ_c | `[h, w]` nats | log-likelihood, see [`crate::evidence`] |
 //! | r | | part of the foreground, see [`crate::regions`] |
 //! | q_r | `[C]` | see `owners.rs` |
-//! | q_c | `[S, S]` in [0, 1] | posterior |
+//! | q_c | `[H, W]` in [0, 1] | posterior |
 //! | ε | | chance that an estimate is wrong about a pixel; so chosen that certainty gets CutLER's unary energy |
 //!
 //! A and ℓ are those of all draws so far; ℓ counts for as many as correlated draws are worth.
@@ -32,6 +32,7 @@ use crate::mask::ImageMasks;
 use crate::owners::{Owners, log_sum, owners, softmax};
 use crate::regions::{Region, basins_for, regions, regions_of_words, sigmoid};
 use crate::scene::{Role, competitors};
+use crate::size::Size;
 
 /// Shares below this one count as this one: a map of zeros forbids nothing.
 const SMALLEST_SHARE: f64 = 1e-9;
@@ -40,8 +41,8 @@ const SMALLEST_SHARE: f64 = 1e-9;
 #[derive(Debug, Clone, PartialEq)]
 pub struct Posterior {
     /// Width and height in pixels.
-    pub size: usize,
-    /// q_c `[size · size]` in [0, 1] of every concept, in the picture's order; they sum to 1 at most.
+    pub size: Size,
+    /// q_c `[H · W]` in [0, 1] of every concept, in the picture's order; they sum to 1 at most.
     pub planes: Vec<Vec<f32>>,
     /// ln Z of the evidence that it was concluded from, in nats; 0 where there was none.
     pub log_evidence: f64,
@@ -90,9 +91,7 @@ pub fn posterior(
         .filter(|background| !picture.objects.contains(background))
     {
         let rest = |i: usize| 1.0 - planes.iter().map(|plane| plane[i]).sum::<f32>();
-        planes[background] = (0..maps.size * maps.size)
-            .map(|i| rest(i).max(0.0))
-            .collect();
+        planes[background] = (0..maps.size.area()).map(|i| rest(i).max(0.0)).collect();
     }
     Ok(Posterior {
         size: maps.size,
@@ -103,9 +102,8 @@ pub fn posterior(
 
 /// What is known of a picture.
 struct Picture<'a> {
-    /// S.
-    size: usize,
-    /// A_c, `[C][S · S]`.
+    size: Size,
+    /// A_c, `[C][H · W]`.
     attention: &'a [Vec<f32>],
     affinity: Option<&'a Affinity>,
     evidence: Option<&'a Evidence>,
@@ -115,10 +113,10 @@ struct Picture<'a> {
 
 impl Picture<'_> {
     fn n_pixels(&self) -> usize {
-        self.size * self.size
+        self.size.area()
     }
 
-    /// `[S · S]` in [0, 1], high where something stands in front of the background.
+    /// `[H · W]` in [0, 1], high where something stands in front of the background.
     fn foreground(&self, roles: &[Role]) -> Vec<f32> {
         let background = roles.iter().position(|&role| role == Role::Background);
         if let (Foreground::SelfAttention, Some(affinity)) = (self.config.foreground, self.affinity)
@@ -143,7 +141,7 @@ impl Picture<'_> {
         }
     }
 
-    /// ln of every object's share of the attention, `[objects][S · S]`.
+    /// ln of every object's share of the attention, `[objects][H · W]`.
     fn log_prior(&self) -> Vec<Vec<f64>> {
         let uses_attention = self.config.cue != Cue::Noise;
         let scaled: Vec<Vec<f64>> = self
@@ -169,7 +167,7 @@ impl Picture<'_> {
     }
 
     /// ℓ of one object at the latent's size, if the noise counts.
-    fn log_likelihood(&self, object: usize) -> Option<(usize, Vec<f32>)> {
+    fn log_likelihood(&self, object: usize) -> Option<(Size, Vec<f32>)> {
         let evidence = self
             .evidence
             .filter(|_| self.config.cue != Cue::Attention)?;
@@ -213,25 +211,29 @@ impl Picture<'_> {
         }
     }
 
-    /// r_c of every pixel, `[objects][S · S]`, in nats per latent cell: the prior counts once per cell, as the likelihood
+    /// r_c of every pixel, `[objects][H · W]`, in nats per latent cell: the prior counts once per cell, as the likelihood
     /// does.
     fn pixel_evidence(&self) -> Vec<Vec<f64>> {
         let size = self.size;
         let mut evidence = self.log_prior();
         for (own, &c) in evidence.iter_mut().zip(&self.objects) {
-            if let Some((h, likelihood)) = self.log_likelihood(c) {
+            if let Some((latent, likelihood)) = self.log_likelihood(c) {
                 for (pixel, value) in own.iter_mut().enumerate() {
-                    let (y, x) = (pixel / size * h / size, pixel % size * h / size);
-                    *value += f64::from(likelihood[y * h + x]);
+                    *value += f64::from(likelihood[size.cell_in(pixel, latent)]);
                 }
             }
         }
         evidence
     }
 
+    /// Pixels of a latent cell, or one.
+    fn pixels_per_cell(&self) -> f64 {
+        let cells = self.evidence.map_or(self.size, |evidence| evidence.size);
+        self.n_pixels() as f64 / cells.area() as f64
+    }
+
     fn by_part(&self, parts: &[Region], pixels: &[Vec<f64>]) -> (Vec<Vec<f32>>, f64) {
-        let h = self.evidence.map_or(self.size, |evidence| evidence.size);
-        let per_cell = self.n_pixels() as f64 / (h * h) as f64;
+        let per_cell = self.pixels_per_cell();
         let evidence_of = |part: &Region, own: &[f64]| {
             let inside = part.pixels.iter().zip(&part.inside);
             let sum: f64 = inside.map(|(&i, &inside)| f64::from(inside) * own[i]).sum();
@@ -258,13 +260,13 @@ impl Picture<'_> {
 
     fn by_pixel(&self, foreground: &[f32]) -> (Vec<Vec<f32>>, f64) {
         let (size, config) = (self.size, self.config);
-        let h = self.evidence.map_or(size, |evidence| evidence.size);
-        let per_cell = (size * size) as f64 / (h * h) as f64;
+        let per_cell = self.pixels_per_cell();
         let mut log_evidence = 0.0;
         let mut logs = self.log_prior();
         for (logs, &c) in logs.iter_mut().zip(&self.objects) {
-            if let Some((h, likelihood)) = self.log_likelihood(c) {
-                let smooth = upsample_linear(&blur(&likelihood, h, config.blur), h, size);
+            if let Some((latent, likelihood)) = self.log_likelihood(c) {
+                let blurred = blur(&likelihood, latent, config.blur);
+                let smooth = upsample_linear(&blurred, latent, size);
                 logs.iter_mut()
                     .zip(smooth)
                     .for_each(|(log, l)| *log += f64::from(l));
@@ -290,8 +292,8 @@ impl Posterior {
     /// Planes of another size than they say.
     pub fn masks(&self) -> Result<ImageMasks> {
         let n_concepts = self.planes.len();
-        let mut planes = vec![vec![0u8; self.size * self.size]; n_concepts];
-        for i in 0..self.size * self.size {
+        let mut planes = vec![vec![0u8; self.size.area()]; n_concepts];
+        for i in 0..self.size.area() {
             let sum: f32 = self.planes.iter().map(|plane| plane[i]).sum();
             let mut best = (1.0 - sum, n_concepts);
             for (c, plane) in self.planes.iter().enumerate() {
@@ -306,10 +308,10 @@ impl Posterior {
         ImageMasks::new(self.size, planes)
     }
 
-    /// U `[L, S · S]` and L. The first label is what belongs to no concept, if `with_rest`; then the concepts.
+    /// U `[L, H · W]` and L. The first label is what belongs to no concept, if `with_rest`; then the concepts.
     #[must_use]
     pub(crate) fn unary(&self, with_rest: bool) -> (Vec<f32>, usize) {
-        let n_pixels = self.size * self.size;
+        let n_pixels = self.size.area();
         let n_labels = self.planes.len() + usize::from(with_rest);
         let epsilon = n_labels as f32 / (std::f32::consts::E + n_labels as f32 - 1.0);
         let energy =
@@ -332,8 +334,8 @@ fn min_max(map: &[f32]) -> Vec<f32> {
     map.iter().map(|v| (v - smallest) / range).collect()
 }
 
-/// A Gaussian of standard deviation `sigma` cells over a plane `[size · size]`; edges repeated.
-fn blur(plane: &[f32], size: usize, sigma: f32) -> Vec<f32> {
+/// A Gaussian of standard deviation `sigma` cells over a plane; edges repeated.
+fn blur(plane: &[f32], size: Size, sigma: f32) -> Vec<f32> {
     if sigma <= 0.0 {
         return plane.to_vec();
     }
@@ -343,16 +345,17 @@ fn blur(plane: &[f32], size: usize, sigma: f32) -> Vec<f32> {
         .collect();
     let total: f32 = weights.iter().sum();
     let along = |plane: &[f32], step: [isize; 2]| -> Vec<f32> {
-        let last = size as isize - 1;
-        (0..size * size)
+        let last = [size.height as isize - 1, size.width as isize - 1];
+        (0..size.area())
             .map(|i| {
-                let (y, x) = ((i / size) as isize, (i % size) as isize);
+                let (y, x) = size.place(i);
+                let (y, x) = (y as isize, x as isize);
                 let sum: f32 = (-reach..=reach)
                     .zip(&weights)
                     .map(|(d, weight)| {
-                        let y = (y + d * step[0]).clamp(0, last) as usize;
-                        let x = (x + d * step[1]).clamp(0, last) as usize;
-                        weight * plane[y * size + x]
+                        let y = (y + d * step[0]).clamp(0, last[0]) as usize;
+                        let x = (x + d * step[1]).clamp(0, last[1]) as usize;
+                        weight * plane[y * size.width + x]
                     })
                     .sum();
                 sum / total
@@ -380,12 +383,18 @@ mod tests {
         for &i in things.iter().flatten() {
             (maps[0][i], maps[1][i], maps[2][i]) = (0.6, 0.5, 0.05);
         }
-        (AttentionMaps { size: 8, maps }, things)
+        (
+            AttentionMaps {
+                size: Size::square(8),
+                maps,
+            },
+            things,
+        )
     }
 
     fn evidence(scale: f32) -> Evidence {
         // The noise in the left half is explained by the second concept.
-        let mut evidence = Evidence::empty(4, 3, 2);
+        let mut evidence = Evidence::empty(Size::square(4), 3, Size::square(2));
         for cell in 0..16 {
             let l = if cell % 4 < 2 { scale } else { -scale };
             evidence.log_likelihoods[1][cell] = l;
@@ -435,7 +444,7 @@ mod tests {
     #[test]
     fn certainty_gets_cutlers_unary_energy() {
         let certain = Posterior {
-            size: 1,
+            size: Size::square(1),
             planes: vec![vec![1.0], vec![0.0], vec![0.0]],
             log_evidence: 0.0,
         };
@@ -451,17 +460,17 @@ mod tests {
     #[test]
     fn a_blur_keeps_the_mean_of_a_flat_plane() {
         assert!(
-            blur(&[2.0; 16], 4, 1.0)
+            blur(&[2.0; 16], Size::new(8, 2), 1.0)
                 .iter()
                 .all(|v| (v - 2.0).abs() < 1e-5)
         );
         assert!(
-            upsample_linear(&[2.0; 16], 4, 7)
+            upsample_linear(&[2.0; 16], Size::square(4), Size::new(7, 5))
                 .iter()
                 .all(|v| (v - 2.0).abs() < 1e-5)
         );
         assert_eq!(
-            upsample_linear(&[0.0, 1.0, 0.0, 1.0], 2, 4)[..4],
+            upsample_linear(&[0.0, 1.0, 0.0, 1.0], Size::square(2), Size::square(4))[..4],
             [0.0, 0.25, 0.75, 1.0]
         );
     }

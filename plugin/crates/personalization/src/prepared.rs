@@ -10,6 +10,7 @@ use stable_diffusion::vae::LatentMoments;
 
 use crate::error::{Error, Result};
 use crate::scene::{Picture, Scene};
+use crate::size::Size;
 
 /// A picture as the VAE sees it; each half is encoded when it is first asked for.
 #[derive(Debug)]
@@ -78,7 +79,7 @@ impl<'a> PreparedScene<'a> {
     /// A scene of its own.
     ///
     /// # Errors
-    /// Pictures of another size than the model's.
+    /// Pictures with sides that are no multiples of the model's unit.
     pub fn new(model: &DiffusionModel, scene: &'a Scene) -> Result<Self> {
         Self::sharing(model, scene, &Encodings::default())
     }
@@ -87,18 +88,21 @@ impl<'a> PreparedScene<'a> {
     /// VAE.
     ///
     /// # Errors
-    /// Pictures of another size than the model's.
+    /// Pictures with sides that are no multiples of the model's unit.
     pub fn sharing(
         model: &DiffusionModel,
         scene: &'a Scene,
         encodings: &Encodings,
     ) -> Result<Self> {
-        let wanted = model.image_size();
         let mut pictures = Vec::with_capacity(scene.pictures().len());
         for shown in scene.pictures() {
-            let found = shown.picture.size();
-            if found != wanted {
-                return Err(Error::PictureSize { found, wanted });
+            let (size, unit) = (shown.picture.size(), model.image_unit());
+            if size.area() == 0
+                || [size.width, size.height]
+                    .iter()
+                    .any(|side| !side.is_multiple_of(unit))
+            {
+                return Err(Error::PictureSize { size, unit });
             }
             pictures.push(PreparedPicture {
                 encoded: encodings.of(&shown.picture),
@@ -108,7 +112,7 @@ impl<'a> PreparedScene<'a> {
         Ok(Self { scene, pictures })
     }
 
-    /// z = scaling · (mean + std · noise), `[B, 4, h, h]`, for noise `[B, 4, h, h]`.
+    /// z = scaling · (mean + std · noise), `[B, 4, h, w]`, for noise `[B, 4, h, w]`.
     pub(crate) fn latents(
         &self,
         model: &DiffusionModel,
@@ -123,7 +127,13 @@ impl<'a> PreparedScene<'a> {
         Ok(model.vae.scaled(&z)?)
     }
 
-    /// Scaled mean of the posterior, `[1, 4, h, h]`.
+    /// Width and height of a picture's latent.
+    pub(crate) fn latent_size(&self, model: &DiffusionModel, picture: usize) -> Size {
+        let size = self.scene.pictures()[picture].picture.size();
+        size.divided_by(model.config.vae.downsampling())
+    }
+
+    /// Scaled mean of the posterior, `[1, 4, h, w]`.
     pub(crate) fn mean_latents(&self, model: &DiffusionModel, picture: usize) -> Result<Tensor> {
         let moments = self.pictures[picture].encoded.moments(model, false)?;
         Ok(model.vae.scaled(&moments.mean)?)
@@ -142,7 +152,10 @@ impl<'a> PreparedScene<'a> {
             return Ok(crf.clone());
         }
         let pixels = &encoded.picture;
-        let crf = DenseCrf::new(pixels.size(), pixels.size(), pixels.rgb8(), config)?;
+        let crf = {
+            let Size { width, height } = pixels.size();
+            DenseCrf::new(width, height, pixels.rgb8(), config)?
+        };
         let crf = Arc::new(crf);
         *last = Some((*config, crf.clone()));
         Ok(crf)
@@ -155,7 +168,10 @@ mod tests {
 
     #[test]
     fn a_picture_is_encoded_once_and_the_oldest_is_forgotten() {
-        let picture = |shade: u8| Picture::from_rgb8(1, 1, &[shade; 3], 1).unwrap();
+        let picture = |shade: u8| {
+            let one = Size::square(1);
+            Picture::from_rgb8(one, &[shade; 3], one).unwrap()
+        };
         let encodings = Encodings::default();
         let first = encodings.of(&picture(0));
         assert!(Arc::ptr_eq(&first, &encodings.of(&picture(0))));

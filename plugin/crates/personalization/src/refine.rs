@@ -46,7 +46,7 @@ pub fn refine(
     let fits =
         |masks: &ImageMasks| masks.planes().len() == n_concepts && masks.size() == planes.size();
     let size = planes.size();
-    if roles.len() != n_concepts || crf.n_pixels() != size * size || !previous.is_none_or(fits) {
+    if roles.len() != n_concepts || crf.n_pixels() != size.area() || !previous.is_none_or(fits) {
         return Err(Error::MasksDoNotFitPicture {
             masks: n_concepts,
             size,
@@ -59,7 +59,7 @@ pub fn refine(
         Some(posterior) => posterior.unary(with_rest),
         None => {
             let planes = label_planes(planes, with_rest);
-            let n_labels = planes.len() / (size * size);
+            let n_labels = planes.len() / size.area();
             (unary_from_planes(&planes, n_labels)?, n_labels)
         }
     };
@@ -68,7 +68,7 @@ pub fn refine(
         .posterior
         .as_ref()
         .map_or(0.0, |posterior| posterior.log_evidence);
-    let energy = crf.free_energy(&unary, &marginals)? - log_evidence / (size * size) as f64;
+    let energy = crf.free_energy(&unary, &marginals)? - log_evidence / size.area() as f64;
     let first_concept = n_labels - n_concepts;
     let chosen = marginals.labels();
     let refined = (0..n_concepts)
@@ -156,6 +156,7 @@ fn hottest_part(map: &[f32]) -> Vec<u8> {
 mod tests {
     use super::*;
     use crate::config::EmConfig;
+    use crate::size::Size;
 
     fn stage(guard: Guard) -> CrfStage {
         CrfStage {
@@ -206,7 +207,7 @@ mod tests {
 
     #[test]
     fn the_background_plane_is_added_only_where_it_is_missing() {
-        let masks = ImageMasks::new(1, vec![vec![1], vec![0]]).unwrap();
+        let masks = ImageMasks::new(Size::square(1), vec![vec![1], vec![0]]).unwrap();
         assert_eq!(
             label_planes(&masks, needs_rest(2, &[Role::Object, Role::Object])),
             [0.0, 1.0, 0.0]

@@ -25,6 +25,7 @@ use serde::Serialize;
 
 use crate::bounds::Bounds;
 use crate::evidence::Affinity;
+use crate::size::Size;
 
 /// Constants of the parts; shares of the map's range unless they say otherwise.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -92,12 +93,12 @@ impl Region {
     }
 }
 
-/// The basins of a foreground cut where another map of `words` `[size · size]` becomes the highest. A piece has at least
+/// The basins of a foreground cut where another map of `words` `[H · W]` becomes the highest. A piece has at least
 /// the area of a part, and a tenth of its basin; smaller ones go to the nearest.
 pub(crate) fn regions_of_words(
     basins: Vec<Vec<usize>>,
     map: &[f32],
-    size: usize,
+    size: Size,
     words: &[Vec<f32>],
     config: &RegionConfig,
 ) -> Vec<Region> {
@@ -115,12 +116,12 @@ pub(crate) fn regions_of_words(
         let least = config
             .least(map.len())
             .max((PIECE * core.len() as f64).ceil() as usize);
-        let mut pieces = connected(&core, size, map.len(), word_of);
+        let mut pieces = connected(&core, size, word_of);
         pieces.retain(|piece| piece.len() >= least);
         if pieces.len() < 2 {
             return vec![part];
         }
-        grown(&part, pieces, size, map.len())
+        grown(&part, pieces, size)
     });
     pieces.map(|pixels| with_rim(pixels, map, config)).collect()
 }
@@ -129,13 +130,8 @@ pub(crate) fn regions_of_words(
 const PIECE: f64 = 0.1;
 
 /// Connected pixels of one word.
-fn connected(
-    pixels: &[usize],
-    size: usize,
-    n: usize,
-    word_of: impl Fn(usize) -> usize,
-) -> Vec<Vec<usize>> {
-    let mut word = vec![None; n];
+fn connected(pixels: &[usize], size: Size, word_of: impl Fn(usize) -> usize) -> Vec<Vec<usize>> {
+    let mut word = vec![None; size.area()];
     pixels.iter().for_each(|&i| word[i] = Some(word_of(i)));
     let mut pieces = Vec::new();
     for &start in pixels {
@@ -144,7 +140,7 @@ fn connected(
         };
         let (mut piece, mut next) = (vec![start], 0);
         while next < piece.len() {
-            for i in neighbors(piece[next], size, n) {
+            for i in size.neighbors(piece[next]) {
                 if word[i] == Some(own) {
                     word[i] = None;
                     piece.push(i);
@@ -158,10 +154,10 @@ fn connected(
 }
 
 /// Every pixel of a part, with the piece that is nearest within the part.
-fn grown(part: &[usize], pieces: Vec<Vec<usize>>, size: usize, n: usize) -> Vec<Vec<usize>> {
+fn grown(part: &[usize], pieces: Vec<Vec<usize>>, size: Size) -> Vec<Vec<usize>> {
     const OUTSIDE: usize = usize::MAX;
     const FREE: usize = usize::MAX - 1;
-    let mut owner = vec![OUTSIDE; n];
+    let mut owner = vec![OUTSIDE; size.area()];
     part.iter().for_each(|&i| owner[i] = FREE);
     let mut queue = Vec::with_capacity(part.len());
     for (k, piece) in pieces.iter().enumerate() {
@@ -170,7 +166,7 @@ fn grown(part: &[usize], pieces: Vec<Vec<usize>>, size: usize, n: usize) -> Vec<
     }
     let mut next = 0;
     while next < queue.len() {
-        for i in neighbors(queue[next], size, n) {
+        for i in size.neighbors(queue[next]) {
             if owner[i] == FREE {
                 owner[i] = owner[queue[next]];
                 queue.push(i);
@@ -188,11 +184,11 @@ fn grown(part: &[usize], pieces: Vec<Vec<usize>>, size: usize, n: usize) -> Vec<
     grown
 }
 
-/// Basins that are parts, as many as are wanted if shallower saddles part them so; `map` `[size · size]` in [0, 1] is high
+/// Basins that are parts, as many as are wanted if shallower saddles part them so; `map` `[H · W]` in [0, 1] is high
 /// in the foreground.
 pub(crate) fn basins_for(
     map: &[f32],
-    size: usize,
+    size: Size,
     n_wanted: usize,
     config: &RegionConfig,
 ) -> Vec<Vec<usize>> {
@@ -217,7 +213,7 @@ pub(crate) fn basins_for(
 pub(crate) fn regions(
     basins: Vec<Vec<usize>>,
     map: &[f32],
-    size: usize,
+    size: Size,
     n_wanted: usize,
     affinity: Option<&Affinity>,
     config: &RegionConfig,
@@ -274,13 +270,14 @@ fn downhill(map: &[f32], floor: f32) -> Vec<usize> {
 }
 
 /// Basins of these pixels, each as its pixels in ascending order; in the order of their highest pixels.
-fn basins(map: &[f32], size: usize, order: &[usize], prominence: f32) -> Vec<Vec<usize>> {
+fn basins(map: &[f32], size: Size, order: &[usize], prominence: f32) -> Vec<Vec<usize>> {
     const NONE: usize = usize::MAX;
     let mut basin_of = vec![NONE; map.len()];
     // Basins that were merged point at the one that took them.
     let (mut taken_by, mut peaks) = (Vec::new(), Vec::new());
     for &pixel in order {
-        let mut roots: Vec<usize> = neighbors(pixel, size, map.len())
+        let mut roots: Vec<usize> = size
+            .neighbors(pixel)
             .filter(|&i| basin_of[i] != NONE)
             .map(|i| root(&mut taken_by, basin_of[i]))
             .collect();
@@ -318,19 +315,6 @@ fn root(taken_by: &mut [usize], mut basin: usize) -> usize {
     basin
 }
 
-/// The pixels above, left, right and below.
-fn neighbors(pixel: usize, size: usize, n: usize) -> impl Iterator<Item = usize> {
-    let x = pixel % size;
-    [
-        pixel.checked_sub(size),
-        (x > 0).then(|| pixel - 1),
-        (x + 1 < size).then(|| pixel + 1),
-        (pixel + size < n).then(|| pixel + size),
-    ]
-    .into_iter()
-    .flatten()
-}
-
 /// A part in two.
 struct Cut {
     /// NCut, in [0, 2]; small where the two hardly look at each other.
@@ -343,16 +327,16 @@ struct Cut {
 fn normalized_cut(
     part: &[usize],
     core: &[usize],
-    size: usize,
+    size: Size,
     affinity: &Affinity,
     least: usize,
 ) -> Option<Cut> {
-    let cells = cells_of(core, size, affinity.width());
+    let cells = cells_of(core, size, affinity.size());
     let (value, is_first) = cut_cells(&cells, affinity)?;
     let side = CellSides {
         cells: &cells,
         is_first: &is_first,
-        width: affinity.width(),
+        grid: affinity.size(),
         size,
     };
     let n_first = core.iter().filter(|&&pixel| side.is_first(pixel)).count();
@@ -364,14 +348,13 @@ fn normalized_cut(
     })
 }
 
-/// Cells of a `width · width` grid of which more than 3 in 10 pixels belong to the part.
-pub(crate) fn cells_of(part: &[usize], size: usize, width: usize) -> Vec<usize> {
-    let mut covered = vec![0usize; width * width];
+/// Cells of a grid of which more than 3 in 10 pixels belong to the part.
+pub(crate) fn cells_of(part: &[usize], size: Size, grid: Size) -> Vec<usize> {
+    let mut covered = vec![0usize; grid.area()];
     for &pixel in part {
-        let (y, x) = (pixel / size, pixel % size);
-        covered[(y * width / size) * width + x * width / size] += 1;
+        covered[size.cell_in(pixel, grid)] += 1;
     }
-    let least = 0.3 * (size * size) as f64 / (width * width) as f64;
+    let least = 0.3 * size.area() as f64 / grid.area() as f64;
     (0..covered.len())
         .filter(|&cell| covered[cell] as f64 > least)
         .collect()
@@ -429,26 +412,26 @@ fn cut_cells(cells: &[usize], affinity: &Affinity) -> Option<(f64, Vec<bool>)> {
 struct CellSides<'a> {
     cells: &'a [usize],
     is_first: &'a [bool],
-    width: usize,
-    size: usize,
+    grid: Size,
+    size: Size,
 }
 
 impl CellSides<'_> {
     /// The side on which a pixel lies: that of the four cells around it, by their bilinear weights; of the nearest cell
     /// where none of the four is one of them.
     fn is_first(&self, pixel: usize) -> bool {
-        let scale = self.width as f32 / self.size as f32;
-        let place = |at: usize| {
-            let center = (at as f32 + 0.5) * scale - 0.5;
+        let place = |at: usize, of: usize, n_cells: usize| {
+            let center = (at as f32 + 0.5) * (n_cells as f32 / of as f32) - 0.5;
             let low = center.floor();
-            let last = self.width as f32 - 1.0;
+            let last = n_cells as f32 - 1.0;
             let [low_cell, high_cell] = [low, low + 1.0].map(|v| v.clamp(0.0, last) as usize);
             [(low_cell, 1.0 - (center - low)), (high_cell, center - low)]
         };
+        let (row, column) = self.size.place(pixel);
         let mut sum = 0.0f32;
-        for (y, weight_y) in place(pixel / self.size) {
-            for (x, weight_x) in place(pixel % self.size) {
-                if let Ok(i) = self.cells.binary_search(&(y * self.width + x)) {
+        for (y, weight_y) in place(row, self.size.height, self.grid.height) {
+            for (x, weight_x) in place(column, self.size.width, self.grid.width) {
+                if let Ok(i) = self.cells.binary_search(&(y * self.grid.width + x)) {
                     let sign = if self.is_first[i] { 1.0 } else { -1.0 };
                     sum += sign * weight_x * weight_y;
                 }
@@ -463,8 +446,11 @@ impl CellSides<'_> {
     fn nearest_is_first(&self, pixel: usize) -> bool {
         let center = |at: usize, of: usize| (at as f32 + 0.5) / of as f32;
         let distance = |cell: usize| {
-            let y = center(pixel / self.size, self.size) - center(cell / self.width, self.width);
-            let x = center(pixel % self.size, self.size) - center(cell % self.width, self.width);
+            let ((row, column), (y, x)) = (self.size.place(pixel), self.grid.place(cell));
+            let y = center(row, self.size.height) - center(y, self.grid.height);
+            let x = center(column, self.size.width) - center(x, self.grid.width);
+            // In rows: what is wide has longer rows than columns.
+            let x = x * self.grid.width as f32 / self.grid.height as f32;
             y * y + x * x
         };
         let cells = self.cells.iter().zip(self.is_first);
@@ -477,10 +463,10 @@ impl CellSides<'_> {
 mod tests {
     use super::*;
 
-    fn map(rows: &[&str]) -> (Vec<f32>, usize) {
+    fn map(rows: &[&str]) -> (Vec<f32>, Size) {
         let value = |c: u8| f32::from(c - b'0') / 9.0;
         let map = rows.iter().flat_map(|row| row.bytes()).map(value);
-        (map.collect(), rows.len())
+        (map.collect(), Size::new(rows[0].len(), rows.len()))
     }
 
     fn config() -> RegionConfig {
@@ -496,7 +482,7 @@ mod tests {
 
     fn parts(
         map: &[f32],
-        size: usize,
+        size: Size,
         n_wanted: usize,
         affinity: Option<&Affinity>,
         config: &RegionConfig,
@@ -547,7 +533,7 @@ mod tests {
                 }
             })
             .collect();
-        let affinity = Affinity::from_mean(4, mean);
+        let affinity = Affinity::from_mean(Size::square(4), mean);
         let found = parts(&map, size, 2, Some(&affinity), &config());
         let mut pixels: Vec<Vec<usize>> = found.into_iter().map(|part| part.pixels).collect();
         pixels.sort();
@@ -574,13 +560,34 @@ mod tests {
             _ => 0.2,
         };
         let mean = (0..36 * 36).map(|i| look(i / 36, i % 36)).collect();
-        let affinity = Affinity::from_mean(6, mean);
+        let affinity = Affinity::from_mean(Size::square(6), mean);
         let found = parts(&map, size, 2, Some(&affinity), &config());
         let mut cores: Vec<Vec<usize>> = found.iter().map(Region::core).collect();
         cores.sort();
         assert_eq!(cores, [[13, 14, 19, 20], [15, 16, 21, 22]]);
         let n_pixels: usize = found.iter().map(|part| part.pixels.len()).sum();
         assert_eq!(n_pixels, 36, "the ground goes to the nearer one");
+    }
+
+    #[test]
+    fn a_wide_picture_is_cut_as_a_square_one_is() {
+        let (map, size) = map(&["99999999", "99999999"]);
+        let is_left = |cell: usize| cell % 4 < 2;
+        let look = |i: usize| {
+            if is_left(i / 8) == is_left(i % 8) {
+                1.0
+            } else {
+                0.05
+            }
+        };
+        let affinity = Affinity::from_mean(Size::new(4, 2), (0..64).map(look).collect());
+        let found = parts(&map, size, 2, Some(&affinity), &config());
+        let mut pixels: Vec<Vec<usize>> = found.into_iter().map(|part| part.pixels).collect();
+        pixels.sort();
+        assert_eq!(
+            pixels,
+            [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]]
+        );
     }
 
     #[test]

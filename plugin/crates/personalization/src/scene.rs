@@ -1,10 +1,12 @@
 //! What is learned from: pictures, and the concepts that each of them shows.
 
 use candle_core::{Device, Tensor};
-use image::imageops::{FilterType, crop_imm, resize};
+use image::imageops::{FilterType, resize};
 use image::{Rgb, Rgb32FImage};
+use stable_diffusion::DiffusionModel;
 
 use crate::error::{Error, Result};
+use crate::size::Size;
 
 /// What a concept is to the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,41 +40,43 @@ pub struct Concept {
     pub role: Role,
 }
 
-/// A picture at the model's size: centered square, Lanczos.
+/// A whole picture at the size at which it is learned, Lanczos: see [`Size::to_learn`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Picture {
-    size: usize,
+    size: Size,
     rgb: Vec<u8>,
 }
 
 impl Picture {
-    /// From `[height, width, 3]` in [0, 1], sRGB.
+    /// The size at which a model learns pictures of the size `from`.
+    #[must_use]
+    pub fn size_for(model: &DiffusionModel, from: Size) -> Size {
+        from.to_learn(model.image_size(), model.image_unit())
+    }
+
+    /// From `[h, w, 3]` of the size `from` in [0, 1], sRGB.
     ///
     /// # Errors
     /// A length that does not fit, or an empty picture.
-    pub fn from_unit_f32(width: usize, height: usize, pixels: &[f32], size: usize) -> Result<Self> {
-        if width * height == 0 || pixels.len() != 3 * width * height {
+    pub fn from_unit_f32(from: Size, pixels: &[f32], size: Size) -> Result<Self> {
+        if from.area() == 0 || pixels.len() != 3 * from.area() {
             return Err(Error::PictureValues {
-                width,
-                height,
+                size: from,
                 values: pixels.len(),
             });
         }
-        let wrong = || Error::PictureSide {
-            side: width.max(height).max(size),
+        let wrong = |_| Error::PictureSide { size: from };
+        let sides = |size: Size| -> Result<[u32; 2]> {
+            let side = |side: usize| u32::try_from(side).map_err(wrong);
+            Ok([side(size.width)?, side(size.height)?])
         };
-        let (w, h) = (
-            u32::try_from(width).map_err(|_| wrong())?,
-            u32::try_from(height).map_err(|_| wrong())?,
-        );
-        let whole = Rgb32FImage::from_raw(w, h, pixels.to_vec()).ok_or_else(wrong)?;
-        let side = w.min(h);
-        let square = crop_imm(&whole, (w - side) / 2, (h - side) / 2, side, side).to_image();
-        let target = u32::try_from(size).map_err(|_| wrong())?;
-        let scaled = if side == target {
-            square
+        let ([w, h], [width, height]) = (sides(from)?, sides(size)?);
+        let whole = Rgb32FImage::from_raw(w, h, pixels.to_vec());
+        let whole = whole.ok_or(Error::PictureSide { size: from })?;
+        let scaled = if from == size {
+            whole
         } else {
-            resize(&square, target, target, FilterType::Lanczos3)
+            resize(&whole, width, height, FilterType::Lanczos3)
         };
         let byte = |v: f32| (v * 255.0).round().clamp(0.0, 255.0) as u8;
         let rgb = scaled
@@ -82,40 +86,41 @@ impl Picture {
         Ok(Self { size, rgb })
     }
 
-    /// From `[height, width, 3]` bytes, sRGB.
+    /// From `[h, w, 3]` bytes of the size `from`, sRGB.
     ///
     /// # Errors
     /// As [`Picture::from_unit_f32`].
-    pub fn from_rgb8(width: usize, height: usize, rgb: &[u8], size: usize) -> Result<Self> {
+    pub fn from_rgb8(from: Size, rgb: &[u8], size: Size) -> Result<Self> {
         let pixels: Vec<f32> = rgb.iter().map(|&v| f32::from(v) / 255.0).collect();
-        Self::from_unit_f32(width, height, &pixels, size)
+        Self::from_unit_f32(from, &pixels, size)
     }
 
     /// Width and height in pixels.
     #[must_use]
-    pub fn size(&self) -> usize {
+    pub fn size(&self) -> Size {
         self.size
     }
 
-    /// `[size, size, 3]` bytes, sRGB.
+    /// `[H, W, 3]` bytes, sRGB.
     #[must_use]
     pub fn rgb8(&self) -> &[u8] {
         &self.rgb
     }
 
-    /// `[1, 3, size, size]` in [-1, 1], as the VAE takes it; mirrored left to right if `flipped`.
+    /// `[1, 3, H, W]` in [-1, 1], as the VAE takes it; mirrored left to right if `flipped`.
     ///
     /// # Errors
     /// The tensor library fails.
     pub fn tensor(&self, flipped: bool, device: &Device) -> Result<Tensor> {
-        let size = self.size;
+        let Size { width, height } = self.size;
         let value = |i: usize| {
-            let (channel, y, x) = (i / (size * size), i / size % size, i % size);
-            let x = if flipped { size - 1 - x } else { x };
-            f32::from(self.rgb[3 * (y * size + x) + channel]) / 127.5 - 1.0
+            let (y, x) = self.size.place(i % self.size.area());
+            let x = if flipped { width - 1 - x } else { x };
+            let channel = i / self.size.area();
+            f32::from(self.rgb[3 * (y * width + x) + channel]) / 127.5 - 1.0
         };
-        let values: Vec<f32> = (0..3 * size * size).map(value).collect();
-        Ok(Tensor::from_vec(values, (1, 3, size, size), device)?)
+        let values: Vec<f32> = (0..3 * self.size.area()).map(value).collect();
+        Ok(Tensor::from_vec(values, (1, 3, height, width), device)?)
     }
 }
 
@@ -224,7 +229,7 @@ mod tests {
     }
 
     fn picture(concepts: &[usize]) -> ScenePicture {
-        let picture = Picture::from_rgb8(2, 2, &[7; 12], 2).unwrap();
+        let picture = Picture::from_rgb8(Size::square(2), &[7; 12], Size::square(2)).unwrap();
         ScenePicture {
             picture,
             concepts: concepts.to_vec(),
@@ -268,12 +273,13 @@ mod tests {
     }
 
     #[test]
-    fn a_wide_picture_loses_its_sides() {
-        let wide: Vec<u8> = (0..8).flat_map(|i| [i % 4 * 80; 3]).collect();
-        let cropped = Picture::from_rgb8(4, 2, &wide, 2).unwrap();
-        let red: Vec<u8> = cropped.rgb8().iter().step_by(3).copied().collect();
-        assert_eq!(red, [80, 160, 80, 160]);
-        let mirrored = cropped
+    fn a_wide_picture_is_kept_whole() {
+        let wide: Vec<u8> = (0..8).flat_map(|i| [i % 4 / 2 * 80; 3]).collect();
+        let (of, to) = (Size::new(4, 2), Size::new(2, 1));
+        let small = Picture::from_rgb8(of, &wide, to).unwrap();
+        let red: Vec<u8> = small.rgb8().iter().step_by(3).copied().collect();
+        assert!(red[0] < 20 && red[1] > 60, "{red:?}");
+        let mirrored = small
             .tensor(true, &Device::Cpu)
             .unwrap()
             .flatten_all()

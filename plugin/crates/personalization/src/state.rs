@@ -14,6 +14,7 @@ use crate::maps::AttentionMaps;
 use crate::mask::{ImageMasks, SceneMasks};
 use crate::optimizer::AdamWState;
 use crate::scene::{Concept, Role};
+use crate::size::Size;
 
 /// The alternation between two rounds. Going on from it gives the same bits as never having stopped.
 #[derive(Debug, Clone)]
@@ -42,7 +43,7 @@ struct Header {
     seed: u64,
     base_fingerprint: String,
     round: usize,
-    mask_sizes: Vec<(usize, usize)>,
+    mask_sizes: Vec<(usize, Size)>,
     /// Observations by picture; none if the masks were given.
     observations: Vec<ObservationEntry>,
     /// Bits of `f64`: decimal digits would not come back exactly.
@@ -57,10 +58,10 @@ struct ObservationEntry {
 /// Draws are bits of `f64`.
 #[derive(Serialize, Deserialize)]
 struct EvidenceEntry {
-    size: usize,
+    size: Size,
     draws: u64,
     attention_weight: u64,
-    affinity_width: usize,
+    affinity_size: Size,
     affinity_draws: u64,
 }
 
@@ -71,7 +72,7 @@ struct ConceptEntry {
     background: bool,
 }
 
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 
 /// Where the header is, in the file's metadata.
 const METADATA: &str = "em_state";
@@ -98,13 +99,14 @@ impl EmState {
             ("optimizer.v".to_owned(), learned.optimizer.v[0].clone()),
         ]);
         for (picture, masks) in self.masks.iter().enumerate() {
-            let shape = (masks.planes().len(), masks.size(), masks.size());
+            let Size { width, height } = masks.size();
+            let shape = (masks.planes().len(), height, width);
             let planes = Tensor::from_vec(masks.planes().concat(), shape, &Device::Cpu)?;
             tensors.insert(format!("masks.{picture}"), planes);
         }
         for (picture, seen) in self.observations.iter().enumerate() {
-            let mut put = |name: &str, planes: &[Vec<f32>], size: usize| -> Result<()> {
-                let shape = (planes.len(), size, size);
+            let mut put = |name: &str, planes: &[Vec<f32>], size: Size| -> Result<()> {
+                let shape = (planes.len(), size.height, size.width);
                 let planes = Tensor::from_vec(planes.concat(), shape, &Device::Cpu)?;
                 tensors.insert(format!("{name}.{picture}"), planes);
                 Ok(())
@@ -114,9 +116,9 @@ impl EmState {
             if let Some(evidence) = evidence {
                 put("log_likelihoods", &evidence.log_likelihoods, evidence.size)?;
                 put("attention", &evidence.attention.maps, maps.size)?;
-                let n_cells = evidence.affinity.width().pow(2);
+                let n_cells = evidence.affinity.size().area();
                 let (sums, _) = evidence.affinity.parts();
-                put("affinity", &[sums.to_vec()], n_cells)?;
+                put("affinity", &[sums.to_vec()], Size::square(n_cells))?;
             }
         }
         let header =
@@ -180,23 +182,23 @@ impl EmState {
             .enumerate()
             .map(|(picture, &(n_concepts, size))| {
                 let planes = file.read_u8(&format!("masks.{picture}"))?;
-                if n_concepts == 0 || size == 0 || planes.len() != n_concepts * size * size {
+                if n_concepts == 0 || size.area() == 0 || planes.len() != n_concepts * size.area() {
                     let reason = "holds masks of another size than it says";
                     return Err(Error::file(path, reason));
                 }
-                let planes = planes.chunks_exact(size * size).map(<[u8]>::to_vec);
+                let planes = planes.chunks_exact(size.area()).map(<[u8]>::to_vec);
                 ImageMasks::new(size, planes.collect())
             });
         let masks = masks.collect::<Result<SceneMasks>>()?;
-        let planes = |name: String, n: usize, size: usize| -> Result<Vec<Vec<f32>>> {
+        let planes = |name: String, n: usize, size: Size| -> Result<Vec<Vec<f32>>> {
             let values = tensor(&name)?.flatten_all()?.to_vec1::<f32>()?;
-            if size == 0 || values.len() != n * size * size {
+            if size.area() == 0 || values.len() != n * size.area() {
                 return Err(Error::file(
                     path,
                     format!("holds {name} of another size than its masks"),
                 ));
             }
-            let planes = values.chunks_exact(size * size);
+            let planes = values.chunks_exact(size.area());
             Ok(planes.map(<[f32]>::to_vec).collect())
         };
         let mut observations = Vec::with_capacity(header.observations.len());
@@ -206,10 +208,10 @@ impl EmState {
             let evidence = match &entry.evidence {
                 None => None,
                 Some(entry) => {
-                    let width = entry.affinity_width;
-                    let sums = planes(format!("affinity.{picture}"), 1, width * width)?.concat();
+                    let cells = Size::square(entry.affinity_size.area());
+                    let sums = planes(format!("affinity.{picture}"), 1, cells)?.concat();
                     let draws = f64::from_bits(entry.affinity_draws);
-                    let affinity = Affinity::from_parts(width, sums, draws)
+                    let affinity = Affinity::from_parts(entry.affinity_size, sums, draws)
                         .ok_or_else(|| Error::file(path, "holds affinities of another size"))?;
                     let weight = f64::from_bits(entry.attention_weight);
                     let n_seen = if weight > 0.0 { n } else { 0 };
@@ -272,7 +274,7 @@ impl ObservationEntry {
             size: evidence.size,
             draws: evidence.n_draws.to_bits(),
             attention_weight: evidence.attention.weight.to_bits(),
-            affinity_width: evidence.affinity.width(),
+            affinity_size: evidence.affinity.size(),
             affinity_draws: evidence.affinity.parts().1.to_bits(),
         };
         Self {

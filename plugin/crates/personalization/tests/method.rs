@@ -13,8 +13,8 @@ use personalization::config::{EmConfig, ExtractionConfig, JointConfig, JointScop
 use personalization::loss::{cross_attention_loss, masked_diffusion_loss};
 use personalization::{
     Concept, EmOutcome, EmStart, EmState, Error, Event, JointState, MaskMode, Picture,
-    PreparedScene, Role, Scene, ScenePicture, Silent, TokenInit, em, init_tokens, joint_stage,
-    m_step,
+    PreparedScene, Role, Scene, ScenePicture, Silent, Size, TokenInit, em, init_tokens,
+    joint_stage, m_step,
 };
 use stable_diffusion::{CheckpointSource, DiffusionModel};
 
@@ -34,21 +34,22 @@ fn concept(token: &str, word: &str, role: Role) -> Concept {
     }
 }
 
-/// Two pictures; the second shows only the first concept and the background.
+/// Two pictures; the second is not square, and shows only the first concept and the background.
 fn scene(model: &DiffusionModel) -> Scene {
-    let size = model.image_size();
+    let (side, unit) = (model.image_size(), model.image_unit());
     let picture = |shift: usize| {
-        let rgb: Vec<u8> = (0..size * size)
+        let size = Size::new(side + shift.div_ceil(side) * unit, side);
+        let rgb: Vec<u8> = (0..size.area())
             .flat_map(|i| {
-                let (x, y) = ((i + shift) % size, i / size);
-                if x < size / 3 && y > size / 2 {
+                let (x, y) = ((i + shift) % size.width, i / size.width);
+                if x < size.width / 3 && y > size.height / 2 {
                     [220, 40, 30]
                 } else {
                     [30, (y * 3) as u8, 90]
                 }
             })
             .collect();
-        Picture::from_rgb8(size, size, &rgb, size).unwrap()
+        Picture::from_rgb8(size, &rgb, size).unwrap()
     };
     let concepts = vec![
         concept("<a>", "dog", Role::Object),
@@ -250,8 +251,8 @@ fn a_stop_is_honored_within_one_step() {
 #[test]
 fn a_token_of_one_piece_starts_as_its_word() {
     let model = model();
-    let size = model.image_size();
-    let picture = Picture::from_rgb8(size, size, &vec![90; size * size * 3], size).unwrap();
+    let size = Size::square(model.image_size());
+    let picture = Picture::from_rgb8(size, &vec![90; size.area() * 3], size).unwrap();
     let one = ScenePicture {
         picture,
         concepts: vec![0],
@@ -406,9 +407,10 @@ fn given_masks_may_overlap_and_empty_ones_are_refused() {
     let (model, config) = (model(), short());
     let scene = scene(&model);
     let prepared = PreparedScene::new(&model, &scene).unwrap();
-    let size = model.image_size();
-    let full = |n: usize, v: u8| {
-        personalization::ImageMasks::new(size, vec![vec![v; size * size]; n]).unwrap()
+    let size = |picture: usize| scene.pictures()[picture].picture.size();
+    let full = |picture: usize, n: usize, v: u8| {
+        let size = size(picture);
+        personalization::ImageMasks::new(size, vec![vec![v; size.area()]; n]).unwrap()
     };
     let learned = init_tokens(
         &model,
@@ -419,7 +421,7 @@ fn given_masks_may_overlap_and_empty_ones_are_refused() {
         &mut Silent,
     )
     .unwrap();
-    let overlapping = vec![full(3, 1), full(2, 1)];
+    let overlapping = vec![full(0, 3, 1), full(1, 2, 1)];
     m_step(
         &model,
         &prepared,
@@ -430,7 +432,7 @@ fn given_masks_may_overlap_and_empty_ones_are_refused() {
         &mut Silent,
     )
     .unwrap();
-    let empty = vec![full(3, 0), full(2, 1)];
+    let empty = vec![full(0, 3, 0), full(1, 2, 1)];
     let refused = m_step(
         &model,
         &prepared,

@@ -6,10 +6,10 @@
 )]
 
 use candle_core::Device;
-use personalization::Picture;
 use personalization::picture_metrics::{
     ConceptFeatures, identity, picture_features, prompt_errors,
 };
+use personalization::{Picture, Size};
 use stable_diffusion::{CheckpointSource, DiffusionModel};
 
 fn model() -> DiffusionModel {
@@ -24,7 +24,8 @@ fn model() -> DiffusionModel {
 fn picture(size: usize, width: usize) -> Picture {
     let pixel = |i: usize| [40 + 150 * (i / width % 2) as u8, (i % size) as u8, 90];
     let rgb: Vec<u8> = (0..size * size).flat_map(pixel).collect();
-    Picture::from_rgb8(size, size, &rgb, size).unwrap()
+    let size = Size::square(size);
+    Picture::from_rgb8(size, &rgb, size).unwrap()
 }
 
 #[test]

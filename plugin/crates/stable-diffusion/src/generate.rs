@@ -95,9 +95,10 @@ pub fn generate(
         Start::Noise(_) => 1.0,
         Start::Latents { denoise } => denoise,
     };
-    let sigmas = config
-        .sampler
-        .noise_levels(&guided.levels, config.schedule, config.steps, denoise)?;
+    let sigmas =
+        config
+            .sampler
+            .noise_levels(&guided.levels, config.schedule, config.steps, denoise)?;
     let n_pictures = starts.len() * config.n_pictures;
     let mut pictures = Vec::with_capacity(n_pictures);
     for picture in 0..n_pictures {
@@ -135,7 +136,10 @@ fn starts(
         (Start::Noise(size), _) => {
             let factor = model.config.vae.downsampling();
             let [width, height] = size.map(|side| side / factor);
-            if size.iter().any(|&side| side == 0 || side % factor != 0) {
+            if size
+                .iter()
+                .any(|&side| side == 0 || !side.is_multiple_of(factor))
+            {
                 let reason = format!(
                     "{} x {} is not a size in multiples of {factor} pixels",
                     size[0], size[1]
@@ -170,7 +174,11 @@ impl Denoising<'_> {
         let noise = Rng::new(seed, "generate", self.picture as u64).normal(z.dims(), z.device())?;
         let sigma = sigmas[0];
         let is_all = sigma >= self.guided.levels.largest() * (1.0 - 1e-5);
-        let scale = if is_all { (1.0 + sigma * sigma).sqrt() } else { sigma };
+        let scale = if is_all {
+            (1.0 + sigma * sigma).sqrt()
+        } else {
+            sigma
+        };
         Ok((z + (noise * scale)?)?)
     }
 }
@@ -188,7 +196,12 @@ impl Problem for Denoising<'_> {
         self.steps.0 += 1;
         let (step, total) = self.steps;
         let picture = self.picture;
-        let step = GenerateStep { picture, step, total, clean };
+        let step = GenerateStep {
+            picture,
+            step,
+            total,
+            clean,
+        };
         if (self.on_step)(step).is_break() {
             return Err(Error::Canceled);
         }

@@ -305,6 +305,12 @@ impl DiffusionModel {
         self.latent_size() * self.config.vae.downsampling()
     }
 
+    /// Sides of a picture that every level of the network halves evenly are multiples of this, in pixels: 64 in SD 1.x.
+    pub fn image_unit(&self) -> usize {
+        let n_halvings = self.config.unet.block_out_channels.len().saturating_sub(1);
+        self.config.vae.downsampling() << n_halvings
+    }
+
     /// Width and height of a latent: 64 in SD 1.x.
     pub fn latent_size(&self) -> usize {
         self.config.unet.sample_size

@@ -7,7 +7,8 @@
 //! | `[word]`, `[[word]]` | 1 / 1.1, 1 / 1.1² (A1111) |
 //! | `\(`, `\)`, `\[`, `\]` | the bracket itself |
 //!
-//! Tokens are encoded in chunks of 77 (start, 75 tokens, end), and the chunks stand one behind the other in the context.
+//! Tokens are encoded in chunks of 77 (start, 75 tokens, end), and the chunks stand one behind the other in the context. A
+//! weighted part of less than 8 tokens that does not fit into a chunk any more begins the next one.
 //! A weight moves a token's embedding away from that of the empty prompt:
 //!
 //! ```text
@@ -153,26 +154,29 @@ struct Chunk {
     weights: Vec<f64>,
 }
 
-/// The chunks of weighted parts; at least one. Vectors of one concept stay together where a chunk has room for them.
+/// Tokens from which on a group is parted where a chunk is full; a shorter one moves to the next chunk as a whole.
+const LARGE: usize = 8;
+
+/// The chunks of weighted parts; at least one. The vectors of one concept stay together where a chunk has room for them.
 fn chunks(tokenizer: &Tokenizer, parts: &[Weighted]) -> Result<Vec<Chunk>> {
     let room = tokenizer.length() - 2;
-    let mut chunks: Vec<Vec<(u32, f64)>> = vec![Vec::new()];
+    let mut chunks: Vec<Vec<(u32, f64)>> = Vec::new();
+    let mut chunk: Vec<(u32, f64)> = Vec::new();
     for Weighted { text, weight } in parts {
-        for group in together(tokenizer, tokenizer.pieces(text)?) {
-            let fits = |n: usize| n + group.len() <= room;
-            if group.len() <= room && !chunks.last().is_some_and(|chunk| fits(chunk.len())) {
-                chunks.push(Vec::new());
+        for group in groups(tokenizer, tokenizer.pieces(text)?) {
+            let stays_together = group.ids.len() <= if group.is_concept { room } else { LARGE - 1 };
+            if stays_together && chunk.len() + group.ids.len() > room {
+                chunks.push(std::mem::take(&mut chunk));
             }
-            for id in group {
-                if chunks.last().is_none_or(|chunk| chunk.len() == room) {
-                    chunks.push(Vec::new());
+            for id in group.ids {
+                if chunk.len() == room {
+                    chunks.push(std::mem::take(&mut chunk));
                 }
-                if let Some(chunk) = chunks.last_mut() {
-                    chunk.push((id, *weight));
-                }
+                chunk.push((id, *weight));
             }
         }
     }
+    chunks.push(chunk);
     let padded = |tokens: Vec<(u32, f64)>| {
         let (ids, mut weights): (Vec<u32>, Vec<f64>) = tokens.into_iter().unzip();
         let ids = tokenizer.framed(&ids);
@@ -183,21 +187,29 @@ fn chunks(tokenizer: &Tokenizer, parts: &[Weighted]) -> Result<Vec<Chunk>> {
     Ok(chunks.into_iter().map(padded).collect())
 }
 
-/// Ids that a chunk should not part: runs of placeholders; everything else is alone.
-fn together(tokenizer: &Tokenizer, ids: Vec<u32>) -> Vec<Vec<u32>> {
+/// Ids that belong together.
+struct Group {
+    ids: Vec<u32>,
+    /// Whether they are the vectors of one concept.
+    is_concept: bool,
+}
+
+/// The concepts' vectors, and the text between them.
+fn groups(tokenizer: &Tokenizer, ids: Vec<u32>) -> Vec<Group> {
     let is_placeholder = |id: u32| id as usize >= tokenizer.base_vocab_size();
-    let mut groups: Vec<Vec<u32>> = Vec::new();
+    let mut groups: Vec<Group> = Vec::new();
     for id in ids {
+        let is_concept = is_placeholder(id);
+        let goes_on = |group: &Group| {
+            let follows = group.ids.last().is_some_and(|&last| last + 1 == id);
+            group.is_concept == is_concept && (!is_concept || follows)
+        };
         match groups.last_mut() {
-            Some(group)
-                if is_placeholder(id)
-                    && group
-                        .last()
-                        .is_some_and(|&last| last + 1 == id && is_placeholder(last)) =>
-            {
-                group.push(id);
-            }
-            _ => groups.push(vec![id]),
+            Some(group) if goes_on(group) => group.ids.push(id),
+            _ => groups.push(Group {
+                ids: vec![id],
+                is_concept,
+            }),
         }
     }
     groups

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use personalization::{
-    JointConfig, JointScope, MStepConfig, Picture, PreparedScene, SamplePrompts, Silent,
+    JointConfig, JointScope, MStepConfig, Picture, PreparedScene, SamplePrompts, Silent, Size,
     joint_stage, sample,
 };
 use serde::Serialize;
@@ -115,8 +115,8 @@ pub(crate) fn paint(
         };
         let pixels = sample(&tuned, Some(&tokens), &prompts, &config, &mut Silent)?;
         let pixels = pixels.squeeze(0)?.permute((1, 2, 0))?.flatten_all()?;
-        let size = model.image_size();
-        let picture = Picture::from_unit_f32(size, size, &pixels.to_vec1::<f32>()?, size)?;
+        let size = Size::square(model.image_size());
+        let picture = Picture::from_unit_f32(size, &pixels.to_vec1::<f32>()?, size)?;
         let file = format!("{name}_{number}.png");
         save(&picture, &folder.join(&file))?;
         painted.push(PaintedReport {
@@ -148,12 +148,12 @@ fn plan(scene: &TrueScene) -> Vec<(Vec<usize>, Vec<Option<&'static str>>)> {
 }
 
 fn save(picture: &Picture, file: &Path) -> Result<()> {
-    let side = u32::try_from(picture.size())?;
+    let Size { width, height } = picture.size();
     image::save_buffer(
         file,
         picture.rgb8(),
-        side,
-        side,
+        u32::try_from(width)?,
+        u32::try_from(height)?,
         image::ExtendedColorType::Rgb8,
     )
     .context(file.display().to_string())

@@ -7,8 +7,9 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use personalization::{Concept, ImageMasks, Picture, Role, Scene, SceneMasks, ScenePicture};
+use personalization::{Concept, ImageMasks, Picture, Role, Scene, SceneMasks, ScenePicture, Size};
 use serde::Deserialize;
+use stable_diffusion::DiffusionModel;
 
 /// A file of scenes.
 #[derive(Deserialize)]
@@ -120,8 +121,8 @@ impl Index {
 }
 
 impl IndexScene {
-    /// Reads pictures and masks at the model's size. `root` is the index's folder.
-    pub(crate) fn load(&self, root: &Path, size: usize) -> Result<TrueScene> {
+    /// Reads pictures and masks at the size at which the model learns them. `root` is the index's folder.
+    pub(crate) fn load(&self, root: &Path, model: &DiffusionModel) -> Result<TrueScene> {
         let object = |(i, concept): (usize, &IndexConcept)| Concept {
             token: format!("<v{}>", i + 1),
             class_word: concept.class_word.clone(),
@@ -141,7 +142,7 @@ impl IndexScene {
                 image,
                 objects.iter().map(|(_, mask)| *mask),
                 self.background.is_some(),
-                size,
+                model,
             )?;
             let mut shown: Vec<usize> = objects.iter().map(|(concept, _)| *concept).collect();
             shown.extend(self.background.is_some().then_some(background));
@@ -181,13 +182,14 @@ fn read_picture<'a>(
     image: &str,
     masks: impl Iterator<Item = &'a str>,
     has_background: bool,
-    size: usize,
+    model: &DiffusionModel,
 ) -> Result<(Picture, ImageMasks)> {
     let open = |name: &str| {
         image::open(root.join(name)).with_context(|| root.join(name).display().to_string())
     };
     let picture = open(image)?.into_rgb8();
-    let (width, height) = (picture.width() as usize, picture.height() as usize);
+    let from = Size::new(picture.width() as usize, picture.height() as usize);
+    let size = Picture::size_for(model, from);
     let mut planes = Vec::new();
     for mask in masks {
         let values = open(mask)?.into_luma8().into_raw();
@@ -200,12 +202,12 @@ fn read_picture<'a>(
     }
     if has_background {
         let rest = |i: usize| f32::from(planes.iter().all(|plane| plane[i] <= 0.5));
-        let rest = (0..width * height).map(rest).collect();
+        let rest = (0..from.area()).map(rest).collect();
         planes.push(rest);
     }
     let planes: Vec<&[f32]> = planes.iter().map(Vec::as_slice).collect();
     Ok((
-        Picture::from_rgb8(width, height, picture.as_raw(), size)?,
-        ImageMasks::from_soft_planes(width, height, &planes, size)?,
+        Picture::from_rgb8(from, picture.as_raw(), size)?,
+        ImageMasks::from_soft_planes(from, &planes, size)?,
     ))
 }

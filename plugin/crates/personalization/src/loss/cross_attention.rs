@@ -3,12 +3,12 @@
 //! ```text
 //! A_c   = mean over layers and heads of softmax(Q Kᵀ / √d) at the positions of c
 //! Â_c   = A_c / max_pixels A_c                       the gradient flows through the maximum, as in BaS
-//! L_attn = mean over samples of Σ_c mean_pixels (Â_c - G_c)²,   G_c = M_c at R × R, nearest
+//! L_attn = mean over samples of Σ_c mean_pixels (Â_c - G_c)²,   G_c = M_c at the layers' size, nearest
 //! ```
 //! | symbol | shape | meaning |
 //! | --- | --- | --- |
-//! | A_c | `[R · R]` in [0, 1] | attention map of a concept; the layers of one width R |
-//! | G_c | `[R · R]` in {0, 1} | its mask |
+//! | A_c | `[n]` in [0, 1] | attention map of a concept; the layers of one size, of n cells |
+//! | G_c | `[n]` in {0, 1} | its mask |
 
 use candle_core::Tensor;
 use stable_diffusion::unet::LayerAttention;
@@ -18,10 +18,10 @@ use crate::error::Result;
 /// Maxima below this one count as this one: a map of zeros has no direction.
 const SMALLEST_MAXIMUM: f64 = 1e-12;
 
-/// A `[B, R·R, C]`: the mean over layers, heads and the V positions of each concept; differentiable.
+/// A `[B, n, C]`: the mean over layers, heads and the V positions of each concept; differentiable.
 ///
 /// # Shapes
-/// Every layer's probabilities are `[B, heads, R·R, C·V]`.
+/// Every layer's probabilities are `[B, heads, n, C·V]`.
 ///
 /// # Errors
 /// Layers of different sizes, or none.
@@ -52,7 +52,7 @@ pub fn concept_map(layer: &LayerAttention, vectors_per_concept: usize) -> Result
 /// L_attn, a scalar; differentiable in `maps`.
 ///
 /// # Shapes
-/// `maps` `[B, R·R, C]`; `masks` `[R·R, C]` in {0, 1}.
+/// `maps` `[B, n, C]`; `masks` `[n, C]` in {0, 1}.
 ///
 /// # Errors
 /// Shapes that do not fit.

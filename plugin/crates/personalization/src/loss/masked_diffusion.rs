@@ -5,9 +5,9 @@
 //! ```
 //! | symbol | shape | meaning |
 //! | --- | --- | --- |
-//! | ε_θ | `[B, 4, h, h]` | the U-Net's prediction |
-//! | target | `[B, 4, h, h]` | the noise, or the velocity |
-//! | U | `[1, 1, h, h]` in {0, 1} | union of the sampled concepts' masks, nearest |
+//! | ε_θ | `[B, 4, h, w]` | the U-Net's prediction |
+//! | target | `[B, 4, h, w]` | the noise, or the velocity |
+//! | U | `[1, 1, h, w]` in {0, 1} | union of the sampled concepts' masks, nearest |
 //!
 //! Divided by all elements, not by those inside: small masks get small gradients, as in BaS.
 

@@ -5,6 +5,9 @@ use crate::noise_schedule::NoiseSchedule;
 /// abar of pure noise, where a checkpoint was trained down to no signal at all: σ stays finite. ComfyUI's number.
 const LEAST_ALPHA_CUMPROD: f64 = 4.897_345_189_085_343_5e-8;
 
+/// Distances in ln σ that are called equal; timesteps are some 1e-3 apart.
+const TIE: f64 = 1e-5;
+
 /// Curvature of [`Schedule::Karras`].
 const RHO: f64 = 7.0;
 
@@ -47,7 +50,7 @@ impl NoiseLevels {
         ((1.0 - part) * a + part * b).exp()
     }
 
-    /// The timestep whose noise is nearest.
+    /// The timestep whose ln σ is nearest; the lower one of two that are as near.
     #[must_use]
     pub fn timestep(&self, sigma: f64) -> usize {
         let log = sigma.ln();
@@ -55,7 +58,12 @@ impl NoiseLevels {
         let above = self.log_sigmas.partition_point(|&own| own < log);
         let last = self.n_timesteps() - 1;
         let (a, b) = (above.saturating_sub(1), above.min(last));
-        if distance(b) < distance(a) { b } else { a }
+        // Rounding must not decide.
+        if distance(b) + TIE < distance(a) {
+            b
+        } else {
+            a
+        }
     }
 
     /// The most noise.

@@ -62,12 +62,7 @@ pub(super) fn heun(problem: &mut dyn Problem, x: &Tensor, sigmas: &[f64]) -> Res
         x = if next > 0.0 {
             // The mean of the slopes at both ends.
             let slope = combined(1.0 / sigma, &x, -1.0 / sigma, &clean)?;
-            let slope_there = combined(
-                1.0 / next,
-                &end,
-                -1.0 / next,
-                &problem.clean(&end, next)?,
-            )?;
+            let slope_there = combined(1.0 / next, &end, -1.0 / next, &problem.clean(&end, next)?)?;
             combined(1.0, &x, 0.5 * (next - sigma), &(slope + slope_there)?)?
         } else {
             end

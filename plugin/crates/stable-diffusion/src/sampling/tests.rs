@@ -75,7 +75,10 @@ fn a_model_that_knows_the_answer_is_believed_by_every_sampler() {
                     assert!(sigmas.is_sorted_by(|a, b| a > b), "{sigmas:?}");
                     let (end, problem) = run(sampler, &sigmas, usize::MAX);
                     let error = max_error(&end.unwrap(), &problem.answer);
-                    assert!(error < TOLERANCE, "{sampler:?} {schedule:?} {steps}: {error}");
+                    assert!(
+                        error < TOLERANCE,
+                        "{sampler:?} {schedule:?} {steps}: {error}"
+                    );
                     assert_eq!(problem.steps, steps);
                     let first_of_steps = problem.asked.iter().filter(|s| sigmas.contains(s));
                     let per_step = if sampler == Sampler::Heun { 2 } else { 1 };
@@ -97,7 +100,9 @@ fn a_stop_ends_within_the_step() {
             .unwrap();
         let (end, problem) = run(sampler, &sigmas, 3);
         assert!(matches!(end, Err(Error::Canceled)), "{sampler:?}");
-        assert!(problem.steps == 3 && !problem.asked.contains(&sigmas[3]) || sampler == Sampler::Heun);
+        assert!(
+            problem.steps == 3 && !problem.asked.contains(&sigmas[3]) || sampler == Sampler::Heun
+        );
     }
 }
 
@@ -120,10 +125,7 @@ fn denoise_takes_the_last_steps_of_a_longer_run() {
     };
     assert_eq!(refused(0, 1.0), "steps: 0 is not in 1..=1000");
     assert_eq!(refused(1001, 1.0), "steps: 1001 is not in 1..=1000");
-    assert_eq!(
-        refused(10, 0.0),
-        "denoise: 0 is not above 0 and at most 1"
-    );
+    assert_eq!(refused(10, 0.0), "denoise: 0 is not above 0 and at most 1");
     assert_eq!(
         refused(10, f64::NAN),
         "denoise: NaN is not above 0 and at most 1"

@@ -1,6 +1,6 @@
 //! Building the network while its cross-attention layers are counted.
 
-use super::observation::{CrossAttentionLayer, Stage};
+use super::observation::{CrossAttentionLayer, Stage, halved};
 use crate::{config::UNetConfig, lora::LoraAdapter, weights::Weights};
 
 /// What the levels are built from; collects the cross-attention layers in the order in which they run.
@@ -27,15 +27,15 @@ impl<'a> Builder<'a> {
 
     /// Registers a cross-attention layer and returns its index.
     pub(super) fn register(&mut self, name: &str, place: Place) -> usize {
-        let resolution = (0..place.level).fold(self.config.sample_size, |size, _| {
-            halved(size, self.config.downsample_padding)
-        });
-        let heads = self.config.heads[place.level];
+        let padding = self.config.downsample_padding;
+        let resolution =
+            (0..place.level).fold(self.config.sample_size, |side, _| halved(side, padding));
         self.layers.push(CrossAttentionLayer {
             name: name.into(),
             stage: place.stage,
             resolution,
-            heads,
+            halvings: (place.level, padding),
+            heads: self.config.heads[place.level],
         });
         self.layers.len() - 1
     }
@@ -43,11 +43,6 @@ impl<'a> Builder<'a> {
     pub(super) fn into_layers(self) -> Vec<CrossAttentionLayer> {
         self.layers
     }
-}
-
-/// Side of a plane after the stride 2 convolution with a 3x3 kernel.
-fn halved(size: usize, padding: usize) -> usize {
-    (size + 2 * padding).saturating_sub(3) / 2 + 1
 }
 
 /// Where in the network a transformer lies; levels count from the finest.

@@ -22,8 +22,24 @@ pub struct CrossAttentionLayer {
     pub stage: Stage,
     /// Width of its plane for latents of the configured sample size, in pixels.
     pub resolution: usize,
+    /// How often the planes before it are halved, by convolutions with this padding.
+    pub(super) halvings: (usize, usize),
     /// Attention heads.
     pub heads: usize,
+}
+
+impl CrossAttentionLayer {
+    /// Height and width of its plane for latents of these.
+    #[must_use]
+    pub fn size_of(&self, latent: [usize; 2]) -> [usize; 2] {
+        let (n, padding) = self.halvings;
+        latent.map(|side| (0..n).fold(side, |side, _| halved(side, padding)))
+    }
+}
+
+/// Side of a plane after the stride 2 convolution with a 3x3 kernel.
+pub(super) fn halved(size: usize, padding: usize) -> usize {
+    (size + 2 * padding).saturating_sub(3) / 2 + 1
 }
 
 /// What one cross-attention layer gave to the watched positions.

@@ -1,9 +1,11 @@
 use std::ops::ControlFlow;
 
 use candle_core::{Device, Tensor};
-use stable_diffusion::config::ModelConfig;
-use stable_diffusion::generate::{Contexts, GenerateConfig, GenerateStep, Start, generate, preview};
 use stable_diffusion::Result;
+use stable_diffusion::config::ModelConfig;
+use stable_diffusion::generate::{
+    Contexts, GenerateConfig, GenerateStep, Start, generate, preview,
+};
 use stable_diffusion::model::DiffusionModel;
 use stable_diffusion::rng::Rng;
 use stable_diffusion::sampling::{Sampler, Schedule};
