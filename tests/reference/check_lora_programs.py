@@ -10,7 +10,7 @@ Learns a LoRA for two steps on a made-up checkpoint of Stable Diffusion 1.5's sh
               FOLDER is its repository, `--comfyui` has to be there too
 * InvokeAI    the probe that classifies a file, and the loader of its layers; FOLDER holds its package `invokeai`
 
-what it adds to every weight. Each has to find all layers, and add the product of the factors to 1e-6 of its size.
+what it adds to every weight. They import more packages than requirements.txt has. Each has to find all layers, and add the product of the factors to 1e-6 of its size.
 """
 
 import argparse
@@ -180,6 +180,8 @@ def in_a1111(file, folder, model):
 
 def in_invokeai(file, folder):
     sys.path.insert(0, str(folder))
+    # Its modules import each other in a circle that has to be entered here.
+    import invokeai.backend.patches.layer_patcher  # noqa: F401
     from invokeai.backend.model_manager.configs.factory import ModelConfigFactory
     from invokeai.backend.patches.lora_conversions.sd_lora_conversion_utils import lora_model_from_sd_state_dict
 

@@ -216,7 +216,7 @@ fn evaluate(
 ) -> Result<SceneReport> {
     let started = Instant::now();
     let root = arguments.scenes.parent().unwrap_or(Path::new("."));
-    let scene = index.load(root, &model)?;
+    let scene = index.load(root, model)?;
     let prepared = PreparedScene::new(model, &scene.scene)?;
     let learned = learn(
         model,
