@@ -1,5 +1,7 @@
 //! Widgets: what a parameter struct looks like to a person, and whether values fit.
 
+use std::collections::BTreeMap;
+
 use schemars::{JsonSchema, generate::SchemaSettings};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -62,6 +64,9 @@ pub enum WidgetKind {
         default: String,
         /// All names, in the order to show.
         options: Vec<String>,
+        /// Names that options once had, which saved workflows may still hold, with their names now.
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        former: BTreeMap<String, String>,
     },
 }
 
@@ -81,7 +86,7 @@ pub struct ParameterProblem {
 /// The widgets of a parameter struct, in the order of its fields.
 ///
 /// Keywords of the schema that are read: `type`, `default`, `minimum`, `maximum`, `enum`/`oneOf`, `description`, and the
-/// extensions `x-multiline`, `x-seed` and `x-step`.
+/// extensions `x-multiline`, `x-seed`, `x-step`, and `x-former` (names that options once had, with their names now).
 #[must_use]
 pub fn widgets_of<P: JsonSchema>() -> Vec<Widget> {
     let settings =
@@ -111,6 +116,10 @@ fn widget(name: &str, schema: &Value) -> Widget {
     let kind = if !options.is_empty() {
         WidgetKind::Choice {
             default: default.as_str().unwrap_or(&options[0]).to_owned(),
+            former: schema
+                .get("x-former")
+                .and_then(|former| serde_json::from_value(former.clone()).ok())
+                .unwrap_or_default(),
             options,
         }
     } else {
@@ -184,7 +193,7 @@ impl Widget {
     }
 
     /// The value as the widget's kind, as ComfyUI converts it: numbers written as text, text that is a number, whole
-    /// numbers that JavaScript wrote as 3.0. What cannot be converted stays as it is, for [`check`](Self::check) to name.
+    /// numbers that JavaScript wrote as 3.0; and options by the names that they once had. What cannot be converted stays as it is, for [`check`](Self::check) to name.
     #[must_use]
     pub fn converted(&self, value: &Value) -> Value {
         let text = value.as_str().map(str::trim);
@@ -205,7 +214,9 @@ impl Widget {
                 (Some(text), _) => text.to_lowercase().parse().map(Value::Bool).ok(),
                 (None, number) => number.map(|number| json!(number != 0.0)),
             },
-            WidgetKind::Choice { .. } => None,
+            WidgetKind::Choice { former, .. } => text
+                .and_then(|text| former.get(text))
+                .map(|name| json!(name)),
         };
         // Text that says infinity or nan is a float to Rust and nothing to JSON.
         converted
@@ -306,9 +317,9 @@ impl Widget {
                 json!({"default": default, "multiline": multiline}),
             ),
             WidgetKind::Boolean { default } => ("BOOLEAN", json!({"default": default})),
-            WidgetKind::Choice { default, options } => {
-                ("COMBO", json!({"default": default, "options": options}))
-            }
+            WidgetKind::Choice {
+                default, options, ..
+            } => ("COMBO", json!({"default": default, "options": options})),
         };
         if !self.tooltip.is_empty() {
             options["tooltip"] = json!(self.tooltip);
@@ -375,6 +386,7 @@ mod tests {
         steps: u32,
         /// How it starts.
         #[serde(default = "class")]
+        #[schemars(extend("x-former" = {"word": "class"}))]
         start: Start,
         /// A prompt.
         #[serde(default)]
@@ -402,6 +414,7 @@ mod tests {
             widgets[1].kind,
             WidgetKind::Choice {
                 default: "class".to_owned(),
+                former: BTreeMap::from([("word".to_owned(), "class".to_owned())]),
                 options
             }
         );
@@ -440,6 +453,7 @@ mod tests {
             multiline: false,
         });
         let switch = widget(WidgetKind::Boolean { default: false });
+        let choice = widget(widgets_of::<Demo>().remove(1).kind);
         for (widget, given, expected) in [
             (&whole(false), json!("20"), json!(20)),
             (&whole(false), json!(" 20 "), json!(20)),
@@ -454,6 +468,8 @@ mod tests {
             (&text, json!(1.5), json!("1.5")),
             (&switch, json!("True"), json!(true)),
             (&switch, json!(0), json!(false)),
+            (&choice, json!("word"), json!("class")),
+            (&choice, json!("random"), json!("random")),
         ] {
             assert_eq!(widget.converted(&given), expected, "{given}");
             assert_eq!(widget.check(&given), None, "{given}");

@@ -57,7 +57,7 @@ enum Scheduler {
     Karras,
 }
 
-/// Parameters of the node.
+/// Parameters of the node. What came later stands last: saved workflows that count their values keep them.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct Parameters {
     /// One prompt per line. Concepts go by their tokens: "a photo of <rex> on a beach"; `embedding:rex` works too.
@@ -78,9 +78,19 @@ pub(crate) struct Parameters {
     /// How steps are made, under ComfyUI's names: dpmpp_2m gives good pictures from 20 steps, Break-A-Scene samples with
     /// ddim; heun asks the model twice a step.
     #[serde(default = "sampler_name")]
+    #[schemars(extend("x-former" = {"dpm_solver": "dpmpp_2m"}))]
     sampler_name: SamplerName,
+    /// Pictures per prompt, and of each picture to start from.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 64))]
+    pictures_per_prompt: usize,
+    /// Same seed, same pictures.
+    #[serde(default)]
+    #[schemars(transform = seed_schema)]
+    seed: u64,
     /// Which noise levels the steps visit: normal is even in the training's timesteps, karras visits more of the low ones.
     #[serde(default = "scheduler")]
+    #[schemars(extend("x-former" = {"ddim": "normal", "dpm_solver": "normal"}))]
     scheduler: Scheduler,
     /// Width in pixels, a multiple of 8; 0 is the model's own. A picture to start from has its own.
     #[serde(default)]
@@ -94,14 +104,6 @@ pub(crate) struct Parameters {
     #[serde(default = "denoise")]
     #[schemars(range(min = 0.01, max = 1.0), extend("x-step" = 0.01))]
     denoise: f64,
-    /// Pictures per prompt, and of each picture to start from.
-    #[serde(default = "one")]
-    #[schemars(range(min = 1, max = 64))]
-    pictures_per_prompt: usize,
-    /// Same seed, same pictures.
-    #[serde(default)]
-    #[schemars(transform = seed_schema)]
-    seed: u64,
 }
 
 fn prompts() -> String {

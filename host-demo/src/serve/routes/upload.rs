@@ -85,13 +85,33 @@ async fn read(mut form: Multipart) -> Result<Upload, Response> {
     Ok(upload)
 }
 
-/// The name that a client gave the file; of a `filename*` (RFC 5987) what it stands for.
+/// The name that a client gave the file; of a `filename*` (RFC 5987), and of a name that is percent-encoded as a whole, what
+/// it stands for.
 fn file_name(field: &Field<'_>) -> String {
     let disposition = field.headers().get(CONTENT_DISPOSITION);
     let disposition =
         disposition.map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     let extended = disposition.as_deref().and_then(extended_name);
-    extended.unwrap_or_else(|| field.file_name().unwrap_or_default().to_owned())
+    extended.unwrap_or_else(|| {
+        let plain = field.file_name().unwrap_or_default();
+        encoded_name(plain).unwrap_or_else(|| plain.to_owned())
+    })
+}
+
+/// `my%20dog.png`, as aiohttp writes `my dog.png`. Browsers write names as they are: one that has a character which
+/// would have been encoded is not encoded.
+fn encoded_name(name: &str) -> Option<String> {
+    let is_encoded = name.contains('%')
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"-._~%".contains(&byte));
+    let decoded = String::from_utf8(percent_decode_str(name).collect()).ok()?;
+    // What is left of a `%` that encoded nothing.
+    let is_whole = !name.split('%').skip(1).any(|after| {
+        let digits = after.get(..2);
+        digits.is_none_or(|digits| !digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
+    });
+    (is_encoded && is_whole).then_some(decoded)
 }
 
 /// `filename*=utf-8''my%20dog.png`.
@@ -177,7 +197,25 @@ fn with_transparency(server: &Server, upload: &Upload) -> Result<Vec<u8>, Respon
 
 #[cfg(test)]
 mod tests {
-    use super::extended_name;
+    use super::{encoded_name, extended_name};
+
+    #[test]
+    fn names_that_are_encoded_as_a_whole_are_decoded() {
+        for (name, expected) in [
+            (
+                "my%20dog%20%281%29%20%E7%8C%AB%2050%25.png",
+                Some("my dog (1) 猫 50%.png"),
+            ),
+            ("50% off.png", None),
+            ("50%.png", None),
+            ("50%2", None),
+            ("dog (1)%20.png", None),
+            ("%FF.png", None),
+            ("dog.png", None),
+        ] {
+            assert_eq!(encoded_name(name).as_deref(), expected, "{name}");
+        }
+    }
 
     #[test]
     fn extended_names_are_decoded() {
