@@ -142,8 +142,8 @@ impl Sampler {
             Self::Euler | Self::Ddim => samplers::euler(problem, x, sigmas),
             Self::EulerAncestral => samplers::euler_ancestral(problem, x, sigmas),
             Self::Heun => samplers::heun(problem, x, sigmas),
-            Self::DpmPp2m => samplers::dpmpp_2m(problem, x, sigmas),
-            Self::DpmPp2mSde => samplers::dpmpp_2m_sde(problem, x, sigmas),
+            Self::DpmPp2m => samplers::dpmpp_2m(problem, x, sigmas, 0.0),
+            Self::DpmPp2mSde => samplers::dpmpp_2m(problem, x, sigmas, 1.0),
             Self::UniPc => uni_pc::uni_pc(problem, x, sigmas),
         }
     }

@@ -91,30 +91,12 @@ impl Last {
     }
 }
 
-pub(super) fn dpmpp_2m(problem: &mut dyn Problem, x: &Tensor, sigmas: &[f64]) -> Result<Tensor> {
-    let mut x = x.clone();
-    let mut last: Option<Last> = None;
-    for pair in sigmas.windows(2) {
-        let (sigma, next) = (pair[0], pair[1]);
-        let clean = problem.clean(&x, sigma)?;
-        if next > 0.0 {
-            let h = (sigma / next).ln();
-            let middle = Last::extrapolated(last.as_ref(), &clean, h)?;
-            x = towards(&middle, &x, sigma, next)?;
-            problem.on_step(&clean)?;
-            last = Some(Last { clean, h });
-        } else {
-            problem.on_step(&clean)?;
-            x = clean;
-        }
-    }
-    Ok(x)
-}
-
-pub(super) fn dpmpp_2m_sde(
+/// `eta` 0 is the ODE's solver, 1 the SDE's: as much noise is new as decays beyond what it would without.
+pub(super) fn dpmpp_2m(
     problem: &mut dyn Problem,
     x: &Tensor,
     sigmas: &[f64],
+    eta: f64,
 ) -> Result<Tensor> {
     let mut x = x.clone();
     let mut last: Option<Last> = None;
@@ -124,11 +106,12 @@ pub(super) fn dpmpp_2m_sde(
         if next > 0.0 {
             let h = (sigma / next).ln();
             let middle = Last::extrapolated(last.as_ref(), &clean, h)?;
-            // Noise decays as fast again as without new noise.
-            let kept = next / sigma * (-h).exp();
-            x = combined(kept, &x, -(-2.0 * h).exp_m1(), &middle)?;
-            let new = next * (-(-2.0 * h).exp_m1()).sqrt();
-            x = combined(1.0, &x, new, &problem.noise(&x)?)?;
+            let kept = next / sigma * (-eta * h).exp();
+            x = combined(kept, &x, -(-(1.0 + eta) * h).exp_m1(), &middle)?;
+            if eta > 0.0 {
+                let new = next * (-(-2.0 * eta * h).exp_m1()).sqrt();
+                x = combined(1.0, &x, new, &problem.noise(&x)?)?;
+            }
             problem.on_step(&clean)?;
             last = Some(Last { clean, h });
         } else {

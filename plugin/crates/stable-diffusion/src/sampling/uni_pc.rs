@@ -4,8 +4,8 @@
 //! α = 1 / sqrt(1 + σ²),  s = σ α,  λ = ln(α / s) = -ln σ,  h = λ_t - λ_0
 //! base     = s_t / s_0 x - α_t (e^-h - 1) m_0                  all in the variance-preserving form α x
 //! D_k      = (m_k - m_0) / r_k,   r_k = (λ_k - λ_0) / h        of the predictions before; r = 1 for the new one
-//! x_t      = base - α_t B(h) Σ_k ρ_k D_k,   B(h) = -h
-//! Σ_k ρ_k r_k^(i-1) = b_i,   b_i = i! φ_{i+1}(-h) / B(h) · (-h)
+//! x_t      = base + α_t h Σ_k ρ_k D_k,   Σ_k ρ_k r_k^(i-1) = i! φ_{i+1}(-h)
+//! φ_1(x)   = (e^x - 1) / x,   φ_{i+1}(x) = (φ_i(x) - 1 / i!) / x
 //! ```
 //! The predictor leaves out the new prediction's term, the corrector takes the step again with it.
 
@@ -109,13 +109,15 @@ fn coefficients(ratios: &[f64], h: f64) -> Vec<f64> {
     if n <= 1 {
         return vec![0.5; n];
     }
-    let mut phi = (-h).exp_m1() / -h - 1.0;
+    let x = -h;
+    // φ_1
+    let mut phi = x.exp_m1() / x;
     let mut factorial = 1.0;
     let mut right = Vec::with_capacity(n);
     for i in 1..=n {
-        right.push(phi * factorial / -h);
-        factorial *= (i + 1) as f64;
-        phi = phi / -h - 1.0 / factorial;
+        factorial *= i as f64;
+        phi = (phi - 1.0 / factorial) / x;
+        right.push(factorial * phi);
     }
     let left = DMatrix::from_fn(n, n, |i, k| ratios[k].powi(i as i32));
     left.lu()
