@@ -193,7 +193,8 @@ impl Widget {
     }
 
     /// The value as the widget's kind, as ComfyUI converts it: numbers written as text, text that is a number, whole
-    /// numbers that JavaScript wrote as 3.0; and options by the names that they once had. What cannot be converted stays as it is, for [`check`](Self::check) to name.
+    /// numbers that JavaScript wrote as 3.0; and options by the names that they once had. What cannot be converted stays as
+    /// it is, for [`check`](Self::check) to name.
     #[must_use]
     pub fn converted(&self, value: &Value) -> Value {
         let text = value.as_str().map(str::trim);

@@ -170,9 +170,17 @@ impl Node for EmLoop {
              noise, in turns; then tokens and weights together",
         )
         .input("model", port::DIFFUSION_MODEL, "The model to learn on; it is not changed")
-        .input("images", port::IMAGE, "One or several pictures of the concepts; learned whole, at their own proportions and about the area of the model's own \
-             pictures")
-        .optional_input("masks", port::MASK, "For mode `given`: one mask per concept, in the order of the list, of the shape of the pictures")
+        .input(
+            "images",
+            port::IMAGE,
+            "One or several pictures of the concepts; learned whole, at their own proportions and about the area of the \
+             model's own pictures",
+        )
+        .optional_input(
+            "masks",
+            port::MASK,
+            "For mode `given`: one mask per concept, in the order of the list, of the shape of the pictures",
+        )
         .optional_input("true_masks", port::MASK, "Only to show the IoU: one true mask per concept")
         .output("concepts", port::CONCEPTS, "The learned tokens")
         .output("model", port::DIFFUSION_MODEL, "The model with the tuned weights")

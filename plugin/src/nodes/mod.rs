@@ -21,3 +21,35 @@ pub(crate) use load_diffusion_model::LoadDiffusionModel;
 pub(crate) use load_tuned_model::LoadTunedModel;
 pub(crate) use personalized_sampler::PersonalizedSampler;
 pub(crate) use save_concepts::SaveConcepts;
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Debug;
+
+    use plugin_api::Node;
+    use serde_json::{Map, Value};
+
+    /// Hosts send what the widgets show; what a struct has without it must be the same.
+    #[track_caller]
+    fn widgets_show_the_defaults_of<N: Node<Parameters: Debug>>() {
+        let descriptor = N::descriptor();
+        let read = |parameters: Map<String, Value>| -> N::Parameters {
+            serde_json::from_value(Value::Object(parameters)).unwrap()
+        };
+        let shown = read(descriptor.completed_parameters(&Map::new()));
+        assert_eq!(format!("{shown:?}"), format!("{:?}", read(Map::new())));
+    }
+
+    #[test]
+    fn widgets_show_the_defaults_of_every_node() {
+        widgets_show_the_defaults_of::<super::LoadDiffusionModel>();
+        widgets_show_the_defaults_of::<super::ConceptTokenLearner>();
+        widgets_show_the_defaults_of::<super::AttentionMaskExtractor>();
+        widgets_show_the_defaults_of::<super::DenseCrfRefine>();
+        widgets_show_the_defaults_of::<super::EmLoop>();
+        widgets_show_the_defaults_of::<super::PersonalizedSampler>();
+        widgets_show_the_defaults_of::<super::SaveConcepts>();
+        widgets_show_the_defaults_of::<super::LoadConcepts>();
+        widgets_show_the_defaults_of::<super::LoadTunedModel>();
+    }
+}

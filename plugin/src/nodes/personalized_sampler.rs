@@ -20,43 +20,6 @@ use crate::values::{ConceptsValue, ModelValue};
 #[derive(Debug, Default)]
 pub(crate) struct PersonalizedSampler;
 
-/// How steps are made, under ComfyUI's names.
-#[derive(Debug, Clone, Copy, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-enum SamplerName {
-    Euler,
-    EulerAncestral,
-    Heun,
-    #[serde(rename = "dpmpp_2m")]
-    DpmPp2m,
-    #[serde(rename = "dpmpp_2m_sde")]
-    DpmPp2mSde,
-    Ddim,
-    UniPc,
-}
-
-impl SamplerName {
-    const fn sampler(self) -> Sampler {
-        match self {
-            Self::Euler => Sampler::Euler,
-            Self::EulerAncestral => Sampler::EulerAncestral,
-            Self::Heun => Sampler::Heun,
-            Self::DpmPp2m => Sampler::DpmPp2m,
-            Self::DpmPp2mSde => Sampler::DpmPp2mSde,
-            Self::Ddim => Sampler::Ddim,
-            Self::UniPc => Sampler::UniPc,
-        }
-    }
-}
-
-/// Which noise levels the steps visit, under ComfyUI's names.
-#[derive(Debug, Clone, Copy, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-enum Scheduler {
-    Normal,
-    Karras,
-}
-
 /// Parameters of the node. What came later stands last: saved workflows that count their values keep them.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct Parameters {
@@ -78,8 +41,8 @@ pub(crate) struct Parameters {
     /// How steps are made, under ComfyUI's names: dpmpp_2m gives good pictures from 20 steps, Break-A-Scene samples with
     /// ddim; heun asks the model twice a step.
     #[serde(default = "sampler_name")]
-    #[schemars(extend("x-former" = {"dpm_solver": "dpmpp_2m"}))]
-    sampler_name: SamplerName,
+    #[schemars(extend("enum" = Sampler::ALL.map(Sampler::name), "x-former" = {"dpm_solver": "dpmpp_2m"}))]
+    sampler_name: String,
     /// Pictures per prompt, and of each picture to start from.
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 64))]
@@ -90,8 +53,11 @@ pub(crate) struct Parameters {
     seed: u64,
     /// Which noise levels the steps visit: normal is even in the training's timesteps, karras visits more of the low ones.
     #[serde(default = "scheduler")]
-    #[schemars(extend("x-former" = {"ddim": "normal", "dpm_solver": "normal"}))]
-    scheduler: Scheduler,
+    #[schemars(extend(
+        "enum" = Schedule::ALL.map(Schedule::name),
+        "x-former" = {"ddim": "normal", "dpm_solver": "normal"}
+    ))]
+    scheduler: String,
     /// Width in pixels, a multiple of 8; 0 is the model's own. A picture to start from has its own.
     #[serde(default)]
     #[schemars(range(min = 0, max = 4096))]
@@ -100,7 +66,7 @@ pub(crate) struct Parameters {
     #[serde(default)]
     #[schemars(range(min = 0, max = 4096))]
     height: usize,
-    /// How much of a picture to start from is painted anew: 1 keeps nothing of it. Without such a picture it is 1.
+    /// How much of a picture to start from is painted anew: 1 keeps next to nothing of it. Without such a picture it is 1.
     #[serde(default = "denoise")]
     #[schemars(range(min = 0.01, max = 1.0), extend("x-step" = 0.01))]
     denoise: f64,
@@ -115,11 +81,11 @@ fn steps() -> usize {
 fn guidance() -> f64 {
     5.0
 }
-fn sampler_name() -> SamplerName {
-    SamplerName::DpmPp2m
+fn sampler_name() -> String {
+    Sampler::DpmPp2m.name().to_owned()
 }
-fn scheduler() -> Scheduler {
-    Scheduler::Normal
+fn scheduler() -> String {
+    Schedule::Normal.name().to_owned()
 }
 fn denoise() -> f64 {
     1.0
@@ -178,11 +144,18 @@ impl Node for PersonalizedSampler {
         let config = GenerateConfig {
             steps: parameters.steps,
             guidance: parameters.guidance,
-            sampler: parameters.sampler_name.sampler(),
-            schedule: match parameters.scheduler {
-                Scheduler::Normal => Schedule::Normal,
-                Scheduler::Karras => Schedule::Karras,
-            },
+            sampler: named(
+                "sampler_name",
+                &parameters.sampler_name,
+                &Sampler::ALL,
+                Sampler::name,
+            )?,
+            schedule: named(
+                "scheduler",
+                &parameters.scheduler,
+                &Schedule::ALL,
+                Schedule::name,
+            )?,
             seed: parameters.seed,
             n_pictures: parameters.pictures_per_prompt,
             start: start(model, latents.is_some(), &parameters, host)?,
@@ -214,6 +187,22 @@ impl Node for PersonalizedSampler {
         .map_err(|error| from_method("prompts", &error))?;
         shared(&pictures)
     }
+}
+
+/// The one of this name.
+fn named<T: Copy>(
+    parameter: &str,
+    name: &str,
+    all: &[T],
+    name_of: fn(T) -> &'static str,
+) -> Result<T, NodeError> {
+    let found = all.iter().copied().find(|one| name_of(*one) == name);
+    found.ok_or_else(|| {
+        let names: Vec<&str> = all.iter().map(|one| name_of(*one)).collect();
+        let names = names.join(", ");
+        let text = format!("{parameter} is \"{name}\", it can be one of: {names}");
+        NodeError::invalid_input(parameter, text)
+    })
 }
 
 /// What the parameters say of where pictures start; what they say in vain is told.

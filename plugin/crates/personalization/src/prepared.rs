@@ -97,11 +97,10 @@ impl<'a> PreparedScene<'a> {
         let mut pictures = Vec::with_capacity(scene.pictures().len());
         for shown in scene.pictures() {
             let (size, unit) = (shown.picture.size(), model.image_unit());
-            if size.area() == 0
-                || [size.width, size.height]
-                    .iter()
-                    .any(|side| !side.is_multiple_of(unit))
-            {
+            let sides = [size.width, size.height];
+            let is_whole = size.area() > 0 && sides.iter().all(|side| side.is_multiple_of(unit));
+            // A model takes its own size even where its levels cannot halve it evenly.
+            if !is_whole && size != Size::square(model.image_size()) {
                 return Err(Error::PictureSize { size, unit });
             }
             pictures.push(PreparedPicture {

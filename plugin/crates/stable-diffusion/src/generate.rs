@@ -45,7 +45,7 @@ pub enum Start {
     /// Pure noise, of this width and height in pixels.
     Noise([usize; 2]),
     /// The latents given to [`generate`], with as much noise as the last part of the steps takes away; in (0, 1], 1 leaves
-    /// nothing of them.
+    /// next to nothing of them.
     Latents {
         /// Which part.
         denoise: f64,
@@ -67,7 +67,6 @@ pub struct GenerateStep<'a> {
 
 /// Generates pictures, [n, 3, H, W] in [0, 1]. Picture i is the same whatever `n_pictures` is.
 ///
-/// * `conditional`, `unconditional`: contexts, [1, 77·n, D] and [1, 77·m, D], see [`crate::prompt`]
 /// * `latents`: [B, 4, h, w], scaled, for [`Start::Latents`]: all pictures of the first come first
 /// * `on_step`: called after each step; `Break` stops
 ///
@@ -116,7 +115,7 @@ pub fn generate(
     in_unit_range(&Tensor::cat(&pictures, 0)?)
 }
 
-/// What [`generate`] is told in words.
+/// What [`generate`] is told in words, see [`crate::prompt`].
 #[derive(Debug, Clone, Copy)]
 pub struct Contexts<'a> {
     /// [1, 77·n, D]
@@ -216,20 +215,21 @@ fn in_unit_range(decoded: &Tensor) -> Result<Tensor> {
 
 /// A quick look at a clean latent [1, 4, h, w], scaled: a picture [1, 3, H', W'] in [0, 1].
 ///
-/// A latent of more than 32 cells a side is first averaged to at most 32, on a CPU to at most 16; the picture is that
-/// much smaller. Up to there it is the picture that [`generate`] would give.
+/// A latent of more cells than 32 a side has is first averaged to about as many, on a CPU to those of 16 a side; the picture
+/// is that much smaller. Up to there it is the picture that [`generate`] would give.
 ///
 /// # Errors
 /// Those of the decoder.
 pub fn preview(model: &DiffusionModel, clean: &Tensor) -> Result<Tensor> {
     let (_, _, height, width) = clean.dims4()?;
-    let side = height.min(width);
+    // Of a square of the same area.
+    let side = (height * width).isqrt();
     let wanted = if side <= PREVIEW_WHOLE || !model.device.is_cpu() {
         PREVIEW_WHOLE
     } else {
         PREVIEW_ON_CPU
     };
-    let cell = side.div_ceil(wanted);
+    let cell = side.div_ceil(wanted).min(height).min(width);
     let small = if cell > 1 {
         &clean.avg_pool2d(cell)?
     } else {

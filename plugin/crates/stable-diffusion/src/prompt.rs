@@ -147,6 +147,7 @@ fn weight_before(text: &[char], start: usize, end: usize) -> Option<(usize, f64)
     let weight: f64 = number.trim().parse().ok()?;
     (text[colon] == ':' && colon > start + 1 && weight.is_finite()).then_some((colon, weight))
 }
+
 /// Ids and weights of one pass of the text encoder.
 #[derive(Debug, Clone, PartialEq)]
 struct Chunk {

@@ -217,6 +217,18 @@ fn a_preview_of_a_large_latent_is_the_picture_of_its_local_means() {
 }
 
 #[test]
+fn a_preview_of_a_long_latent_is_as_small_as_that_of_a_square_one() {
+    let model = model();
+    for (height, width) in [(8, 512), (512, 8), (1, 512)] {
+        let long = Rng::new(0, "test", 0)
+            .normal(&[1, 4, height, width], &model.device)
+            .unwrap();
+        let picture = preview(&model, &long).unwrap();
+        assert!(picture.elem_count() <= 3 * 128 * 128 * 4, "{picture:?}");
+    }
+}
+
+#[test]
 fn impossible_requests_are_refused() {
     let model = model();
     let (conditional, unconditional) = embeddings(&model);
