@@ -20,29 +20,46 @@ if [ -z "$chromium" ]; then
 fi
 
 python="$work/venv/bin/python"
-if ! cmp -s "$here/requirements.txt" "$work/venv/installed"; then
-    rm -rf "$work/venv"
-    python3 -m venv "$work/venv"
-    "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
-    cp "$here/requirements.txt" "$work/venv/installed"
-fi
-for version in 1.58.1 1.39.19; do
-    if [ ! -e "$work/comfyui_frontend_package-$version-py3-none-any.whl" ]; then
-        "$python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$work" \
-            "comfyui-frontend-package==$version"
+prepare_python() {
+    if ! cmp -s "$here/requirements.txt" "$work/venv/installed"; then
+        rm -rf "$work/venv"
+        python3 -m venv "$work/venv"
+        "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+        cp "$here/requirements.txt" "$work/venv/installed"
     fi
+    for version in 1.58.1 1.39.19; do
+        if [ ! -e "$work/comfyui_frontend_package-$version-py3-none-any.whl" ]; then
+            "$python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$work" \
+                "comfyui-frontend-package==$version"
+        fi
+    done
+}
+
+prepare_npm() {
+    if ! cmp -s "$here/packages/package-lock.json" "$work/packages/package-lock.json"; then
+        rm -rf "$work/packages"
+        mkdir -p "$work/packages"
+        cp "$here/packages/package.json" "$here/packages/package-lock.json" "$work/packages"
+        npm ci --silent --ignore-scripts --no-audit --no-fund --prefix "$work/packages"
+    fi
+}
+
+prepare_rust() {
+    CARGO_TARGET_DIR="$work/rucomfyui" cargo build --quiet --locked --manifest-path "$here/rucomfyui/Cargo.toml"
+}
+
+# Side by side: two of them wait for the network most of the time. A function in the background stops at its first error.
+started=()
+for prepare in prepare_python prepare_npm prepare_rust; do
+    "$prepare" &
+    started+=($!)
 done
-
-if ! cmp -s "$here/packages/package-lock.json" "$work/packages/package-lock.json"; then
-    rm -rf "$work/packages"
-    mkdir -p "$work/packages"
-    cp "$here/packages/package.json" "$here/packages/package-lock.json" "$work/packages"
-    npm ci --silent --ignore-scripts --no-audit --no-fund --prefix "$work/packages"
-fi
-
-CARGO_TARGET_DIR="$work/rucomfyui" cargo build --quiet --locked --manifest-path "$here/rucomfyui/Cargo.toml"
+for one in "${started[@]}"; do
+    wait "$one"
+done
 
 export CHROMIUM="$chromium" EDITOR_TESTS="$work" PYTHONDONTWRITEBYTECODE=1
 export HOST_DEMO="${HOST_DEMO:-${CARGO_TARGET_DIR:-$root/target}/release/host-demo}"
 export RUCOMFYUI_CLIENT="$work/rucomfyui/debug/rucomfyui-client"
-exec "$python" -m pytest -p no:cacheprovider "$here" "$@"
+# Two at a time: a test is a browser or a client that waits for a server that waits for one thread of the model.
+exec "$python" -m pytest -p no:cacheprovider -n 2 --dist worksteal "$here" "$@"

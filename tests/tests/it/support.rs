@@ -16,25 +16,33 @@ fn target_dir() -> PathBuf {
     test.parent().unwrap().parent().unwrap().to_owned()
 }
 
-/// `cargo test` builds no binaries and libraries of other members, so the test does.
-fn build(packages: &[&str]) {
-    if std::env::var_os(NO_BUILD).is_some() {
-        return;
-    }
-    let mut cargo = Command::new(env!("CARGO"));
-    cargo.arg("build").current_dir(repository());
-    if target_dir().ends_with("release") {
-        cargo.arg("--release");
-    }
-    for package in packages {
-        cargo.args(["-p", package]);
-    }
-    let output = cargo.output().unwrap();
-    assert!(
-        output.status.success(),
-        "cannot build {packages:?}:\n{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+/// `cargo test` builds no binaries and libraries of other members, so the first test that needs one does. All of them at
+/// once, and with examples, so that dependencies have the features that `cargo test --workspace` built them with and none is
+/// compiled twice.
+fn build() {
+    static BUILT: OnceLock<()> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        if std::env::var_os(NO_BUILD).is_some() {
+            return;
+        }
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.current_dir(repository()).args([
+            "build",
+            "--workspace",
+            "--lib",
+            "--bins",
+            "--examples",
+        ]);
+        if target_dir().ends_with("release") {
+            cargo.arg("--release");
+        }
+        let output = cargo.output().unwrap();
+        assert!(
+            output.status.success(),
+            "cannot build the workspace:\n{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    });
 }
 
 pub(crate) fn repository() -> PathBuf {
@@ -46,6 +54,7 @@ pub(crate) fn repository() -> PathBuf {
 
 fn library(name: &str) -> PathBuf {
     use std::env::consts::{DLL_PREFIX, DLL_SUFFIX};
+    build();
     let path = target_dir().join(format!("{DLL_PREFIX}{name}{DLL_SUFFIX}"));
     assert!(
         path.is_file(),
@@ -55,30 +64,23 @@ fn library(name: &str) -> PathBuf {
     path
 }
 
-fn host_program() -> &'static Path {
-    static PATH: OnceLock<PathBuf> = OnceLock::new();
-    PATH.get_or_init(|| {
-        build(&["host-demo", "faulty-plugin"]);
-        target_dir().join(format!("host-demo{}", std::env::consts::EXE_SUFFIX))
-    })
+fn host_program() -> PathBuf {
+    build();
+    target_dir().join(format!("host-demo{}", std::env::consts::EXE_SUFFIX))
 }
 
 /// The library that misbehaves.
 pub(crate) fn faulty() -> PathBuf {
-    host_program();
     library("faulty_plugin")
 }
 
 /// The library whose types are laid out in another way.
 pub(crate) fn other_layout() -> PathBuf {
-    build(&["other-layout-plugin"]);
     library("other_layout_plugin")
 }
 
 /// The real one.
 pub(crate) fn conceptloom() -> PathBuf {
-    static BUILT: OnceLock<()> = OnceLock::new();
-    BUILT.get_or_init(|| build(&["plugin"]));
     library("conceptloom")
 }
 
@@ -136,7 +138,6 @@ impl Place {
 
     /// With the real one.
     pub(crate) fn with_conceptloom() -> Self {
-        host_program();
         Self {
             folder: tempfile::tempdir().unwrap(),
             plugin: conceptloom(),
