@@ -138,6 +138,7 @@ def in_a1111(file, folder, model):
     modules = mock.MagicMock()
     modules.models.sd3.mmdit.QkvLinear = type("QkvLinear", (torch.nn.Module,), {})
     modules.sd_models.read_state_dict = load_file
+    modules.shared.cmd_opts.lora_dir = str(file.parent)  # it makes the folder that is named here
     modules.devices.cpu, modules.devices.dtype = torch.device("cpu"), torch.float32
     parts = ["shared", "devices", "sd_models", "errors", "scripts", "sd_hijack", "cache", "hashes", "patches", "models",
              "models.sd3", "models.sd3.mmdit", "textual_inversion", "textual_inversion.textual_inversion"]  # fmt: skip
