@@ -126,8 +126,8 @@ enum Extraction {
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 enum Regions {
-    /// Parts of the foreground by its shape, or by the words' attention where those are no more and explain the picture
-    /// better; every object owns one at least.
+    /// Parts of the foreground by its shape or by the words' attention, whichever is more probable; every object owns
+    /// one at least.
     Parts,
     /// Parts of the foreground by its shape.
     ForegroundParts,

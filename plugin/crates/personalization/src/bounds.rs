@@ -106,6 +106,8 @@ impl PosteriorConfig {
         Self::BLUR.check_f32("the blur of the likelihoods", self.blur)?;
         Self::KEEP.check("what is kept of earlier rounds", self.keep)?;
         Self::CORRELATION.check("the correlation of draws", self.correlation)?;
+        Self::MISFIT.check("the misfit of the model", self.misfit)?;
+        Self::PART_PRICE.check("the price of a part", self.part_price)?;
         self.regions.validate()
     }
 }

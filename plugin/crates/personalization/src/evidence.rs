@@ -7,12 +7,13 @@
 //! ```text
 //! e_c(x)  = Σ_channels (ε_θ(z_t, t, "a photo of a v_c")(x) - target(x))²
 //! σ_t²    = mean over concepts, channels and pixels of the squared error of this draw
-//! ℓ_c(x)  = Σ_draws -e_c(x) / (2 σ_t²)                            the log-likelihood of Gaussian errors
+//! ℓ_c(x)  = Σ_draws -e_c(x) / (2 (σ_t² + σ_m²))                   the log-likelihood of Gaussian errors
 //! ```
 //! | symbol | shape | meaning |
 //! | --- | --- | --- |
 //! | ℓ_c | `[h · w]`, nats | log-likelihood of a latent cell under concept c, less the mean over the concepts |
-//! | σ_t² | scalar | variance of the errors at this timestep: early and late timesteps count alike |
+//! | σ_t² | scalar | variance of the errors at this timestep |
+//! | σ_m² | scalar | variance of what the model gets wrong whatever the concept: without it late timesteps, whose errors are tiny, decide alone |
 //!
 //! Draws of later rounds are added, of the noise and of the attention: the words are evidence too. A forgetting factor
 //! lets old ones fade. Draws of one picture share what the model gets wrong about it, so n of them say no more than
@@ -200,8 +201,13 @@ impl Evidence {
         upsample_linear(&self.log_likelihoods[concept], self.size, size)
     }
 
-    /// Adds draws: squared errors `[B, 4, h, w]` of each of these concepts, for the same noisy latents.
-    pub(crate) fn add(&mut self, concepts: &[usize], squares: &[Tensor]) -> Result<()> {
+    /// Adds draws: squared errors `[B, 4, h, w]` of each of these concepts, for the same noisy latents. `misfit` is σ_m².
+    pub(crate) fn add(
+        &mut self,
+        concepts: &[usize],
+        squares: &[Tensor],
+        misfit: f64,
+    ) -> Result<()> {
         let Some(first) = squares.first() else {
             return Ok(());
         };
@@ -220,7 +226,7 @@ impl Evidence {
                 .map(|&e| f64::from(e))
                 .sum();
             let variance = sum / (per_concept.len() * n_channels * n_cells) as f64;
-            let scale = (0.5 / variance.max(1e-12)) as f32;
+            let scale = (0.5 / (variance + misfit).max(1e-12)) as f32;
             for (cell, i) in cells.enumerate() {
                 let mean = per_concept.iter().map(|e| e[i]).sum::<f32>() / per_concept.len() as f32;
                 for (&concept, errors) in concepts.iter().zip(&per_concept) {
@@ -246,7 +252,7 @@ mod tests {
             |values: [f32; 2]| Tensor::from_vec(values.to_vec(), (2, 1, 1, 1), &Device::Cpu);
         let squares = [square([1.0, 8.0]).unwrap(), square([3.0, 4.0]).unwrap()];
         let mut evidence = Evidence::empty(Size::square(1), 3, Size::square(1));
-        evidence.add(&[0, 2], &squares).unwrap();
+        evidence.add(&[0, 2], &squares, 0.0).unwrap();
         // σ² = 2 and 6: ℓ_0 - ℓ_2 = (3 - 1) / 4 + (4 - 8) / 12.
         let difference = evidence.log_likelihoods[0][0] - evidence.log_likelihoods[2][0];
         assert!(
@@ -255,6 +261,14 @@ mod tests {
         );
         assert_eq!(evidence.log_likelihoods[1], [0.0]);
         assert_eq!(evidence.n_draws, 2.0);
+        // With σ_m² = 1: (3 - 1) / 6 + (4 - 8) / 14.
+        let mut doubtful = Evidence::empty(Size::square(1), 3, Size::square(1));
+        doubtful.add(&[0, 2], &squares, 1.0).unwrap();
+        let difference = doubtful.log_likelihoods[0][0] - doubtful.log_likelihoods[2][0];
+        assert!(
+            (difference - (1.0 / 3.0 - 2.0 / 7.0)).abs() < 1e-6,
+            "{difference}"
+        );
         let faded = evidence.clone().faded(0.5);
         assert_eq!(faded.n_draws, 1.0);
         assert_eq!(

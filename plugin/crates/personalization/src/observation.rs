@@ -116,9 +116,9 @@ impl Eye<'_> {
             Ok(context.detach())
         };
         let context = encode(&prompt.ids)?;
-        let mut evidence = match &self.config.labeling {
-            Labeling::Posterior(config) => Some(self.evidence(config, earlier)),
-            Labeling::Threshold { .. } | Labeling::Compete { .. } => None,
+        let (mut evidence, misfit) = match &self.config.labeling {
+            Labeling::Posterior(config) => (Some(self.evidence(config, earlier)), config.misfit),
+            Labeling::Threshold { .. } | Labeling::Compete { .. } => (None, 0.0),
         };
         let asked = self.asked_for_noise();
         let own_contexts = asked
@@ -160,7 +160,7 @@ impl Eye<'_> {
                     .iter()
                     .map(|context| Ok((model.unet.forward(&noisy, &t, context)? - &target)?.sqr()?))
                     .collect::<Result<Vec<_>>>()?;
-                evidence.add(&asked, &squares)?;
+                evidence.add(&asked, &squares, misfit)?;
             }
             done += n_draws;
             on_pass(done)?;

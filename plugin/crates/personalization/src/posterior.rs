@@ -18,8 +18,12 @@
 //!
 //! A and ℓ are those of all draws so far; ℓ counts for as many as correlated draws are worth.
 //!
-//! There are two hypotheses of what the parts are: by the foreground's shape, and by the words' attention. The second is
-//! believed where it has no more parts and the larger evidence.
+//! There are two hypotheses H of what the parts are: by the foreground's shape, and by the words' attention. More parts
+//! explain any picture better, so that each has its price, in nats per cell of the latent:
+//!
+//! ```text
+//! ln p(H | picture) = ln Z_H - price · h · w · (number of parts)                 the more probable one is taken
+//! ```
 //!
 //! Where there are fewer parts than objects, every pixel is a part of its own, with ℓ blurred.
 
@@ -176,7 +180,7 @@ impl Picture<'_> {
         Some((evidence.size, sums.map(|l| worth * l).collect()))
     }
 
-    /// By the hypothesis of the parts that explains the picture better; `None` without enough of them.
+    /// By the more probable hypothesis of the parts; `None` without enough of them.
     fn by_parts(&self, foreground: &[f32]) -> Option<(Vec<Vec<f32>>, f64)> {
         let (size, n_objects, config) = (self.size, self.objects.len(), self.config);
         if config.pooling == Pooling::Pixels {
@@ -186,9 +190,8 @@ impl Picture<'_> {
         // Where only the noise counts, attention parts nothing.
         let by_words = config.pooling == Pooling::BetterParts && config.cue != Cue::Noise;
         let of_words = by_words.then(|| {
-            let maps = self.objects.iter().map(|&c| min_max(&self.attention[c]));
-            let maps: Vec<Vec<f32>> = maps.collect();
-            regions_of_words(basins.clone(), foreground, size, &maps, &config.regions)
+            let shares = self.log_prior();
+            regions_of_words(basins.clone(), foreground, size, &shares, &config.regions)
         });
         let of_shape = regions(
             basins,
@@ -198,17 +201,22 @@ impl Picture<'_> {
             self.affinity,
             &config.regions,
         );
-        // More parts explain a picture better whatever they are.
-        let of_words = of_words.filter(|words| words.len() <= of_shape.len());
         let pixels = self.pixel_evidence();
+        let price = config.part_price * self.n_pixels() as f64 / self.pixels_per_cell();
         let decided = [Some(of_shape), of_words].map(|parts| {
             let parts = parts.filter(|parts| parts.len() >= n_objects)?;
-            Some(self.by_part(&parts, &pixels))
+            let (planes, log_evidence) = self.by_part(&parts, &pixels);
+            Some((
+                log_evidence - price * parts.len() as f64,
+                planes,
+                log_evidence,
+            ))
         });
-        match decided {
-            [Some(shape), Some(words)] if words.1 > shape.1 => Some(words),
+        let better = match decided {
+            [Some(shape), Some(words)] if words.0 > shape.0 => Some(words),
             [shape, words] => shape.or(words),
-        }
+        };
+        better.map(|(_, planes, log_evidence)| (planes, log_evidence))
     }
 
     /// r_c of every pixel, `[objects][H · W]`, in nats per latent cell: the prior counts once per cell, as the likelihood
@@ -418,6 +426,40 @@ mod tests {
             let sum: f32 = found.planes.iter().map(|plane| plane[i]).sum();
             assert!((sum - 1.0).abs() < 1e-5);
         }
+    }
+
+    #[test]
+    fn one_more_part_has_its_price() {
+        // A frame of ground around a square whose halves each light up one of two words; apart from it, a third thing.
+        let size = Size::square(8);
+        let inside =
+            |i: usize, x: usize| (1..5).contains(&(i / 8)) && (x..x + 2).contains(&(i % 8));
+        let [left, right] = [1, 3].map(|x| (0..64).filter(|&i| inside(i, x)).collect::<Vec<_>>());
+        let mut maps = vec![vec![0.01; 64], vec![0.01; 64], vec![1.0; 64]];
+        for (word, pixels) in [&left, &right].into_iter().enumerate() {
+            pixels.iter().for_each(|&i| {
+                maps[word][i] = 0.6;
+                maps[1 - word][i] = 0.3;
+                maps[2][i] = 0.0;
+            });
+        }
+        for i in [54, 55, 62, 63] {
+            (maps[0][i], maps[1][i], maps[2][i]) = (0.5, 0.5, 0.0);
+        }
+        let maps = AttentionMaps { size, maps };
+        let owners = |part_price: f64| {
+            let config = PosteriorConfig {
+                cue: Cue::Attention,
+                part_price,
+                ..config()
+            };
+            let masks = posterior(&maps, None, &ROLES, &config).unwrap().masks();
+            let masks = masks.unwrap();
+            [left[0], right[0]].map(|i| (0..2).find(|&c| masks.planes()[c][i] == 1))
+        };
+        assert_eq!(owners(0.0), [Some(0), Some(1)]);
+        let [left, right] = owners(1e3);
+        assert_eq!(left, right, "two parts are enough for two words");
     }
 
     #[test]

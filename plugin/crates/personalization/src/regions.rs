@@ -16,9 +16,9 @@
 //!
 //! A part is not assumed to be an object: one object may own several.
 //!
-//! Another hypothesis (`regions_of_words`) parts the basins where another word's attention becomes the highest: it finds
-//! things that touch and look at each other, where the words are bound well. Which one explains the picture is for
-//! [`mod@crate::posterior`] to say.
+//! Another hypothesis (`regions_of_words`) parts the basins where another word's share of the attention becomes the highest:
+//! it finds things that touch and look at each other, where the words are bound well. Which one explains the picture is
+//! for [`mod@crate::posterior`] to say.
 
 use nalgebra::DMatrix;
 use serde::Serialize;
@@ -93,13 +93,13 @@ impl Region {
     }
 }
 
-/// The basins of a foreground cut where another map of `words` `[H · W]` becomes the highest. A piece has at least
+/// The basins of a foreground cut where another one of `words` `[H · W]` becomes the highest. A piece has at least
 /// the area of a part, and a tenth of its basin; smaller ones go to the nearest.
 pub(crate) fn regions_of_words(
     basins: Vec<Vec<usize>>,
     map: &[f32],
     size: Size,
-    words: &[Vec<f32>],
+    words: &[Vec<f64>],
     config: &RegionConfig,
 ) -> Vec<Region> {
     let word_of = |i: usize| {
@@ -594,11 +594,11 @@ mod tests {
     fn words_part_what_touches() {
         let (map, size) = map(&["00000", "09999", "09999", "02220", "00000"]);
         let left = |i: usize| i % 5 < 3;
-        let of_words = |words: &[Vec<f32>]| {
+        let of_words = |words: &[Vec<f64>]| {
             let basins = basins_for(&map, size, words.len(), &config());
             regions_of_words(basins, &map, size, words, &config())
         };
-        let words: [Vec<f32>; 2] = [true, false].map(|side| {
+        let words: [Vec<f64>; 2] = [true, false].map(|side| {
             (0..25)
                 .map(|i| if left(i) == side { 0.9 } else { 0.1 })
                 .collect()

@@ -17,6 +17,7 @@
 
 mod judge;
 mod masks;
+mod overlays;
 mod pictures;
 mod report;
 mod scenes;
@@ -67,6 +68,9 @@ struct Arguments {
     /// Only the figures of masks, not those of tokens: they are 0 then.
     #[arg(long)]
     masks_only: bool,
+    /// Saves masks over their pictures into this folder: the true ones, the first and the last.
+    #[arg(long)]
+    overlays: Option<PathBuf>,
     #[command(flatten)]
     pictures: PictureOptions,
     /// Where the figures go.
@@ -226,6 +230,9 @@ fn evaluate(
         arguments.seed,
         seconds,
     )?;
+    if let Some(folder) = &arguments.overlays {
+        overlays::save_overlays(&scene, &learned, folder, &index.id)?;
+    }
     let (concepts, backgrounds) = figures(
         model,
         &prepared,

@@ -118,7 +118,11 @@ pub(crate) fn paint(
         let size = Size::square(model.image_size());
         let picture = Picture::from_unit_f32(size, &pixels.to_vec1::<f32>()?, size)?;
         let file = format!("{name}_{number}.png");
-        save(&picture, &folder.join(&file))?;
+        save_rgb(
+            picture.rgb8(),
+            [size.width, size.height],
+            &folder.join(&file),
+        )?;
         painted.push(PaintedReport {
             file,
             prompt,
@@ -147,14 +151,9 @@ fn plan(scene: &TrueScene) -> Vec<(Vec<usize>, Vec<Option<&'static str>>)> {
     plan
 }
 
-fn save(picture: &Picture, file: &Path) -> Result<()> {
-    let Size { width, height } = picture.size();
-    image::save_buffer(
-        file,
-        picture.rgb8(),
-        u32::try_from(width)?,
-        u32::try_from(height)?,
-        image::ExtendedColorType::Rgb8,
-    )
-    .context(file.display().to_string())
+/// Saves `[H, W, 3]` bytes as a PNG file.
+pub(crate) fn save_rgb(rgb: &[u8], [width, height]: [usize; 2], file: &Path) -> Result<()> {
+    let [width, height] = [u32::try_from(width)?, u32::try_from(height)?];
+    let color = image::ExtendedColorType::Rgb8;
+    image::save_buffer(file, rgb, width, height, color).context(file.display().to_string())
 }
