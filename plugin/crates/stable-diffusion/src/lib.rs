@@ -7,7 +7,7 @@
 //! |---|---|
 //! | read a checkpoint | [`config`], [`weights`], [`single_file`] |
 //! | prompt to ids, seed to noise | [`tokenizer`], [`rng`] |
-//! | kernels with a backward | [`ops`] |
+//! | operations with a backward, on a host and on a device | [`ops`] |
 //! | ids and weights to context, latents and context to prediction | [`text_encoder`], [`prompt`], [`unet`] |
 //! | small trainable deltas, and those of other tools | [`lora`], `lora_file` |
 //! | pictures to latents and back | [`vae`] |

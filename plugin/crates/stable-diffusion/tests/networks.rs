@@ -8,10 +8,17 @@ use candle_core::{Device, Tensor, Var};
 use small::{distance, random};
 use stable_diffusion::{
     Error,
+    ops::Backend,
     text_encoder::TextEncoder,
     unet::{Stage, UNet, Watch},
     weights::WeightMap,
 };
+
+/// Both have to keep what they promise, wherever the tensors are.
+fn for_every_backend(test: fn()) {
+    Backend::Host.within(test);
+    Backend::Device.within(test);
+}
 
 fn text_encoder() -> TextEncoder {
     let config = small::config().text_encoder;
@@ -33,6 +40,10 @@ fn a_learned_row_equal_to_a_word_gives_the_bits_of_the_word() {
 
 #[test]
 fn gradients_reach_the_rows_that_occur_and_only_positions_after_them() {
+    for_every_backend(gradients_reach_the_rows_that_occur_and_only_positions_after_them_here);
+}
+
+fn gradients_reach_the_rows_that_occur_and_only_positions_after_them_here() {
     let encoder = text_encoder();
     let rows = Var::from_tensor(&random(&[3, 24], 0)).unwrap();
     let context = encoder.encode(&[1, 2, 20, 22, 3], Some(&rows)).unwrap();
@@ -130,6 +141,10 @@ fn observe(unet: &UNet, watch: Watch<'_>) -> Vec<(usize, Tensor)> {
 
 #[test]
 fn watching_changes_nothing_and_probabilities_sum_to_one() {
+    for_every_backend(watching_changes_nothing_and_probabilities_sum_to_one_here);
+}
+
+fn watching_changes_nothing_and_probabilities_sum_to_one_here() {
     let unet = small::unet();
     let (latents, context) = (random(&[2, 4, 16, 16], 1), random(&[1, 10, 24], 2));
     let plain = unet.forward(&latents, &[3.0, 700.0], &context).unwrap();
@@ -179,6 +194,10 @@ fn features_are_the_planes_of_the_way_up() {
 
 #[test]
 fn samples_of_a_batch_do_not_see_each_other() {
+    for_every_backend(samples_of_a_batch_do_not_see_each_other_here);
+}
+
+fn samples_of_a_batch_do_not_see_each_other_here() {
     let unet = small::unet();
     // Odd sides are rounded on the way down and restored on the way up.
     let (latents, context) = (random(&[2, 4, 14, 11], 1), random(&[2, 10, 24], 2));
@@ -195,6 +214,10 @@ fn samples_of_a_batch_do_not_see_each_other() {
 
 #[test]
 fn gradients_reach_the_context_and_no_frozen_weight() {
+    for_every_backend(gradients_reach_the_context_and_no_frozen_weight_here);
+}
+
+fn gradients_reach_the_context_and_no_frozen_weight_here() {
     let unet = small::unet();
     let context = Var::from_tensor(&random(&[1, 10, 24], 2)).unwrap();
     let latents = random(&[2, 4, 16, 16], 1);
@@ -236,6 +259,10 @@ fn gradients_reach_the_context_and_no_frozen_weight() {
 
 #[test]
 fn the_slope_along_the_context_is_that_of_finite_differences() {
+    for_every_backend(the_slope_along_the_context_is_that_of_finite_differences_here);
+}
+
+fn the_slope_along_the_context_is_that_of_finite_differences_here() {
     let unet = small::unet();
     let (latents, start, direction) = (
         random(&[1, 4, 8, 8], 1),

@@ -1,13 +1,15 @@
-//! Every kernel against the same function in candle's operations: values, gradients of every subset of its
-//! operands, finite differences, and the two rules about what is kept.
+//! Every operation of every backend against the same function in candle's operations: values, gradients of every subset
+//! of its operands, finite differences, and the two rules about what is kept.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use candle_core::{DType, Device, Tensor, Var};
 use stable_diffusion::{
     Result,
-    ops::{self, Mask, Padding, composed},
+    ops::{self, Backend, Mask, Padding, composed},
     rng::Rng,
 };
+
+const BACKENDS: [Backend; 2] = [Backend::Host, Backend::Device];
 
 type Function = dyn Fn(&[Tensor]) -> Result<Tensor>;
 
@@ -82,28 +84,34 @@ impl Case {
     }
 
     fn check(&self) {
+        for backend in BACKENDS {
+            backend.within(|| self.check_here(&format!("{backend:?}: {}", self.name)));
+        }
+    }
+
+    fn check_here(&self, name: &str) {
         for trained in 0..1 << self.shapes.len() {
             let (y, gradients) = self.gradients(&self.kernel, trained);
             let (expected, oracle) = self.gradients(&self.oracle, trained);
-            self.assert_close("value", &y, &expected, 2e-5);
+            assert_close(name, "value", &y, &expected, 2e-5);
             for (index, (gradient, oracle)) in gradients.iter().zip(oracle).enumerate() {
                 if trained >> index & 1 == 1 {
                     let what = format!("gradient {index} of trained {trained:b}");
-                    self.assert_close(&what, gradient.as_ref().unwrap(), &oracle.unwrap(), 5e-5);
+                    let gradient = gradient.as_ref().unwrap();
+                    assert_close(name, &what, gradient, &oracle.unwrap(), 5e-5);
                 } else {
                     assert!(
                         gradient.is_none(),
-                        "{}: frozen operand {index} has a gradient",
-                        self.name
+                        "{name}: frozen operand {index} has a gradient"
                     );
                 }
             }
         }
-        self.check_finite_differences();
+        self.check_finite_differences(name);
     }
 
     /// The slope along a random direction of all operands.
-    fn check_finite_differences(&self) {
+    fn check_finite_differences(&self, name: &str) {
         let (_, gradients) = self.gradients(&self.kernel, (1 << self.shapes.len()) - 1);
         let directions: Vec<Tensor> = self
             .shapes
@@ -147,32 +155,23 @@ impl Case {
         let error = (difference - slope).abs();
         assert!(
             error < 5e-3 * scale.max(1.0),
-            "{}: slope {slope}, differences {difference}",
-            self.name
+            "{name}: slope {slope}, differences {difference}"
         );
     }
+}
 
-    fn assert_close(&self, what: &str, found: &Tensor, expected: &Tensor, tolerance: f32) {
-        assert_eq!(found.dims(), expected.dims(), "{}: {what}", self.name);
-        let largest = |tensor: &Tensor| -> f32 {
-            tensor
-                .abs()
-                .unwrap()
-                .flatten_all()
-                .unwrap()
-                .max(0)
-                .unwrap()
-                .to_scalar()
-                .unwrap()
-        };
-        let error = largest(&(found - expected).unwrap());
-        let scale = largest(expected).max(1.0);
-        assert!(
-            error <= tolerance * scale,
-            "{}: {what} off by {error} of {scale}",
-            self.name
-        );
-    }
+fn assert_close(name: &str, what: &str, found: &Tensor, expected: &Tensor, tolerance: f32) {
+    assert_eq!(found.dims(), expected.dims(), "{name}: {what}");
+    let largest = |tensor: &Tensor| -> f32 {
+        let flat = tensor.abs().unwrap().flatten_all().unwrap();
+        flat.max(0).unwrap().to_scalar().unwrap()
+    };
+    let error = largest(&(found - expected).unwrap());
+    let scale = largest(expected).max(1.0);
+    assert!(
+        error <= tolerance * scale,
+        "{name}: {what} off by {error} of {scale}"
+    );
 }
 
 #[test]
@@ -430,29 +429,29 @@ fn attention() {
 
 #[test]
 fn scores_of_any_size_stay_finite() {
-    let q = (random(&[1, 3, 4], 0) * 1e4).unwrap();
-    let k = (random(&[1, 5, 4], 1) * 1e4).unwrap();
-    let (out, columns) = ops::observed_attention(&q, &k, &k, 1, &[0, 1, 2, 3, 4]).unwrap();
-    let sums = columns
-        .sum(3)
-        .unwrap()
-        .flatten_all()
-        .unwrap()
-        .to_vec1::<f32>()
-        .unwrap();
-    assert!(sums.iter().all(|sum| (sum - 1.0).abs() < 1e-6), "{sums:?}");
-    assert!(
-        out.flatten_all()
-            .unwrap()
-            .to_vec1::<f32>()
-            .unwrap()
-            .iter()
-            .all(|x| x.is_finite())
-    );
+    for backend in BACKENDS {
+        let q = (random(&[1, 3, 4], 0) * 1e4).unwrap();
+        let k = (random(&[1, 5, 4], 1) * 1e4).unwrap();
+        let observed = || ops::observed_attention(&q, &k, &k, 1, &[0, 1, 2, 3, 4]);
+        let (out, columns) = backend.within(observed).unwrap();
+        let values = |tensor: &Tensor| -> Vec<f32> {
+            let flat = tensor.flatten_all().unwrap();
+            flat.to_vec1().unwrap()
+        };
+        let sums = values(&columns.sum(3).unwrap());
+        assert!(sums.iter().all(|sum| (sum - 1.0).abs() < 1e-6), "{sums:?}");
+        assert!(values(&out).iter().all(|x| x.is_finite()), "{backend:?}");
+    }
 }
 
 #[test]
 fn misfits_are_errors() {
+    for backend in BACKENDS {
+        backend.within(|| misfits_are_errors_of(backend));
+    }
+}
+
+fn misfits_are_errors_of(backend: Backend) {
     let (x, plane) = (random(&[2, 3], 0), random(&[1, 3, 4, 4], 1));
     let errors = [
         ops::linear(&x, &random(&[4, 5], 2), None).err(),
@@ -487,7 +486,7 @@ fn misfits_are_errors() {
         .err(),
     ];
     for (index, error) in errors.iter().enumerate() {
-        assert!(error.is_some(), "case {index} was accepted");
+        assert!(error.is_some(), "{backend:?}: case {index} was accepted");
     }
 }
 

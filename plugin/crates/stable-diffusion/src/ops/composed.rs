@@ -1,7 +1,7 @@
 //! The operations of [`super`] written in candle's own: any device and type, any gradient.
 //!
-//! This is what runs on a GPU, and what the kernels are tested against. Only operations with a backward are
-//! used; gradients of frozen parameters are computed and dropped, as candle does.
+//! What both backends are tested against, and what the form for devices computes where nothing has to be spared. Only
+//! operations with a backward are used; candle computes the gradients of frozen parameters too, and keeps everything.
 
 use candle_core::{D, DType, Result, Tensor, bail};
 

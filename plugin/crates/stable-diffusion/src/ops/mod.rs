@@ -1,39 +1,68 @@
-//! Differentiable operations: kernels of this crate for f32 in memory, candle's own elsewhere.
+//! Differentiable operations. [`Backend`] says who computes, and what all of them keep to.
 //!
-//! Two rules that candle's operations do not keep:
-//! - A frozen parameter (one that is not tracked) gets no gradient: none is computed, none is kept.
-//! - Without a tracked operand nothing is kept for a backward pass.
-//!
-//! The kernels have the same bits for any number of threads. [`composed`] holds the same functions in candle's
-//! operations: they run on other devices and types, and the kernels are tested against them.
+//! [`composed`] holds the same functions in candle's operations alone, with any gradient: what both backends are tested
+//! against.
 
-mod gemm;
+mod backend;
+mod device;
 mod host;
-mod simd;
-
-mod activation;
-mod attention;
-mod conv;
-mod layer;
-mod norm;
-mod projection;
 
 pub mod composed;
 
-use candle_core::Tensor;
+use candle_core::{Result as TensorResult, Tensor, bail};
 
-pub use attention::Mask;
-pub use conv::Padding;
+pub use backend::Backend;
 
-use self::{
-    activation::{Activation, Geglu, Nearest},
-    attention::Attention,
-    conv::Conv,
-    host::on_host,
-    norm::{After, GroupNorm, LayerNorm},
-    projection::{Arrangement, Projection},
-};
 use crate::Result;
+
+/// Which keys a query may look at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mask {
+    /// All of them.
+    None,
+    /// Those at its own position and before.
+    Causal,
+}
+
+/// Zero rows and columns around a picture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Padding {
+    /// Above and to the left.
+    pub before: usize,
+    /// Below and to the right.
+    pub after: usize,
+}
+
+impl Padding {
+    /// No padding.
+    pub const NONE: Self = Self::around(0);
+
+    /// The same on all sides.
+    pub const fn around(n: usize) -> Self {
+        Self {
+            before: n,
+            after: n,
+        }
+    }
+}
+
+/// y = f(x), element by element.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Activation {
+    /// x·sigmoid(x)
+    Silu,
+    /// x·sigmoid(1.702·x)
+    QuickGelu,
+    /// x·Φ(x), Φ the normal distribution function
+    Gelu,
+}
+
+/// What follows a normalization in the same pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum After {
+    Nothing,
+    Silu,
+}
 
 /// y = x·Wᵀ + b.
 ///
@@ -43,15 +72,12 @@ use crate::Result;
 /// # Errors
 /// [`crate::Error::Tensor`] when the shapes do not fit.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    if !on_host([x, weight]) {
-        return Ok(composed::linear(x, weight, bias)?);
-    }
-    Ok(layer::apply(
-        Projection::tokens(x, weight)?,
-        x,
-        weight,
-        bias,
-    )?)
+    let (_, n_in) = weight_dims(weight)?;
+    expect_width("linear", x.dims().last().copied().unwrap_or(0), n_in)?;
+    Ok(match Backend::of([x, weight]) {
+        Backend::Host => host::linear(x, weight, bias),
+        Backend::Device => device::linear(x, weight, bias),
+    }?)
 }
 
 /// A linear layer of every pixel that leaves tokens: x `[B, in, h, w]` to `[B, h·w, out]`.
@@ -59,12 +85,12 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
 /// # Errors
 /// As [`linear`].
 pub fn linear_from_channels(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    if !on_host([x, weight]) {
-        let tokens = x.flatten_from(2)?.transpose(1, 2)?.contiguous()?;
-        return Ok(composed::linear(&tokens, weight, bias)?);
-    }
-    let op = Projection::from_channels(x, weight, Arrangement::Tokens)?;
-    Ok(layer::apply(op, x, weight, bias)?)
+    let (_, n_in) = weight_dims(weight)?;
+    expect_width("1x1 convolution", x.dims4()?.1, n_in)?;
+    Ok(match Backend::of([x, weight]) {
+        Backend::Host => host::linear_from_channels(x, weight, bias),
+        Backend::Device => device::linear_from_channels(x, weight, bias),
+    }?)
 }
 
 /// A linear layer of every token that leaves a plane: x `[B, h·w, in]` to `[B, out, h, w]`.
@@ -75,16 +101,14 @@ pub fn linear_to_channels(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
-    [height, width]: [usize; 2],
+    size: [usize; 2],
 ) -> Result<Tensor> {
-    if !on_host([x, weight]) {
-        let y = composed::linear(x, weight, bias)?
-            .transpose(1, 2)?
-            .contiguous()?;
-        return Ok(y.reshape((y.dim(0)?, y.dim(1)?, height, width))?);
-    }
-    let op = Projection::to_channels(x, weight, [height, width])?;
-    Ok(layer::apply(op, x, weight, bias)?)
+    let (_, n_in) = weight_dims(weight)?;
+    expect_width("linear", x.dims3()?.2, n_in)?;
+    Ok(match Backend::of([x, weight]) {
+        Backend::Host => host::linear_to_channels(x, weight, bias, size),
+        Backend::Device => device::linear_to_channels(x, weight, bias, size),
+    }?)
 }
 
 /// 2-D convolution.
@@ -102,9 +126,6 @@ pub fn conv2d(
     stride: usize,
     padding: Padding,
 ) -> Result<Tensor> {
-    if !on_host([x, weight]) {
-        return Ok(composed::conv2d(x, weight, bias, stride, padding)?);
-    }
     let (n_out, n_samples) = (weight.dim(0)?, x.dim(0)?);
     if let Some(bias) = bias.filter(|b| ![&[n_out][..], &[n_samples, n_out]].contains(&b.dims())) {
         let reason = format!(
@@ -114,18 +135,10 @@ pub fn conv2d(
         );
         return Err(crate::Error::argument("bias", reason));
     }
-    let is_pointwise =
-        matches!(weight.dims(), [_, _, 1, 1]) && stride == 1 && padding == Padding::NONE;
-    if is_pointwise && bias.is_none_or(|bias| bias.rank() == 1) {
-        let op = Projection::from_channels(x, weight, Arrangement::Channels)?;
-        return Ok(layer::apply(op, x, weight, bias)?);
-    }
-    Ok(layer::apply(
-        Conv::new(x, weight, stride, padding)?,
-        x,
-        weight,
-        bias,
-    )?)
+    Ok(match Backend::of([x, weight]) {
+        Backend::Host => host::conv2d(x, weight, bias, stride, padding),
+        Backend::Device => device::conv2d(x, weight, bias, stride, padding),
+    }?)
 }
 
 /// Group normalization of x `[B, C, ..]` with scale and shift `[C]`.
@@ -163,15 +176,11 @@ fn normalize_groups(
     epsilon: f64,
     after: After,
 ) -> Result<Tensor> {
-    if on_host([x, affine[0], affine[1]]) {
-        let op = GroupNorm::new(x, affine, n_groups, epsilon, after)?;
-        return Ok(layer::apply(op, x, affine[0], Some(affine[1]))?);
-    }
-    let y = composed::group_norm(x, affine[0], affine[1], n_groups, epsilon)?;
-    match after {
-        After::Nothing => Ok(y),
-        After::Silu => Ok(composed::silu(&y)?),
-    }
+    expect_groups(x, affine, n_groups)?;
+    Ok(match Backend::of([x, affine[0], affine[1]]) {
+        Backend::Host => host::group_norm(x, affine, n_groups, epsilon, after),
+        Backend::Device => device::group_norm(x, affine, n_groups, epsilon, after),
+    }?)
 }
 
 /// Normalization of x `[.., C]` over its last dimension with scale and shift `[C]`.
@@ -179,15 +188,12 @@ fn normalize_groups(
 /// # Errors
 /// [`crate::Error::Tensor`] when the shapes do not fit.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> Result<Tensor> {
-    if !on_host([x, weight, bias]) {
-        return Ok(composed::layer_norm(x, weight, bias, epsilon)?);
-    }
-    Ok(layer::apply(
-        LayerNorm::new(x, [weight, bias], epsilon)?,
-        x,
-        weight,
-        Some(bias),
-    )?)
+    let width = x.dims().last().copied().unwrap_or(0);
+    expect_affine("layer_norm", [weight, bias], width)?;
+    Ok(match Backend::of([x, weight, bias]) {
+        Backend::Host => host::layer_norm(x, [weight, bias], epsilon),
+        Backend::Device => device::layer_norm(x, [weight, bias], epsilon),
+    }?)
 }
 
 /// x·sigmoid(x), element by element.
@@ -195,10 +201,7 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> R
 /// # Errors
 /// [`crate::Error::Tensor`] when the tensor library fails.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
-    if !on_host([x]) {
-        return Ok(composed::silu(x)?);
-    }
-    Ok(activation::apply(x, Activation::Silu)?)
+    activation(x, Activation::Silu)
 }
 
 /// x·sigmoid(1.702·x), element by element: OpenAI's approximation of GELU.
@@ -206,10 +209,7 @@ pub fn silu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`silu`].
 pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
-    if !on_host([x]) {
-        return Ok(composed::quick_gelu(x)?);
-    }
-    Ok(activation::apply(x, Activation::QuickGelu)?)
+    activation(x, Activation::QuickGelu)
 }
 
 /// x·Φ(x), element by element: GELU with the exact normal distribution function.
@@ -217,10 +217,14 @@ pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`silu`].
 pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
-    if !on_host([x]) {
-        return Ok(composed::gelu_erf(x)?);
-    }
-    Ok(activation::apply(x, Activation::Gelu)?)
+    activation(x, Activation::Gelu)
+}
+
+fn activation(x: &Tensor, which: Activation) -> Result<Tensor> {
+    Ok(match Backend::of([x]) {
+        Backend::Host => host::activation(x, which),
+        Backend::Device => device::activation(x, which),
+    }?)
 }
 
 /// value·gelu(gate) of x `[.., 2·width]` = (value, gate): `[.., width]`.
@@ -228,10 +232,11 @@ pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// [`crate::Error::Tensor`] when the last dimension is odd.
 pub fn geglu(x: &Tensor) -> Result<Tensor> {
-    if !on_host([x]) {
-        return Ok(composed::geglu(x)?);
-    }
-    Ok(activation::apply(x, Geglu::new(x)?)?)
+    expect_even(x)?;
+    Ok(match Backend::of([x]) {
+        Backend::Host => host::geglu(x),
+        Backend::Device => device::geglu(x),
+    }?)
 }
 
 /// Nearest-neighbor enlargement of x `[B, C, h, w]` to `[B, C, height, width]`; output pixel i shows input
@@ -240,10 +245,10 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// [`crate::Error::Tensor`] when x is not four-dimensional.
 pub fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> Result<Tensor> {
-    if !on_host([x]) {
-        return Ok(composed::upsample_nearest(x, height, width)?);
-    }
-    Ok(activation::apply(x, Nearest { height, width })?)
+    Ok(match Backend::of([x]) {
+        Backend::Host => host::upsample_nearest(x, [height, width]),
+        Backend::Device => device::upsample_nearest(x, [height, width]),
+    }?)
 }
 
 /// softmax(Q·Kᵀ/sqrt(d))·V in every head.
@@ -254,17 +259,15 @@ pub fn upsample_nearest(x: &Tensor, height: usize, width: usize) -> Result<Tenso
 /// # Errors
 /// [`crate::Error::Tensor`] when the shapes do not fit, or for [`Mask::Causal`] unless N = M.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, n_heads: usize, mask: Mask) -> Result<Tensor> {
-    if !on_host([q, k, v]) {
-        return Ok(composed::attention(q, k, v, n_heads, mask)?.0);
-    }
-    Ok(attention::apply(
-        Attention::new([q, k, v], n_heads, mask, &[])?,
-        [q, k, v],
-    )?)
+    expect_heads([q, k, v], n_heads, mask, &[])?;
+    Ok(match Backend::of([q, k, v]) {
+        Backend::Host => host::attention([q, k, v], n_heads, mask),
+        Backend::Device => device::attention([q, k, v], n_heads, mask),
+    }?)
 }
 
 /// [`attention`] without a mask, and the probabilities that every query gives to the keys at `positions`:
-/// `[B, heads, N, positions]`, in [0, 1], differentiable in q and k.
+/// f32 `[B, heads, N, positions]`, in [0, 1], differentiable in q and k.
 ///
 /// # Errors
 /// As [`attention`], and when a position is not below M.
@@ -275,21 +278,83 @@ pub fn observed_attention(
     n_heads: usize,
     positions: &[usize],
 ) -> Result<(Tensor, Tensor)> {
-    if !on_host([q, k, v]) {
-        let (out, probabilities) = composed::attention(q, k, v, n_heads, Mask::None)?;
-        let positions: Vec<u32> = positions.iter().map(|&position| position as u32).collect();
-        let positions = Tensor::new(positions, q.device())?;
-        return Ok((out, probabilities.index_select(&positions, 3)?));
+    expect_heads([q, k, v], n_heads, Mask::None, positions)?;
+    Ok(match Backend::of([q, k, v]) {
+        Backend::Host => host::observed_attention([q, k, v], n_heads, positions),
+        Backend::Device => device::observed_attention([q, k, v], n_heads, positions),
+    }?)
+}
+
+// ---------------------------------------------------------------- shapes that every backend relies on
+
+/// `[out, in]` of a linear or 1x1 convolution weight.
+fn weight_dims(weight: &Tensor) -> TensorResult<(usize, usize)> {
+    match weight.dims() {
+        [out, n_in] | [out, n_in, 1, 1] => Ok((*out, *n_in)),
+        dims => bail!("a projection weight is [out, in] or [out, in, 1, 1], not {dims:?}"),
     }
-    let op = Attention::new([q, k, v], n_heads, Mask::None, positions)?;
-    let ((n_output, n_columns), output, columns) =
-        (op.lengths(), op.output_dims(), op.column_dims());
-    let packed = attention::apply(op, [q, k, v])?;
-    if positions.is_empty() {
-        return Ok((packed, Tensor::zeros(columns, q.dtype(), q.device())?));
+}
+
+fn expect_width(what: &str, found: usize, expected: usize) -> TensorResult<()> {
+    if found != expected {
+        bail!("{what}: the weight takes {expected} channels, the input has {found}");
     }
-    Ok((
-        packed.narrow(0, 0, n_output)?.reshape(output)?,
-        packed.narrow(0, n_output, n_columns)?.reshape(columns)?,
-    ))
+    Ok(())
+}
+
+fn expect_groups(x: &Tensor, affine: [&Tensor; 2], n_groups: usize) -> TensorResult<()> {
+    let [_, n_channels, ..] = x.dims() else {
+        bail!("group_norm takes [B, C, ..], not {:?}", x.shape())
+    };
+    expect_affine("group_norm", affine, *n_channels)?;
+    if n_groups == 0 || n_channels % n_groups != 0 {
+        bail!("group_norm: {n_channels} channels in {n_groups} groups");
+    }
+    Ok(())
+}
+
+fn expect_even(x: &Tensor) -> TensorResult<()> {
+    match x.dims().last() {
+        Some(&last) if last % 2 == 0 && last > 0 => Ok(()),
+        _ => bail!(
+            "geglu takes an even number of channels, not {:?}",
+            x.shape()
+        ),
+    }
+}
+
+fn expect_affine(what: &str, affine: [&Tensor; 2], n_channels: usize) -> TensorResult<()> {
+    for tensor in affine {
+        if tensor.dims() != [n_channels] {
+            bail!(
+                "{what}: scale and shift {:?} for {n_channels} channels",
+                tensor.shape()
+            );
+        }
+    }
+    Ok(())
+}
+
+fn expect_heads(
+    [q, k, v]: [&Tensor; 3],
+    n_heads: usize,
+    mask: Mask,
+    positions: &[usize],
+) -> TensorResult<()> {
+    let (n_samples, n_queries, width) = q.dims3()?;
+    let (key_samples, n_keys, key_width) = k.dims3()?;
+    if k.dims() != v.dims() || key_width != width || key_samples != n_samples {
+        let [q, k, v] = [q, k, v].map(Tensor::shape);
+        bail!("attention of {q:?}, {k:?} and {v:?}");
+    }
+    if n_heads == 0 || width % n_heads != 0 || n_keys == 0 {
+        bail!("attention: {n_heads} heads of {width} channels over {n_keys} keys");
+    }
+    if mask == Mask::Causal && n_queries != n_keys {
+        bail!("causal attention of {n_queries} queries over {n_keys} keys");
+    }
+    if let Some(position) = positions.iter().find(|&&position| position >= n_keys) {
+        bail!("attention: position {position} of {n_keys} keys");
+    }
+    Ok(())
 }

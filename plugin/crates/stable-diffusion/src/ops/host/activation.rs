@@ -1,24 +1,14 @@
 //! Element-wise activations, the gated one of the feed-forward layers, and nearest-neighbor enlargement.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::{
-    host::{Values, output, slice_of, tracked},
+    memory::{Values, output, slice_of, tracked},
     norm::silu_slope,
     simd::{erf, exp, items_per_thread, map, sigmoid, vectorize, zip_map},
 };
-
-/// y = f(x), element by element.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Activation {
-    /// x·sigmoid(x)
-    Silu,
-    /// x·sigmoid(1.702·x)
-    QuickGelu,
-    /// x·Φ(x), Φ the normal distribution function
-    Gelu,
-}
+use crate::ops::Activation;
 
 const QUICK: f32 = 1.702;
 const SQRT_HALF: f32 = std::f32::consts::FRAC_1_SQRT_2;
@@ -118,13 +108,8 @@ pub(crate) struct Geglu {
 
 impl Geglu {
     pub(crate) fn new(x: &Tensor) -> Result<Self> {
-        match x.dims().last() {
-            Some(&last) if last % 2 == 0 && last > 0 => Ok(Self { width: last / 2 }),
-            _ => bail!(
-                "geglu takes an even number of channels, not {:?}",
-                x.shape()
-            ),
-        }
+        let width = x.dim(D::Minus1)? / 2;
+        Ok(Self { width })
     }
 
     /// Rows per parallel work item: about as many values as an element-wise loop takes.

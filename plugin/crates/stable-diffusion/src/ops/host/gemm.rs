@@ -12,7 +12,7 @@ use std::{marker::PhantomData, ops::Range};
 
 use rayon::prelude::*;
 
-use super::host::with_scratch;
+use super::memory::with_scratch;
 
 /// What a product does with the values already in its destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -7,13 +7,7 @@ use super::{
     layer::Layer,
     simd::{items_per_thread, sigmoid, sum_by, sum_zip_by, vectorize},
 };
-
-/// What follows the normalization in the same pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum After {
-    Nothing,
-    Silu,
-}
+use crate::ops::After;
 
 /// The sizes of one group normalization of `[B, C, ..]`; γ and β are `[C]`.
 #[derive(Debug, Clone)]
@@ -36,20 +30,10 @@ fn moments(x: &[f32], epsilon: f64) -> (f32, f32) {
 }
 
 impl GroupNorm {
-    pub(crate) fn new(
-        x: &Tensor,
-        [weight, bias]: [&Tensor; 2],
-        n_groups: usize,
-        epsilon: f64,
-        after: After,
-    ) -> Result<Self> {
+    pub(crate) fn new(x: &Tensor, n_groups: usize, epsilon: f64, after: After) -> Result<Self> {
         let [_, n_channels, positions @ ..] = x.dims() else {
             bail!("group_norm takes [B, C, ..], not {:?}", x.shape())
         };
-        expect_affine("group_norm", [weight, bias], *n_channels)?;
-        if n_groups == 0 || n_channels % n_groups != 0 {
-            bail!("group_norm: {n_channels} channels in {n_groups} groups");
-        }
         let (n_channels, n_positions) = (*n_channels, positions.iter().product());
         Ok(Self {
             shape: x.shape().clone(),
@@ -250,14 +234,13 @@ pub(crate) struct LayerNorm {
 const ROWS: usize = 32;
 
 impl LayerNorm {
-    pub(crate) fn new(x: &Tensor, [weight, bias]: [&Tensor; 2], epsilon: f64) -> Result<Self> {
+    pub(crate) fn new(x: &Tensor, epsilon: f64) -> Self {
         let width = x.dims().last().copied().unwrap_or(0);
-        expect_affine("layer_norm", [weight, bias], width)?;
-        Ok(Self {
+        Self {
             shape: x.shape().clone(),
             width: width.max(1),
             epsilon,
-        })
+        }
     }
 
     /// Σ over rows of `of(dy, x̂)`, per column; chunks of rows are summed in order.
@@ -357,16 +340,4 @@ impl Layer for LayerNorm {
     fn bias_gradient(&self, x: &[f32], _weight: &[f32], _bias: &[f32], dy: &[f32]) -> Vec<f32> {
         self.column_sums(x, dy, |dy, _| dy)
     }
-}
-
-fn expect_affine(what: &str, affine: [&Tensor; 2], n_channels: usize) -> Result<()> {
-    for tensor in affine {
-        if tensor.dims() != [n_channels] {
-            bail!(
-                "{what}: scale and shift {:?} for {n_channels} channels",
-                tensor.shape()
-            );
-        }
-    }
-    Ok(())
 }

@@ -1,16 +1,9 @@
-//! Between candle tensors and slices in memory: which tensors the kernels take, how they get at the values, and
+//! Between candle tensors and slices in memory: how the kernels get at the values, and
 //! buffers to work in.
 
 use std::{cell::RefCell, ops::Deref};
 
-use candle_core::{CpuStorage, DType, Error, Layout, Result, Shape, Storage, Tensor};
-
-/// Whether the kernels of this crate can work on all of these tensors.
-pub(crate) fn on_host<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
-    tensors
-        .into_iter()
-        .all(|tensor| tensor.device().is_cpu() && tensor.dtype() == DType::F32)
-}
+use candle_core::{CpuStorage, Error, Layout, Result, Shape, Storage, Tensor};
 
 /// Whether a gradient can reach this tensor.
 pub(crate) fn tracked(tensor: Option<&Tensor>) -> bool {

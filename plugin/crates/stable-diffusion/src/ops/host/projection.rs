@@ -7,6 +7,7 @@ use super::{
     layer::Layer,
     simd::{sum_by, vectorize},
 };
+use crate::ops::weight_dims;
 
 /// How the channels of an activation lie in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,10 +35,9 @@ impl Projection {
     pub(crate) fn tokens(x: &Tensor, weight: &Tensor) -> Result<Self> {
         let (n_out, n_in) = weight_dims(weight)?;
         let dims = x.dims();
-        let Some((&last, leading)) = dims.split_last() else {
+        let Some((_, leading)) = dims.split_last() else {
             bail!("linear of a scalar")
         };
-        expect_width("linear", last, n_in)?;
         let mut output_shape = leading.to_vec();
         output_shape.push(n_out);
         Ok(Self {
@@ -54,8 +54,7 @@ impl Projection {
     /// `[B, in, h, w]` to `[B, out, h, w]`, or to `[B, h·w, out]`.
     pub(crate) fn from_channels(x: &Tensor, weight: &Tensor, output: Arrangement) -> Result<Self> {
         let (n_out, n_in) = weight_dims(weight)?;
-        let (n_samples, n_channels, height, width) = x.dims4()?;
-        expect_width("1x1 convolution", n_channels, n_in)?;
+        let (n_samples, _, height, width) = x.dims4()?;
         let n_positions = height * width;
         let output_shape = match output {
             Arrangement::Tokens => Shape::from((n_samples, n_positions, n_out)),
@@ -76,8 +75,7 @@ impl Projection {
     /// `[B, h·w, in]` to `[B, out, h, w]`.
     pub(crate) fn to_channels(x: &Tensor, weight: &Tensor, [h, w]: [usize; 2]) -> Result<Self> {
         let (n_out, n_in) = weight_dims(weight)?;
-        let (n_samples, n_positions, n_channels) = x.dims3()?;
-        expect_width("projection", n_channels, n_in)?;
+        let (n_samples, n_positions, _) = x.dims3()?;
         if n_positions != h * w {
             bail!("{n_positions} tokens do not make a plane of {h} x {w}");
         }
@@ -254,19 +252,4 @@ pub(crate) fn shift(dst: &mut [f32], amount: f32) {
             }
         },
     );
-}
-
-/// `[out, in]` of a linear or 1x1 convolution weight.
-fn weight_dims(weight: &Tensor) -> Result<(usize, usize)> {
-    match weight.dims() {
-        [out, n_in] | [out, n_in, 1, 1] => Ok((*out, *n_in)),
-        dims => bail!("a projection weight is [out, in] or [out, in, 1, 1], not {dims:?}"),
-    }
-}
-
-fn expect_width(what: &str, found: usize, expected: usize) -> Result<()> {
-    if found != expected {
-        bail!("{what}: the weight takes {expected} channels, the input has {found}");
-    }
-    Ok(())
 }

@@ -6,7 +6,7 @@
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
-use super::host::{Values, output, slice_of, tracked};
+use super::memory::{Values, output, slice_of, tracked};
 
 /// A kernel y = f(x; weight, bias). Absent parameters are empty slices.
 pub(crate) trait Layer: Send + Sync + 'static {

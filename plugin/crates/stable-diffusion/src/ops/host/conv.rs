@@ -5,33 +5,12 @@ use rayon::prelude::*;
 
 use super::{
     gemm::{Matrix, MatrixMut, Write, gemm, parallel_gemm},
-    host::with_scratch,
     layer::Layer,
+    memory::with_scratch,
     projection::{channel_sums, shift},
     simd::items_per_thread,
 };
-
-/// Zero rows and columns around a picture.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Padding {
-    /// Above and to the left.
-    pub before: usize,
-    /// Below and to the right.
-    pub after: usize,
-}
-
-impl Padding {
-    /// No padding.
-    pub const NONE: Self = Self::around(0);
-
-    /// The same on all sides.
-    pub const fn around(n: usize) -> Self {
-        Self {
-            before: n,
-            after: n,
-        }
-    }
-}
+use crate::ops::Padding;
 
 /// The sizes of one convolution.
 #[derive(Debug, Clone)]

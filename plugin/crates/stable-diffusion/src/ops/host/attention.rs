@@ -10,23 +10,15 @@
 //! | `d_scores` | dL/dP, then dL/dS, transposed | `[M, tile]` |
 //! | `columns` | P restricted to the watched keys | `[B, heads, N, watched]` |
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::{
     gemm::{Matrix, MatrixMut, Tile, Write, gemm},
-    host::{Values, output, slice_of, tracked, with_scratch},
+    memory::{Values, output, slice_of, tracked, with_scratch},
     simd::{exp, items_per_thread, vectorize},
 };
-
-/// Which keys a query may look at.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mask {
-    /// All of them.
-    None,
-    /// Those at its own position and before.
-    Causal,
-}
+use crate::ops::Mask;
 
 /// Queries per tile.
 const TILE: usize = 64;
@@ -45,30 +37,13 @@ pub(crate) struct Attention {
 
 impl Attention {
     pub(crate) fn new(
-        [q, k, v]: [&Tensor; 3],
+        [q, k, _]: [&Tensor; 3],
         n_heads: usize,
         mask: Mask,
         watched: &[usize],
     ) -> Result<Self> {
         let (n_samples, n_queries, width) = q.dims3()?;
-        let (key_samples, n_keys, _) = k.dims3()?;
-        if k.dims() != v.dims() || k.dims()[2] != width || key_samples != n_samples {
-            bail!(
-                "attention of {:?}, {:?} and {:?}",
-                q.shape(),
-                k.shape(),
-                v.shape()
-            );
-        }
-        if n_heads == 0 || width % n_heads != 0 || n_keys == 0 {
-            bail!("attention: {n_heads} heads of {width} channels over {n_keys} keys");
-        }
-        if mask == Mask::Causal && n_queries != n_keys {
-            bail!("causal attention of {n_queries} queries over {n_keys} keys");
-        }
-        if let Some(position) = watched.iter().find(|&&position| position >= n_keys) {
-            bail!("attention: position {position} of {n_keys} keys");
-        }
+        let n_keys = k.dim(1)?;
         let (head_width, watched) = (width / n_heads, watched.to_vec());
         Ok(Self {
             n_samples,

@@ -1,0 +1,55 @@
+//! Who computes: the seam below every operation of the networks.
+
+use std::cell::Cell;
+
+use candle_core::{DType, Tensor};
+
+/// An implementation of all operations.
+///
+/// | invariant | tested for both by |
+/// |---|---|
+/// | a frozen parameter gets no gradient: none is computed, none is kept | `tests/ops.rs` |
+/// | without a tracked operand nothing is kept for a backward pass | `tests/ops.rs` |
+/// | an attention map is never built whole | `tests/ops.rs` |
+/// | no graph outlives its step | `tests/networks.rs` |
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    /// Kernels of this crate, for f32 in memory; the same bits for any number of threads.
+    Host,
+    /// candle's operations in nodes of their own, for every device and type. On a CPU it is slow, and tested.
+    Device,
+}
+
+thread_local! {
+    static CHOSEN: Cell<Option<Backend>> = const { Cell::new(None) };
+}
+
+impl Backend {
+    /// Who computes with these tensors.
+    pub(crate) fn of<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Self {
+        let on_host = |tensor: &Tensor| tensor.device().is_cpu() && tensor.dtype() == DType::F32;
+        match CHOSEN.get() {
+            Some(chosen) => chosen,
+            None if tensors.into_iter().all(on_host) => Self::Host,
+            None => Self::Device,
+        }
+    }
+
+    /// Does some work on this thread, and the backward passes of what comes out of it on any, with this implementation
+    /// wherever the tensors are: for tests and measurements.
+    pub fn within<R>(self, work: impl FnOnce() -> R) -> R {
+        let restore = Restore(CHOSEN.replace(Some(self)));
+        let result = work();
+        drop(restore);
+        result
+    }
+}
+
+/// Puts back what was chosen, after a panic too.
+struct Restore(Option<Backend>);
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        CHOSEN.set(self.0);
+    }
+}

@@ -1,0 +1,307 @@
+//! A function of tensors as one node of candle's graph.
+//!
+//! candle lets an operation of ours make its result from bare storages only. So the result is computed first, of tensors
+//! that have no graph, and its storage is moved, not copied, into the node.
+
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, Layout, MetalStorage,
+    Result, Shape, Tensor,
+    backend::{BackendDevice, BackendStorage},
+    bail,
+};
+
+/// What the node does. Operands are detached: nothing that is computed from them has a graph.
+pub(super) trait Function: Send + Sync + 'static {
+    const NAME: &'static str;
+
+    /// The value: a tensor of its own, no view of an operand.
+    fn forward(&self, operands: &[Tensor]) -> Result<Tensor>;
+
+    /// Gradients of the operands that are `wanted`, from that of the value.
+    fn backward(
+        &self,
+        operands: &[Tensor],
+        dy: &Tensor,
+        wanted: &[bool],
+    ) -> Result<Vec<Option<Tensor>>>;
+}
+
+/// The value, as a node if an operand is tracked. At most three can be.
+pub(super) fn apply<F: Function>(function: F, operands: &[&Tensor]) -> Result<Tensor> {
+    let detached: Vec<Tensor> = operands.iter().map(|operand| operand.detach()).collect();
+    let y = function.forward(&detached)?;
+    let wanted: Vec<bool> = operands.iter().map(|operand| operand.track_op()).collect();
+    let tracked: Vec<&Tensor> = operands.iter().copied().filter(|t| t.track_op()).collect();
+    if tracked.is_empty() {
+        return Ok(y);
+    }
+    let node = Node {
+        value: Value::take(y)?,
+        function,
+        operands: detached,
+        wanted,
+    };
+    match tracked[..] {
+        [a] => a.apply_op1(node),
+        [a, b] => a.apply_op2(b, node),
+        [a, b, c] => a.apply_op3(b, c, node),
+        _ => bail!("{}: more than three operands are tracked", F::NAME),
+    }
+}
+
+struct Node<F> {
+    function: F,
+    operands: Vec<Tensor>,
+    wanted: Vec<bool>,
+    value: Value,
+}
+
+impl<F: Function> Node<F> {
+    /// Gradients of the tracked operands, in their order.
+    fn gradients<const N: usize>(&self, dy: &Tensor) -> Result<[Option<Tensor>; N]> {
+        let all = self
+            .function
+            .backward(&self.operands, &dy.detach(), &self.wanted)?;
+        let mut gradients = all.into_iter().zip(&self.wanted);
+        let mut next = || gradients.find_map(|(gradient, &wanted)| wanted.then_some(gradient))?;
+        Ok(std::array::from_fn(|_| next()))
+    }
+}
+
+/// The storage of a value that was computed already.
+struct Value {
+    shape: Shape,
+    storage: Mutex<Option<AnyStorage>>,
+}
+
+enum AnyStorage {
+    Cpu(CpuStorage),
+    Cuda(CudaStorage),
+    Metal(MetalStorage),
+}
+
+impl Value {
+    /// Moves the storage out of `y`, which nobody else may hold.
+    fn take(y: Tensor) -> Result<Self> {
+        let is_whole = {
+            let (storage, layout) = y.storage_and_layout();
+            let n_elements = match &*storage {
+                candle_core::Storage::Cpu(storage) => cpu_len(storage),
+                // What was computed last is whole, unless it is a view.
+                _ => layout.shape().elem_count(),
+            };
+            layout.is_contiguous()
+                && layout.start_offset() == 0
+                && n_elements == layout.shape().elem_count()
+        };
+        let y = if is_whole { y } else { y.copy()? };
+        let taken = Taken(Mutex::new(None));
+        y.inplace_op1(&taken)?;
+        Ok(Self {
+            shape: y.shape().clone(),
+            storage: taken.0,
+        })
+    }
+
+    fn storage(&self) -> Result<AnyStorage> {
+        let mut storage = self.storage.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(storage) = storage.take() else {
+            bail!("the value of a node is taken once")
+        };
+        Ok(storage)
+    }
+
+    fn cpu(&self) -> Result<(CpuStorage, Shape)> {
+        match self.storage()? {
+            AnyStorage::Cpu(storage) => Ok((storage, self.shape.clone())),
+            _ => bail!("a value is on another device than its operands"),
+        }
+    }
+
+    fn cuda(&self) -> Result<(CudaStorage, Shape)> {
+        match self.storage()? {
+            AnyStorage::Cuda(storage) => Ok((storage, self.shape.clone())),
+            _ => bail!("a value is on another device than its operands"),
+        }
+    }
+
+    fn metal(&self) -> Result<(MetalStorage, Shape)> {
+        match self.storage()? {
+            AnyStorage::Metal(storage) => Ok((storage, self.shape.clone())),
+            _ => bail!("a value is on another device than its operands"),
+        }
+    }
+}
+
+fn cpu_len(storage: &CpuStorage) -> usize {
+    match storage {
+        CpuStorage::F32(values) => values.len(),
+        CpuStorage::F16(values) => values.len(),
+        CpuStorage::BF16(values) => values.len(),
+        CpuStorage::F64(values) => values.len(),
+        // No value of these operations has another type; 0 has it copied.
+        _ => 0,
+    }
+}
+
+/// Leaves a storage of one element in the place of another one.
+struct Taken(Mutex<Option<AnyStorage>>);
+
+impl Taken {
+    fn swap<S>(&self, storage: &mut S, wrap: impl FnOnce(S) -> AnyStorage) -> Result<()>
+    where
+        S: BackendStorage,
+        S::Device: BackendDevice<Storage = S>,
+    {
+        let least = storage
+            .device()
+            .zeros_impl(&Shape::from(1), storage.dtype())?;
+        let whole = std::mem::replace(storage, least);
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(wrap(whole));
+        Ok(())
+    }
+}
+
+impl InplaceOp1 for Taken {
+    fn name(&self) -> &'static str {
+        "take"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> Result<()> {
+        self.swap(storage, AnyStorage::Cpu)
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, _: &Layout) -> Result<()> {
+        self.swap(storage, AnyStorage::Cuda)
+    }
+
+    fn metal_fwd(&self, storage: &mut MetalStorage, _: &Layout) -> Result<()> {
+        self.swap(storage, AnyStorage::Metal)
+    }
+}
+
+impl<F: Function> CustomOp1 for Node<F> {
+    fn name(&self) -> &'static str {
+        F::NAME
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.value.cpu()
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.value.cuda()
+    }
+
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
+        self.value.metal()
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let [gradient] = self.gradients(dy)?;
+        Ok(gradient)
+    }
+}
+
+impl<F: Function> CustomOp2 for Node<F> {
+    fn name(&self) -> &'static str {
+        F::NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.value.cpu()
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.value.cuda()
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        self.value.metal()
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [first, second] = self.gradients(dy)?;
+        Ok((first, second))
+    }
+}
+
+impl<F: Function> CustomOp3 for Node<F> {
+    fn name(&self) -> &'static str {
+        F::NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.value.cpu()
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.value.cuda()
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        self.value.metal()
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [first, second, third] = self.gradients(dy)?;
+        Ok((first, second, third))
+    }
+}

@@ -1,0 +1,53 @@
+//! y = x·Wᵀ + b: dx = dy·W, dW = dyᵀ·x, db = Σ dy.
+
+use candle_core::{D, Result, Tensor};
+
+use super::function::Function;
+use crate::ops::{composed, weight_dims};
+
+/// Operands x, W and perhaps b.
+pub(super) struct Linear;
+
+impl Function for Linear {
+    const NAME: &'static str = "linear";
+
+    fn forward(&self, operands: &[Tensor]) -> Result<Tensor> {
+        composed::linear(&operands[0], &operands[1], operands.get(2))
+    }
+
+    fn backward(
+        &self,
+        operands: &[Tensor],
+        dy: &Tensor,
+        wanted: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let [x, weight, ..] = operands else {
+            return Ok(Vec::new());
+        };
+        let (n_out, n_in) = weight_dims(weight)?;
+        let dy = dy.contiguous()?.reshape(((), n_out))?;
+        let gradient = |operand: usize| match operand {
+            0 => dy
+                .matmul(&weight.reshape((n_out, n_in))?)?
+                .reshape(x.shape()),
+            1 => {
+                let x = x.contiguous()?.reshape(((), n_in))?;
+                dy.t()?.matmul(&x)?.reshape(weight.shape())
+            }
+            _ => dy.sum(0),
+        };
+        let operands = wanted.iter().enumerate();
+        operands
+            .map(|(operand, &wanted)| wanted.then(|| gradient(operand)).transpose())
+            .collect()
+    }
+}
+
+/// Σ over all dimensions but one.
+pub(super) fn sum_to(x: &Tensor, dim: usize) -> Result<Tensor> {
+    let n = x.dim(dim)?;
+    x.transpose(0, dim)?
+        .contiguous()?
+        .reshape((n, ()))?
+        .sum(D::Minus1)
+}
