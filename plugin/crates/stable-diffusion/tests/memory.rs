@@ -1,6 +1,7 @@
 //! What is held, and when it is let go: measured by an allocator that counts.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+#[expect(dead_code, reason = "other tests use the rest of it")]
 mod small;
 
 use std::sync::Mutex;
