@@ -21,7 +21,7 @@ INDEXES = {"evaluation": SPRITES / "scenes/index.json", "hard": WORK / "hard/ind
 PROGRAM = ROOT / "target/release/examples/evaluate"
 PROCESSES = 2
 
-SECTIONS = ["masks", "hard", "no-words", "ablation", "tokens", "pictures", "scenes"]
+SECTIONS = ["masks", "hard", "starts", "no-words", "ablation", "tokens", "pictures", "scenes"]
 SEEDS = [0, 1, 2]
 # label -> arguments; the rows of the first table and the curves of the plot
 METHODS = {
@@ -98,8 +98,9 @@ def method(label, index, **options):
 
 
 def started(label, start):
-    """Inversion takes longer than all the rest."""
-    return method(label, "evaluation", start=start, some=start == "inversion")
+    """Runs with all scenes where another section has them."""
+    has_all = start == "class" or (start == "random" and label == "em")
+    return method(label, "evaluation", start=start, some=not has_all)
 
 
 def seeds_of(label):
@@ -130,7 +131,7 @@ def planned(sections):
         runs += [configuration(label) for label in ABLATION]
     if "pictures" in sections or "tokens" in sections:
         runs += [painting(label, index) for index in INDEXES for label in LEARNED]
-    if "masks" in sections:
+    if "starts" in sections:
         runs += [started(label, start) for label in STARTED for start in STARTS]
     if "scenes" in sections:
         runs += [method("em", "evaluation")]
