@@ -12,10 +12,10 @@ use crate::config::{JointConfig, JointScope, MStepConfig};
 use crate::error::{Error, Result};
 use crate::joint_state::JointState;
 use crate::learned::LearnedConcepts;
-use crate::m_step::{Draw, LossContext, check_masks, gradients_of, step_event};
+use crate::m_step::{Draw, LossContext, check_masks, step_event};
 use crate::mask::ImageMasks;
 use crate::observer::{Event, Observer, tell};
-use crate::optimizer::{AdamWState, clip_gradient_norm};
+use crate::optimizer::{AdamWState, clipping};
 use crate::prepared::PreparedScene;
 
 /// Alpha of new LoRA factors is their rank: the product counts once.
@@ -91,14 +91,10 @@ pub fn joint_stage(
             tokenizer: &tokenizer,
             config: m_step,
         };
-        let losses = context.losses(rows.as_tensor(), &draw)?;
-        let gradients = gradients_of(&losses.total, &vars, (STAGE, done))?;
-        let (gradients, _) = clip_gradient_norm(&gradients, m_step.max_gradient_norm)?;
-        let moved;
-        (moved, optimizer) = optimizer.step(&values(), &gradients, &rates, m_step)?;
-        for (var, value) in vars.iter().zip(&moved) {
-            var.set(value)?;
-        }
+        let objective = context.objective(rows.as_tensor(), &draw)?;
+        let (gradients, losses) = objective.gradients(&vars, (STAGE, done))?;
+        let scale = clipping(&gradients, m_step.max_gradient_norm)?;
+        optimizer.step(&vars, gradients, &scale, &rates, m_step)?;
         let now = LearnedConcepts {
             rows: rows.as_detached_tensor(),
             ..learned.clone()
@@ -108,7 +104,7 @@ pub fn joint_stage(
             learned: &now,
             unet: &trained.unet,
         };
-        let told = tell(observer, &step_event(STAGE, done, config.steps, &losses))
+        let told = tell(observer, &step_event(STAGE, done, config.steps, losses))
             .and_then(|()| tell(observer, &event));
         if told.is_err() || done.is_multiple_of(CHECKPOINT_EVERY) {
             let values = variables

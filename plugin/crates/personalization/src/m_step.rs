@@ -24,7 +24,7 @@ use crate::loss::cross_attention::concept_maps;
 use crate::loss::{cross_attention_loss, masked_diffusion_loss};
 use crate::mask::{ImageMasks, at_resolution, plane_tensor};
 use crate::observer::{Event, Observer, tell};
-use crate::optimizer::{AdamWState, clip_gradient_norm};
+use crate::optimizer::{AdamWState, clipping};
 use crate::prepared::PreparedScene;
 use crate::scene::ScenePicture;
 use crate::size::Size;
@@ -81,12 +81,52 @@ impl Draw {
     }
 }
 
-/// The losses of one step.
-#[derive(Debug)]
+/// The losses of one step: numbers, so that nobody who is told of them holds its graph.
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Losses {
-    pub(crate) total: Tensor,
     pub(crate) masked_diffusion: f32,
     pub(crate) cross_attention: f32,
+}
+
+/// L, and what it is made of.
+#[derive(Debug)]
+pub(crate) struct Objective {
+    total: Tensor,
+    masked_diffusion: Tensor,
+    /// None where it does not count.
+    cross_attention: Option<Tensor>,
+}
+
+impl Objective {
+    /// Gradients, zeros for variables that it does not depend on, and the losses. The graph ends here, and the device is
+    /// waited for once.
+    ///
+    /// `at` is the stage and the step, from 1, that a loss which is not finite is reported for.
+    pub(crate) fn gradients(
+        self,
+        variables: &[&Var],
+        (stage, step): (&'static str, usize),
+    ) -> Result<(Vec<Tensor>, Losses)> {
+        let mut gradients = self.total.backward()?;
+        let gradient = |var: &&Var| match gradients.remove(var.as_tensor()) {
+            Some(gradient) => Ok(gradient.detach()),
+            None => Ok(var.as_tensor().zeros_like()?.detach()),
+        };
+        let gradients = variables.iter().map(gradient).collect::<Result<_>>()?;
+        let parts: Vec<&Tensor> = [&self.masked_diffusion]
+            .into_iter()
+            .chain(&self.cross_attention)
+            .collect();
+        let values = Tensor::stack(&parts, 0)?.to_vec1::<f32>()?;
+        if values.iter().any(|value| !value.is_finite()) {
+            return Err(Error::NonFiniteLoss { stage, step });
+        }
+        let losses = Losses {
+            masked_diffusion: values[0],
+            cross_attention: values.get(1).copied().unwrap_or(0.0),
+        };
+        Ok((gradients, losses))
+    }
 }
 
 /// What the losses of a step are computed with.
@@ -104,7 +144,7 @@ pub(crate) struct LossContext<'a> {
 
 impl LossContext<'_> {
     /// L of this draw, differentiable in `rows` `[C·V, D]` and in whatever of the U-Net is a variable.
-    pub(crate) fn losses(&self, rows: &Tensor, draw: &Draw) -> Result<Losses> {
+    pub(crate) fn objective(&self, rows: &Tensor, draw: &Draw) -> Result<Objective> {
         let picture = &self.scene.scene.pictures()[draw.picture];
         let concepts: Vec<usize> = draw.subset.iter().map(|&i| picture.concepts[i]).collect();
         let prompt = self
@@ -118,11 +158,10 @@ impl LossContext<'_> {
         let Some(masks) = self.masks.map(|masks| &masks[draw.picture]) else {
             let prediction = self.unet.forward(&noisy, &timesteps, &context)?;
             let total = (prediction - target)?.sqr()?.mean_all()?;
-            let masked_diffusion = total.to_scalar()?;
-            return Ok(Losses {
+            return Ok(Objective {
+                masked_diffusion: total.clone(),
                 total,
-                masked_diffusion,
-                cross_attention: 0.0,
+                cross_attention: None,
             });
         };
         let positions = self.learned.positions(self.tokenizer, &prompt, &concepts)?;
@@ -143,18 +182,17 @@ impl LossContext<'_> {
         let union = plane_tensor(&union, masks.size(), latent, draw.flipped, device)?;
         let masked_diffusion = masked_diffusion_loss(&observed.prediction, &target, &union)?;
         if layers.is_empty() {
-            let value = masked_diffusion.to_scalar()?;
-            return Ok(Losses {
-                total: masked_diffusion,
-                masked_diffusion: value,
-                cross_attention: 0.0,
+            return Ok(Objective {
+                total: masked_diffusion.clone(),
+                masked_diffusion,
+                cross_attention: None,
             });
         }
         let cross_attention = self.cross_attention(observed.attention, masks, draw)?;
-        Ok(Losses {
-            masked_diffusion: masked_diffusion.to_scalar()?,
-            cross_attention: cross_attention.to_scalar()?,
-            total: (masked_diffusion + (cross_attention * self.config.lambda_attention)?)?,
+        Ok(Objective {
+            total: (&masked_diffusion + (&cross_attention * self.config.lambda_attention)?)?,
+            masked_diffusion,
+            cross_attention: Some(cross_attention),
         })
     }
 
@@ -222,7 +260,7 @@ pub fn m_step(
             config,
             &draw,
         )?;
-        tell(observer, &step_event(TOKENS, done, n_steps, &losses))?;
+        tell(observer, &step_event(TOKENS, done, n_steps, losses))?;
         let event = Event::Learned {
             step: learned.step,
             learned: &learned,
@@ -248,7 +286,7 @@ pub(crate) fn inversion(
         let draw = Draw::new(model, scene, config, (learned.seed, "inversion", done))?;
         let losses;
         (inverted, losses) = token_step(model, scene, None, &inverted, &tokenizer, config, &draw)?;
-        tell(observer, &step_event(INVERSION, done, n_steps, &losses))?;
+        tell(observer, &step_event(INVERSION, done, n_steps, losses))?;
     }
     // Stage 2 counts its own steps and starts with fresh moments, as a new optimizer does.
     let optimizer = AdamWState::zeros(std::slice::from_ref(&inverted.rows))?;
@@ -280,60 +318,30 @@ fn token_step(
         tokenizer,
         config,
     };
-    let losses = context.losses(rows.as_tensor(), draw)?;
-    let gradients = gradients_of(&losses.total, &[&rows], (stage, learned.step + 1))?;
-    let (gradients, _) = clip_gradient_norm(&gradients, config.max_gradient_norm)?;
+    let objective = context.objective(rows.as_tensor(), draw)?;
+    let (gradients, losses) = objective.gradients(&[&rows], (stage, learned.step + 1))?;
+    let scale = clipping(&gradients, config.max_gradient_norm)?;
     let rates = [config.learning_rate];
-    let (moved, optimizer) =
-        learned
-            .optimizer
-            .step(&[rows.as_detached_tensor()], &gradients, &rates, config)?;
-    let rows = moved
-        .into_iter()
-        .next()
-        .unwrap_or_else(|| learned.rows.clone());
-    Ok((
-        LearnedConcepts {
-            rows,
-            optimizer,
-            step: learned.step + 1,
-            ..learned.clone()
-        },
-        losses,
-    ))
-}
-
-/// Gradients of a finite loss; zeros for variables that it does not depend on.
-///
-/// `at` is the stage and the step, from 1, that a loss which is not finite is reported for.
-pub(crate) fn gradients_of(
-    loss: &Tensor,
-    variables: &[&Var],
-    at: (&'static str, usize),
-) -> Result<Vec<Tensor>> {
-    if !loss.to_scalar::<f32>()?.is_finite() {
-        let (stage, step) = at;
-        return Err(Error::NonFiniteLoss { stage, step });
-    }
-    let mut gradients = loss.backward()?;
-    let gradient = |var: &&Var| match gradients.remove(var.as_tensor()) {
-        Some(gradient) => Ok(gradient.detach()),
-        None => Ok(var.as_tensor().zeros_like()?.detach()),
+    let mut optimizer = learned.optimizer.clone();
+    optimizer.step(&[&rows], gradients, &scale, &rates, config)?;
+    let next = LearnedConcepts {
+        rows: rows.as_detached_tensor(),
+        optimizer,
+        step: learned.step + 1,
+        ..learned.clone()
     };
-    variables.iter().map(gradient).collect()
+    Ok((next, losses))
 }
 
 pub(crate) fn step_event(
     stage: &'static str,
     step: usize,
     total: usize,
-    losses: &Losses,
-) -> Event<'static> {
-    let Losses {
+    Losses {
         masked_diffusion,
         cross_attention,
-        ..
-    } = *losses;
+    }: Losses,
+) -> Event<'static> {
     Event::Step {
         stage,
         step,

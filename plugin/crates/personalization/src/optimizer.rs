@@ -11,7 +11,7 @@
 //! | η, ω | learning rate and weight decay |
 //! | m, v | moments, zeros at t = 0 |
 
-use candle_core::Tensor;
+use candle_core::{Tensor, Var};
 
 use crate::config::MStepConfig;
 use crate::error::Result;
@@ -46,59 +46,53 @@ impl AdamWState {
         })
     }
 
-    /// One step: the new parameters and the new state.
+    /// One step, variable by variable, so that no more than one is there twice. A gradient is freed when it was used.
     ///
-    /// `rates` has a learning rate per parameter.
+    /// * `scale`: of all gradients, see [`clipping`]
+    /// * `rates`: a learning rate per variable
     ///
     /// # Errors
     /// The tensor library fails.
     pub fn step(
-        &self,
-        parameters: &[Tensor],
-        gradients: &[Tensor],
+        &mut self,
+        variables: &[&Var],
+        gradients: Vec<Tensor>,
+        scale: &Tensor,
         rates: &[f64],
         config: &MStepConfig,
-    ) -> Result<(Vec<Tensor>, Self)> {
+    ) -> Result<()> {
+        self.t += 1;
         let [beta1, beta2] = config.betas;
-        let t = self.t + 1;
-        let (correction1, correction2) = (1.0 - beta1.powi(t as i32), 1.0 - beta2.powi(t as i32));
-        let mut next = Self {
-            m: Vec::new(),
-            v: Vec::new(),
-            t,
-        };
-        let mut moved = Vec::new();
-        for (i, (parameter, gradient)) in parameters.iter().zip(gradients).enumerate() {
-            let m = ((&self.m[i] * beta1)? + (gradient * (1.0 - beta1))?)?;
-            let v = ((&self.v[i] * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
+        let correction = |beta: f64| 1.0 - beta.powi(self.t as i32);
+        let (correction1, correction2) = (correction(beta1), correction(beta2));
+        let moments = self.m.iter_mut().zip(&mut self.v);
+        for (((variable, gradient), &rate), (m, v)) in
+            variables.iter().zip(gradients).zip(rates).zip(moments)
+        {
+            let gradient = gradient.broadcast_mul(scale)?;
+            *m = ((&*m * beta1)? + (&gradient * (1.0 - beta1))?)?.detach();
+            *v = ((&*v * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?.detach();
             let denominator = ((v.sqrt()? / correction2.sqrt())? + config.epsilon)?;
-            let step = ((&m / denominator)? * (rates[i] / correction1))?;
-            let decayed = (parameter * (1.0 - rates[i] * config.weight_decay))?;
-            moved.push((decayed - step)?.detach());
-            next.m.push(m.detach());
-            next.v.push(v.detach());
+            let step = ((&*m / denominator)? * (rate / correction1))?;
+            let decayed = (variable.as_detached_tensor() * (1.0 - rate * config.weight_decay))?;
+            variable.set(&(decayed - step)?)?;
         }
-        Ok((moved, next))
+        Ok(())
     }
 }
 
-/// Scales all gradients together so that their joint norm is at most `max_norm` (PyTorch's `clip_grad_norm_`).
-/// Returns them with the norm before.
+/// What all gradients are to be multiplied by, so that their joint norm is at most `max_norm` (PyTorch's
+/// `clip_grad_norm_`): a scalar that stays on the device. There must be a gradient.
 ///
 /// # Errors
 /// The tensor library fails.
-pub fn clip_gradient_norm(gradients: &[Tensor], max_norm: f64) -> Result<(Vec<Tensor>, f64)> {
-    let mut square = 0.0;
-    for gradient in gradients {
-        square += f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?);
-    }
-    let norm = square.sqrt();
-    let scale = (max_norm / (norm + 1e-6)).min(1.0);
-    let scaled = gradients
+pub fn clipping(gradients: &[Tensor], max_norm: f64) -> Result<Tensor> {
+    let squares = gradients
         .iter()
-        .map(|gradient| Ok((gradient * scale)?))
-        .collect::<Result<_>>()?;
-    Ok((scaled, norm))
+        .map(|gradient| gradient.sqr()?.sum_all())
+        .collect::<candle_core::Result<Vec<_>>>()?;
+    let norm = Tensor::stack(&squares, 0)?.sum_all()?.sqrt()?;
+    Ok(((norm + 1e-6)?.recip()? * max_norm)?.minimum(1.0)?)
 }
 
 #[cfg(test)]
@@ -113,15 +107,14 @@ mod tests {
             ..MStepConfig::break_a_scene()
         };
         let tensor = |v: f32| Tensor::new(&[v], &Device::Cpu).unwrap();
-        let (mut parameters, mut state) = (
-            vec![tensor(1.0)],
-            AdamWState::zeros(&[tensor(1.0)]).unwrap(),
-        );
+        let variable = Var::from_tensor(&tensor(1.0)).unwrap();
+        let mut state = AdamWState::zeros(&[tensor(1.0)]).unwrap();
         let (mut theta, mut m, mut v) = (1.0f64, 0.0f64, 0.0f64);
         for (t, gradient) in [(1, 0.5f64), (2, -0.25)] {
-            let gradients = [tensor(gradient as f32)];
-            (parameters, state) = state
-                .step(&parameters, &gradients, &[0.1], &config)
+            let gradients = vec![tensor(2.0 * gradient as f32)];
+            let scale = Tensor::new(0.5f32, &Device::Cpu).unwrap();
+            state
+                .step(&[&variable], gradients, &scale, &[0.1], &config)
                 .unwrap();
             theta *= 1.0 - 0.1 * 1e-2;
             m = 0.9 * m + 0.1 * gradient;
@@ -129,7 +122,7 @@ mod tests {
             theta -=
                 0.1 * (m / (1.0 - 0.9f64.powi(t))) / ((v / (1.0 - 0.999f64.powi(t))).sqrt() + 1e-8);
         }
-        let ours = f64::from(parameters[0].to_vec1::<f32>().unwrap()[0]);
+        let ours = f64::from(variable.to_vec1::<f32>().unwrap()[0]);
         assert!((ours - theta).abs() < 1e-6, "{ours} {theta}");
     }
 
@@ -139,8 +132,11 @@ mod tests {
             Tensor::new(&[3.0f32], &Device::Cpu).unwrap(),
             Tensor::new(&[4.0f32], &Device::Cpu).unwrap(),
         ];
-        let (clipped, norm) = clip_gradient_norm(&gradients, 1.0).unwrap();
-        assert!((norm - 5.0).abs() < 1e-6);
-        assert!((clipped[0].to_vec1::<f32>().unwrap()[0] - 0.6).abs() < 1e-5);
+        let scale = |max_norm: f64| -> f32 {
+            let scale = clipping(&gradients, max_norm).unwrap();
+            scale.to_scalar().unwrap()
+        };
+        assert!((scale(1.0) - 0.2).abs() < 1e-6);
+        assert_eq!(scale(6.0), 1.0);
     }
 }

@@ -109,6 +109,19 @@ impl Conv3x3 {
         })
     }
 
+    /// Halves with zeros below and to the right only, as the VAE's encoder does.
+    pub(crate) fn halving_after(w: &Weights, n_channels: usize) -> Result<Self> {
+        let conv = Self::new(w, n_channels, n_channels)?;
+        Ok(Self {
+            stride: 2,
+            padding: Padding {
+                before: 0,
+                after: 1,
+            },
+            ..conv
+        })
+    }
+
     /// x `[B, in, H, W]` to `[B, out, H, W]`, halved if so made.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         ops::conv2d(x, &self.weight, Some(&self.bias), self.stride, self.padding)

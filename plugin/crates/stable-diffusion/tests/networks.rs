@@ -8,9 +8,11 @@ use candle_core::{Device, Tensor, Var};
 use small::{distance, random};
 use stable_diffusion::{
     Error,
+    config::VaeConfig,
     ops::Backend,
     text_encoder::TextEncoder,
     unet::{Stage, UNet, Watch},
+    vae::Vae,
     weights::WeightMap,
 };
 
@@ -299,6 +301,33 @@ fn the_slope_along_the_context_is_that_of_finite_differences_here() {
         (slope - difference).abs() < 0.01 * slope.abs(),
         "{slope} and {difference}"
     );
+}
+
+#[test]
+fn the_vae_is_that_of_candle_transformers() {
+    for (use_quant_conv, layers_per_block) in [(true, 2), (false, 1)] {
+        let config = VaeConfig {
+            block_out_channels: vec![16, 32, 32],
+            layers_per_block,
+            norm_num_groups: 8,
+            use_quant_conv,
+            use_post_quant_conv: use_quant_conv,
+            ..small::config().vae
+        };
+        let weights = WeightMap::random(9, |w| Vae::new(&config, w).map(drop)).unwrap();
+        let own = weights.build("own", |w| Vae::new(&config, w)).unwrap();
+        let by_candle = weights.build("candle", |w| Vae::by_candle(&config, w));
+        let by_candle = by_candle.unwrap();
+        let image = random(&[2, 3, 24, 40], 0);
+        let [a, b] = [&own, &by_candle].map(|vae| vae.moments(&image).unwrap());
+        assert_eq!(a.mean.dims(), [2, config.latent_channels, 6, 10]);
+        let apart = [distance(&a.mean, &b.mean), distance(&a.std, &b.std)];
+        assert!(apart.iter().all(|&d| d < 1e-5), "{apart:?}");
+        let z = random(&[2, config.latent_channels, 6, 10], 1);
+        let [a, b] = [&own, &by_candle].map(|vae| vae.decode(&z).unwrap());
+        assert_eq!(a.dims(), [2, 3, 24, 40]);
+        assert!(distance(&a, &b) < 1e-4, "{}", distance(&a, &b));
+    }
 }
 
 #[test]

@@ -1,0 +1,179 @@
+//! The picture's encoder and decoder.
+//!
+//! On a CPU they are layers of this crate ([`network`]), elsewhere candle-transformers' ([`by_candle`]); a test holds one
+//! against the other. No gradient: nothing here needs one.
+
+mod by_candle;
+mod network;
+
+use candle_core::Tensor;
+
+use self::by_candle::ByCandle;
+use self::network::{Decoder, Encoder};
+use crate::config::VaeConfig;
+use crate::error::{Error, Result};
+use crate::weights::{WeightMap, Weights};
+
+/// Range of the log-variance, as in diffusers' `DiagonalGaussianDistribution`.
+const LOG_VARIANCE: (f64, f64) = (-30.0, 20.0);
+
+/// The posterior q(z | picture), not scaled.
+#[derive(Debug, Clone)]
+pub struct LatentMoments {
+    /// [B, 4, h, w]
+    pub mean: Tensor,
+    /// [B, 4, h, w]
+    pub std: Tensor,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Vae {
+    form: Form,
+    config: VaeConfig,
+}
+
+#[derive(Debug)]
+enum Form {
+    Own(Box<(Encoder, Decoder)>),
+    ByCandle(Box<ByCandle>),
+}
+
+impl Vae {
+    /// Builds the VAE. The names must be today's: see [`canonical_names`].
+    ///
+    /// # Errors
+    /// Those of the tensor library; missing tensors are reported by [`WeightMap::build`].
+    pub fn new(config: &VaeConfig, weights: Weights) -> Result<Self> {
+        let form = if weights.device().is_cpu() {
+            let own = (
+                Encoder::new(config, &weights)?,
+                Decoder::new(config, &weights)?,
+            );
+            Form::Own(Box::new(own))
+        } else {
+            Form::ByCandle(Box::new(ByCandle::new(config, weights)?))
+        };
+        let config = config.clone();
+        Ok(Self { form, config })
+    }
+
+    /// The same weights by candle-transformers, on a CPU too: for tests.
+    ///
+    /// # Errors
+    /// As [`Vae::new`].
+    pub fn by_candle(config: &VaeConfig, weights: Weights) -> Result<Self> {
+        Ok(Self {
+            form: Form::ByCandle(Box::new(ByCandle::new(config, weights)?)),
+            config: config.clone(),
+        })
+    }
+
+    /// The posterior of pictures, [B, 3, H, W] in [-1, 1]; H and W must be multiples of
+    /// [`VaeConfig::downsampling`].
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for another shape.
+    pub fn moments(&self, image: &Tensor) -> Result<LatentMoments> {
+        let factor = self.config.downsampling();
+        match image.dims() {
+            [_, c, h, w]
+                if *c == self.config.in_channels
+                    && h.is_multiple_of(factor)
+                    && w.is_multiple_of(factor) => {}
+            dims => {
+                let wanted = format!(
+                    "[B, {}, H, W] with H and W multiples of {factor}",
+                    self.config.in_channels
+                );
+                return Err(Error::argument(
+                    "image",
+                    format!("{dims:?} is not {wanted}"),
+                ));
+            }
+        }
+        let image = image.detach();
+        let moments = match &self.form {
+            Form::Own(own) => own.0.forward(&image)?,
+            Form::ByCandle(inner) => inner.moments(&image)?,
+        };
+        let n = self.config.latent_channels;
+        let log_variance = moments
+            .narrow(1, n, n)?
+            .clamp(LOG_VARIANCE.0, LOG_VARIANCE.1)?;
+        Ok(LatentMoments {
+            mean: moments.narrow(1, 0, n)?.contiguous()?,
+            std: (log_variance * 0.5)?.exp()?,
+        })
+    }
+
+    /// Pictures [B, 3, H, W] of scaled latents [B, 4, h, w]: about [-1, 1], not clamped.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for another shape.
+    pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        let n = self.config.latent_channels;
+        if latents.rank() != 4 || latents.dims()[1] != n {
+            return Err(Error::argument(
+                "latents",
+                format!("{:?} is not [B, {n}, h, w]", latents.dims()),
+            ));
+        }
+        let z = self.unscaled(&latents.detach())?;
+        match &self.form {
+            Form::Own(own) => own.1.forward(&z),
+            Form::ByCandle(inner) => inner.decode(&z),
+        }
+    }
+
+    /// What the U-Net sees of z: (z - shift) · scaling.
+    ///
+    /// # Errors
+    /// Those of the tensor library.
+    pub fn scaled(&self, z: &Tensor) -> Result<Tensor> {
+        Ok(((z - self.config.shift_factor)? * self.config.scaling_factor)?)
+    }
+
+    /// The inverse of [`Vae::scaled`].
+    ///
+    /// # Errors
+    /// Those of the tensor library.
+    pub fn unscaled(&self, latents: &Tensor) -> Result<Tensor> {
+        Ok(((latents * (1.0 / self.config.scaling_factor))? + self.config.shift_factor)?)
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &VaeConfig {
+        &self.config
+    }
+}
+
+/// Renames the attention of VAEs written by diffusers before 0.18 (`query`, `key`, `value`,
+/// `proj_attn`) and gives its 1×1 convolutions the shape of the linear layers they are.
+///
+/// # Errors
+/// Those of the tensor library.
+pub fn canonical_names(map: WeightMap) -> Result<WeightMap> {
+    const OLD: [(&str, &str); 4] = [
+        ("query", "to_q"),
+        ("key", "to_k"),
+        ("value", "to_v"),
+        ("proj_attn", "to_out.0"),
+    ];
+    let renamed = map.0.into_iter().map(|(name, tensor)| {
+        let Some((path, layer)) = name.split_once(".attentions.0.") else {
+            return Ok((name, tensor));
+        };
+        let (old, leaf) = layer.rsplit_once('.').unwrap_or((layer, ""));
+        let layer = OLD
+            .iter()
+            .find(|(from, _)| *from == old)
+            .map_or(old, |(_, to)| to);
+        let tensor = match tensor.dims() {
+            [o, i, 1, 1] => tensor.reshape((*o, *i))?,
+            _ => tensor,
+        };
+        Ok((format!("{path}.attentions.0.{layer}.{leaf}"), tensor))
+    });
+    Ok(WeightMap(renamed.collect::<Result<_>>()?))
+}
