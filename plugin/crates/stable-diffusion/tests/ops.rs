@@ -250,6 +250,8 @@ fn conv2d() {
         (2, 3, 23, 29, 5, 3, 1, Padding::around(1)),
         (1, 33, 17, 3, 40, 3, 1, Padding::around(1)),
         (1, 2, 1, 1, 2, 3, 1, Padding::around(1)),
+        // Of channels and pixels enough for fewer products, with tiles cut off.
+        (2, 17, 45, 47, 20, 3, 1, Padding::around(1)),
     ];
     for (batch, n_in, height, width, out, kernel, stride, padding) in cases {
         let weight = [out, n_in, kernel, kernel];

@@ -1,4 +1,5 @@
-//! 2-D convolution of `[B, C, H, W]` by gathering windows (im2col) and one matrix product per tile of pixels.
+//! 2-D convolution of `[B, C, H, W]` by gathering windows (im2col) and one matrix product per tile of pixels; by
+//! [`super::winograd`] where that takes less.
 
 use candle_core::{Result, Shape, Tensor, bail};
 use rayon::prelude::*;
@@ -9,6 +10,7 @@ use super::{
     memory::with_scratch,
     projection::{channel_sums, shift},
     simd::items_per_thread,
+    winograd::Winograd,
 };
 use crate::ops::Padding;
 
@@ -197,6 +199,15 @@ impl Conv {
             });
     }
 
+    /// The way with fewer products, where this is a convolution for it.
+    fn winograd(&self) -> Option<Winograd> {
+        let is_plain =
+            self.kernel == [3, 3] && self.stride == 1 && self.padding == Padding::around(1);
+        is_plain
+            .then(|| Winograd::suited([self.n_in, self.n_out], self.input))
+            .flatten()
+    }
+
     fn bias_of(&self, bias: &[f32], sample: usize, out: usize) -> f32 {
         if bias.len() == self.n_out {
             bias[out]
@@ -214,6 +225,13 @@ impl Layer for Conv {
     }
 
     fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
+        if let Some(winograd) = self.winograd() {
+            let shift = |sample: usize, out: usize| match bias {
+                [] => 0.0,
+                bias => self.bias_of(bias, sample, out),
+            };
+            return winograd.convolved(x, weight, shift);
+        }
         let (n_pixels, window) = (self.n_outputs(), self.window());
         let weight = Matrix::new(weight, [self.n_out, window]);
         let mut y = vec![0.0; self.n_samples * self.n_out * n_pixels];

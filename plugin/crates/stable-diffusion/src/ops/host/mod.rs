@@ -10,6 +10,7 @@ mod conv;
 mod layer;
 mod norm;
 mod projection;
+mod winograd;
 
 use candle_core::{Result, Tensor};
 
