@@ -1,6 +1,6 @@
 //! The picture's encoder and decoder.
 //!
-//! On a CPU they are layers of this crate ([`network`]), elsewhere candle-transformers' ([`by_candle`]); a test holds one
+//! On a CPU they are layers of this crate (`network`), elsewhere candle-transformers' (`by_candle`); a test holds one
 //! against the other. No gradient: nothing here needs one.
 
 mod by_candle;
