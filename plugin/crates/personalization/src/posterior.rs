@@ -189,10 +189,9 @@ impl Picture<'_> {
         let basins = basins_for(foreground, size, n_objects, &config.regions);
         // Where only the noise counts, attention parts nothing.
         let by_words = config.pooling == Pooling::BetterParts && config.cue != Cue::Noise;
-        let of_words = by_words.then(|| {
-            let shares = self.log_prior();
-            regions_of_words(basins.clone(), foreground, size, &shares, &config.regions)
-        });
+        let shares = self.log_prior();
+        let of_words = by_words
+            .then(|| regions_of_words(basins.clone(), foreground, size, &shares, &config.regions));
         let of_shape = regions(
             basins,
             foreground,
@@ -201,7 +200,7 @@ impl Picture<'_> {
             self.affinity,
             &config.regions,
         );
-        let pixels = self.pixel_evidence();
+        let pixels = self.pixel_evidence(shares);
         let price = config.part_price * self.n_pixels() as f64 / self.pixels_per_cell();
         let decided = [Some(of_shape), of_words].map(|parts| {
             let parts = parts.filter(|parts| parts.len() >= n_objects)?;
@@ -221,9 +220,9 @@ impl Picture<'_> {
 
     /// r_c of every pixel, `[objects][H · W]`, in nats per latent cell: the prior counts once per cell, as the likelihood
     /// does.
-    fn pixel_evidence(&self) -> Vec<Vec<f64>> {
+    fn pixel_evidence(&self, log_prior: Vec<Vec<f64>>) -> Vec<Vec<f64>> {
         let size = self.size;
-        let mut evidence = self.log_prior();
+        let mut evidence = log_prior;
         for (own, &c) in evidence.iter_mut().zip(&self.objects) {
             if let Some((latent, likelihood)) = self.log_likelihood(c) {
                 for (pixel, value) in own.iter_mut().enumerate() {

@@ -10,8 +10,8 @@ use candle_core::{DType, Tensor};
 /// |---|---|
 /// | a frozen parameter gets no gradient: none is computed, none is kept | `tests/ops.rs` |
 /// | without a tracked operand nothing is kept for a backward pass | `tests/ops.rs` |
-/// | an attention map is never built whole | `tests/ops.rs` |
-/// | no graph outlives its step | `tests/networks.rs` |
+/// | an attention map is never built whole | `tests/memory.rs` |
+/// | no graph outlives its step | `tests/memory.rs` |
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
     /// Kernels of this crate, for f32 in memory; the same bits for any number of threads.

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor, bail};
 
-use super::{function::Function, linear::sum_to};
+use super::function::{Function, only, sum_to};
 use crate::ops::Padding;
 
 /// Operands x, W and perhaps b `[out]` or `[B, out]`.
@@ -115,10 +115,7 @@ impl Function for Conv {
             _ if operands[2].rank() == 2 => dy.flatten_from(2)?.sum(2),
             _ => sum_to(&dy, 1),
         };
-        let operands = wanted.iter().enumerate();
-        operands
-            .map(|(operand, &wanted)| wanted.then(|| gradient(operand)).transpose())
-            .collect()
+        only(wanted, gradient)
     }
 }
 

@@ -6,7 +6,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, InplaceOp1, Layout, MetalStorage,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, D, InplaceOp1, Layout, MetalStorage,
     Result, Shape, Tensor,
     backend::{BackendDevice, BackendStorage},
     bail,
@@ -49,6 +49,26 @@ pub(super) fn apply<F: Function>(function: F, operands: &[&Tensor]) -> Result<Te
         [a, b, c] => a.apply_op3(b, c, node),
         _ => bail!("{}: more than three operands are tracked", F::NAME),
     }
+}
+
+/// What [`Function::backward`] returns, of a gradient for each operand.
+pub(super) fn only(
+    wanted: &[bool],
+    gradient: impl Fn(usize) -> Result<Tensor>,
+) -> Result<Vec<Option<Tensor>>> {
+    let operands = wanted.iter().enumerate();
+    operands
+        .map(|(operand, &wanted)| wanted.then(|| gradient(operand)).transpose())
+        .collect()
+}
+
+/// Σ over all dimensions but one.
+pub(super) fn sum_to(x: &Tensor, dim: usize) -> Result<Tensor> {
+    let n = x.dim(dim)?;
+    x.transpose(0, dim)?
+        .contiguous()?
+        .reshape((n, ()))?
+        .sum(D::Minus1)
 }
 
 struct Node<F> {

@@ -1,8 +1,8 @@
 //! y = x·Wᵀ + b: dx = dy·W, dW = dyᵀ·x, db = Σ dy.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{Result, Tensor};
 
-use super::function::Function;
+use super::function::{Function, only};
 use crate::ops::{composed, weight_dims};
 
 /// Operands x, W and perhaps b.
@@ -36,18 +36,6 @@ impl Function for Linear {
             }
             _ => dy.sum(0),
         };
-        let operands = wanted.iter().enumerate();
-        operands
-            .map(|(operand, &wanted)| wanted.then(|| gradient(operand)).transpose())
-            .collect()
+        only(wanted, gradient)
     }
-}
-
-/// Σ over all dimensions but one.
-pub(super) fn sum_to(x: &Tensor, dim: usize) -> Result<Tensor> {
-    let n = x.dim(dim)?;
-    x.transpose(0, dim)?
-        .contiguous()?
-        .reshape((n, ()))?
-        .sum(D::Minus1)
 }

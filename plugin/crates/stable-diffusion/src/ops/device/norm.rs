@@ -7,7 +7,10 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
-use super::{activation::slope, function::Function, linear::sum_to};
+use super::{
+    activation::slope,
+    function::{Function, only, sum_to},
+};
 use crate::ops::{Activation, After, composed};
 
 /// Operands x, γ and β.
@@ -151,9 +154,6 @@ impl Function for Normalization {
             1 => sum_to(&(&d * &plain)?, axis)?.to_dtype(weight.dtype()),
             _ => sum_to(&d, axis)?.to_dtype(bias.dtype()),
         };
-        let operands = wanted.iter().enumerate();
-        operands
-            .map(|(operand, &wanted)| wanted.then(|| gradient(operand)).transpose())
-            .collect()
+        only(wanted, gradient)
     }
 }

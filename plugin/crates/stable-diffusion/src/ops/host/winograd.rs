@@ -23,9 +23,14 @@ use super::{
     simd::{items_per_thread, vectorize},
 };
 
-/// The matrices of one tile size.
+/// Side of a tile of the input.
+const T: usize = 6;
+/// Side of a tile of the output.
+const M: usize = T - 2;
+
+/// The matrices of tiles.
 #[derive(Debug)]
-struct Transforms<const T: usize, const M: usize> {
+struct Transforms {
     /// Bᵀ
     input: [[f32; T]; T],
     /// G
@@ -34,7 +39,7 @@ struct Transforms<const T: usize, const M: usize> {
     output: [[f32; T]; M],
 }
 
-const TRANSFORMS: Transforms<6, 4> = Transforms {
+const TRANSFORMS: Transforms = Transforms {
     input: [
         [4.0, 0.0, -5.0, 0.0, 1.0, 0.0],
         [0.0, -4.0, -4.0, 1.0, 1.0, 0.0],
@@ -96,16 +101,6 @@ impl Winograd {
         weight: &[f32],
         shift: impl Fn(usize, usize) -> f32 + Sync,
     ) -> Vec<f32> {
-        self.by(&TRANSFORMS, x, weight, shift)
-    }
-
-    fn by<const T: usize, const M: usize>(
-        &self,
-        transforms: &'static Transforms<T, M>,
-        x: &[f32],
-        weight: &[f32],
-        shift: impl Fn(usize, usize) -> f32 + Sync,
-    ) -> Vec<f32> {
         let (n_in, n_out, plane) = (self.n_in, self.n_out, self.height * self.width);
         let n_samples = x.len() / (n_in * plane).max(1);
         let mut y = vec![0.0; n_samples * n_out * plane];
@@ -122,7 +117,7 @@ impl Winograd {
         with_scratch(n_kernels + (n_in + n_out) * most, |scratch| {
             let (kernels, rest) = scratch.split_at_mut(n_kernels);
             let (seen, sums) = rest.split_at_mut(n_in * most);
-            self.transform_kernels(transforms, weight, kernels);
+            self.transform_kernels(weight, kernels);
             let samples = y
                 .chunks_exact_mut(n_out * plane)
                 .zip(x.chunks_exact(n_in * plane));
@@ -137,7 +132,7 @@ impl Winograd {
                         .with_min_len(items_per_thread(places * n_tiles))
                         .for_each(|(seen, x)| {
                             for (number, row) in rows.clone().enumerate() {
-                                tiles.see(transforms, x, row, |place, values| {
+                                tiles.see(x, row, |place, values| {
                                     let at = place * n_tiles + number * tiles.across;
                                     seen[at..at + tiles.across].copy_from_slice(values);
                                 });
@@ -155,7 +150,7 @@ impl Winograd {
                                     let at = place * n_tiles + number * tiles.across;
                                     &sums[at..at + tiles.across]
                                 };
-                                tiles.show(transforms, run, row, shift, y);
+                                tiles.show(run, row, shift, y);
                             }
                         });
                 }
@@ -191,12 +186,7 @@ impl Winograd {
     }
 
     /// U, `[out, T², in]`.
-    fn transform_kernels<const T: usize, const M: usize>(
-        &self,
-        transforms: &Transforms<T, M>,
-        weight: &[f32],
-        kernels: &mut [f32],
-    ) {
+    fn transform_kernels(&self, weight: &[f32], kernels: &mut [f32]) {
         let n_in = self.n_in;
         kernels
             .par_chunks_exact_mut(T * T * n_in)
@@ -218,11 +208,11 @@ impl Winograd {
                                 let mut half = [[0.0f32; LANES]; 3];
                                 for (column, half) in half.iter_mut().enumerate() {
                                     for tap in 0..3 {
-                                        let factor = transforms.kernel[row][tap];
+                                        let factor = TRANSFORMS.kernel[row][tap];
                                         add(half, factor, &taps[3 * tap + column]);
                                     }
                                 }
-                                for (column, factors) in transforms.kernel.iter().enumerate() {
+                                for (column, factors) in TRANSFORMS.kernel.iter().enumerate() {
                                     let mut value = [0.0f32; LANES];
                                     for (half, factor) in half.iter().zip(factors) {
                                         add(&mut value, *factor, half);
@@ -274,13 +264,7 @@ struct Tiles {
 
 impl Tiles {
     /// V of a row of tiles of one plane `x` `[H, W]`: `write(place in the tile, one value per tile)`.
-    fn see<const T: usize, const M: usize>(
-        &self,
-        transforms: &Transforms<T, M>,
-        x: &[f32],
-        row: usize,
-        mut write: impl FnMut(usize, &[f32]),
-    ) {
+    fn see(&self, x: &[f32], row: usize, mut write: impl FnMut(usize, &[f32])) {
         // With the zeros around it, and to the end of the last tile.
         let padded = self.across * M + T - M;
         let n_phase = self.across + (T - M).div_ceil(M);
@@ -300,7 +284,7 @@ impl Tiles {
             vectorize(
                 #[inline(always)]
                 || {
-                    for (i, factors) in transforms.input.iter().enumerate() {
+                    for (i, factors) in TRANSFORMS.input.iter().enumerate() {
                         combine(combined, factors, |k| &rows[k * padded..][..padded]);
                         for (phase, values) in phases.chunks_exact_mut(n_phase).enumerate() {
                             let source = combined[phase..].iter().step_by(M);
@@ -309,7 +293,7 @@ impl Tiles {
                                 .zip(source)
                                 .for_each(|(to, from)| *to = *from);
                         }
-                        for (j, factors) in transforms.input.iter().enumerate() {
+                        for (j, factors) in TRANSFORMS.input.iter().enumerate() {
                             combine(values, factors, |k| {
                                 &phases[k % M * n_phase + k / M..][..self.across]
                             });
@@ -322,14 +306,7 @@ impl Tiles {
     }
 
     /// Y of a row of tiles, from `sums(place in the tile)`, one value per tile, into one plane `y` `[H, W]`.
-    fn show<'a, const T: usize, const M: usize>(
-        &self,
-        transforms: &Transforms<T, M>,
-        sums: impl Fn(usize) -> &'a [f32],
-        row: usize,
-        shift: f32,
-        y: &mut [f32],
-    ) {
+    fn show<'a>(&self, sums: impl Fn(usize) -> &'a [f32], row: usize, shift: f32, y: &mut [f32]) {
         let across = self.across;
         with_scratch((T * M + 1) * across, |scratch| {
             let (half, values) = scratch.split_at_mut(T * M * across);
@@ -337,13 +314,13 @@ impl Tiles {
                 #[inline(always)]
                 || {
                     for i in 0..T {
-                        for (a, factors) in transforms.output.iter().enumerate() {
+                        for (a, factors) in TRANSFORMS.output.iter().enumerate() {
                             let half = &mut half[(i * M + a) * across..][..across];
                             combine(half, factors, |j| sums(i * T + j));
                         }
                     }
                     let n_rows = M.min(self.height - row * M);
-                    for (b, factors) in transforms.output.iter().enumerate().take(n_rows) {
+                    for (b, factors) in TRANSFORMS.output.iter().enumerate().take(n_rows) {
                         let y = &mut y[(row * M + b) * self.width..][..self.width];
                         for a in 0..M.min(self.width) {
                             combine(values, factors, |i| &half[(i * M + a) * across..][..across]);
