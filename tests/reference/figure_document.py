@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 # of the range of a figure over all pictures that are compared: a smaller difference is level
 LEVEL = 0.02
+# the section of figures.md that no run writes
+NOTES = "notes"
 # of em over baseline, in mean IoU, that the hard scenes are asked for
 LEAD = 0.1
 MASKS = {"objects, first masks": "iou_initial", "objects, last masks": "iou_final", "background": "background"}
@@ -322,7 +324,8 @@ def scene_by_scene(reports):
 
 
 def write_document(docs, reports, sections, steps):
-    """Writes these sections of figures.md and their plots; the others stay as they are. A comment names each one."""
+    """Writes these sections of figures.md and their plots; the others stay as they are. A comment names each one; the
+    section NOTES is written by hand and kept."""
     makers = {
         "masks": lambda: masks(docs, reports), "hard": lambda: hard(docs, reports),
         "starts": lambda: starts(docs, reports),
@@ -343,5 +346,5 @@ otherwise; {steps} steps on the tokens, the configuration `likelihood` unless it
 `picture_metrics.rs` beside it. Means are over all pairs of a picture and an object in it.
 
 """
-    text = head + "".join(f"<!-- {name} -->\n{texts[name]}" for name in SECTIONS if name in texts)
+    text = head + "".join(f"<!-- {name} -->\n{texts[name]}" for name in [NOTES, *SECTIONS] if name in texts)
     file.write_text(text.rstrip() + "\n")

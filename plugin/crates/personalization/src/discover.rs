@@ -8,37 +8,35 @@
 //! ```
 //!
 //! Too many parts are joined, those first that look at each other most. Assumes that the border shows mostly background.
-//! Which token gets which part is arbitrary: the order of the parts, from the strongest down.
+//! Which token gets which part is arbitrary: the order of the parts, from the strongest down. What is found stands for the
+//! attention of the tokens in the first masks, and in the mean over the rounds that is the prior of later ones: a token
+//! keeps its part until what it learned says otherwise.
 
 use crate::attention::upsample_bicubic;
-use crate::config::PosteriorConfig;
 use crate::evidence::Affinity;
-use crate::posterior::Posterior;
-use crate::regions::{Region, basins_for, cells_of, regions};
+use crate::maps::AttentionMaps;
+use crate::regions::{Region, RegionConfig, basins_for, cells_of, regions};
 use crate::scene::{Role, competitors};
 use crate::size::Size;
 
 /// More rounds than it ever takes: every one moves a cell, or it ends.
 const MOST_ROUNDS: usize = 50;
 
-/// A part for every object, all of them certain.
-pub(crate) fn discover(
+/// Attention of tokens that say nothing yet, as if each looked at a part of its own, the background at the rest; each
+/// map has the mass of the one that it stands for, so that later ones can be added. `None` where nothing was seen.
+pub(crate) fn discovered(
     affinity: &Affinity,
-    size: Size,
+    maps: &AttentionMaps,
     roles: &[Role],
-    config: &PosteriorConfig,
-) -> Posterior {
-    let objects = competitors(roles);
+    config: &RegionConfig,
+) -> Option<AttentionMaps> {
+    let (size, objects) = (maps.size, competitors(roles));
+    if affinity.is_empty() {
+        return None;
+    }
     let map = foreground(affinity, size);
-    let basins = basins_for(&map, size, objects.len(), &config.regions);
-    let parts = regions(
-        basins,
-        &map,
-        size,
-        objects.len(),
-        Some(affinity),
-        &config.regions,
-    );
+    let basins = basins_for(&map, size, objects.len(), config);
+    let parts = regions(basins, &map, size, objects.len(), Some(affinity), config);
     let parts = joined(parts, objects.len(), size, affinity);
     let mut planes = vec![vec![0.0f32; size.area()]; roles.len()];
     for (part, &c) in parts.iter().zip(&objects) {
@@ -52,11 +50,12 @@ pub(crate) fn discover(
             .map(|i| 1.0 - objects.iter().map(|&c| planes[c][i]).sum::<f32>())
             .collect();
     }
-    Posterior {
-        size,
-        planes,
-        log_evidence: 0.0,
+    let mass = |map: &[f32]| map.iter().map(|&v| f64::from(v)).sum::<f64>();
+    for (plane, map) in planes.iter_mut().zip(&maps.maps) {
+        let scale = mass(map) / mass(plane).max(1e-12);
+        plane.iter_mut().for_each(|v| *v *= scale as f32);
     }
+    Some(AttentionMaps { size, maps: planes })
 }
 
 /// `[H · W]` in [0, 1], high where cells do not look at the background.
@@ -139,39 +138,49 @@ mod tests {
         Affinity::from_mean(Size::square(8), mean.collect())
     }
 
+    /// Whose share is largest at the center of a cell of 4x4 pixels.
+    fn owner(found: &AttentionMaps, [y, x]: [usize; 2]) -> usize {
+        let value = |c: usize| found.maps[c][(4 * y) * 32 + 4 * x];
+        (0..found.maps.len())
+            .max_by(|&a, &b| value(a).total_cmp(&value(b)))
+            .unwrap()
+    }
+
+    fn found(roles: &[Role]) -> AttentionMaps {
+        let size = Size::square(32);
+        let maps = vec![vec![0.25; size.area()]; roles.len()];
+        let maps = AttentionMaps { size, maps };
+        discovered(&affinity(), &maps, roles, &RegionConfig::measured()).unwrap()
+    }
+
     #[test]
     fn things_are_found_without_a_word() {
-        let roles = [Role::Object, Role::Object, Role::Background];
-        let found = discover(
-            &affinity(),
-            Size::square(32),
-            &roles,
-            &PosteriorConfig::likelihood(),
-        );
-        let masks = found.masks().unwrap();
-        let center = |y: usize, x: usize| (4 * y) * 32 + 4 * x;
-        let owner = |pixel: usize| (0..3).find(|&c| masks.planes()[c][pixel] == 1).unwrap();
-        let (first, second) = (owner(center(3, 2)), owner(center(5, 6)));
+        let found = found(&[Role::Object, Role::Object, Role::Background]);
+        let (first, second) = (owner(&found, [3, 2]), owner(&found, [5, 6]));
         assert!(
             first < 2 && second < 2 && first != second,
             "{first} {second}"
         );
-        assert_eq!(owner(center(7, 1)), 2);
+        assert_eq!(owner(&found, [7, 1]), 2);
+        for map in &found.maps {
+            let mass = map.iter().sum::<f32>();
+            assert!((mass - 256.0).abs() < 0.1, "{mass}");
+        }
     }
 
     #[test]
     fn parts_that_look_at_each_other_are_one_object() {
-        let roles = [Role::Object, Role::Background];
-        let found = discover(
-            &affinity(),
-            Size::square(32),
-            &roles,
-            &PosteriorConfig::likelihood(),
-        );
-        let masks = found.masks().unwrap();
-        assert_eq!(
-            [12 * 32 + 8, 20 * 32 + 24].map(|i| masks.planes()[0][i]),
-            [1, 1]
-        );
+        let found = found(&[Role::Object, Role::Background]);
+        assert_eq!([[3, 2], [5, 6]].map(|cell| owner(&found, cell)), [0, 0]);
+    }
+
+    #[test]
+    fn nothing_is_found_where_nothing_was_seen() {
+        let size = Size::square(4);
+        let maps = vec![vec![0.25; size.area()]; 1];
+        let maps = AttentionMaps { size, maps };
+        let blind = Affinity::empty(Size::square(2));
+        let config = RegionConfig::measured();
+        assert_eq!(discovered(&blind, &maps, &[Role::Object], &config), None);
     }
 }

@@ -46,7 +46,8 @@ pub struct Evidence {
     pub log_likelihoods: Vec<Vec<f32>>,
     /// Draws in the sums; old ones count less if they are forgotten.
     pub n_draws: f64,
-    /// Attention, the mean over the draws of all rounds.
+    /// Attention, the mean over the draws of all rounds; draws of tokens that say nothing count as what
+    /// [`crate::discover`] found in them.
     pub attention: MeanAttention,
     /// Which cells look at each other.
     pub affinity: Affinity,

@@ -1,8 +1,7 @@
 //! What the E-step believes of a picture before the CRF.
 
 use crate::binarize::{compete, threshold};
-use crate::config::{ExtractionConfig, Foreground, Labeling, PosteriorConfig};
-use crate::discover::discover;
+use crate::config::{Cue, ExtractionConfig, Foreground, Labeling, PosteriorConfig};
 use crate::error::Result;
 use crate::evidence::Evidence;
 use crate::learned::LearnedConcepts;
@@ -28,7 +27,8 @@ impl From<ImageMasks> for Labels {
 }
 
 /// Labels from what was observed; `roles` in the order of the maps. Tokens that started from no word leave it to the
-/// self-attention what is foreground, and as long as they say nothing what is an object: see [`crate::discover`].
+/// self-attention what is foreground; as long as they say nothing the noise was not asked, and their attention is what
+/// [`crate::discover`] found.
 ///
 /// # Errors
 /// Roles, maps or evidence that do not fit each other.
@@ -43,19 +43,14 @@ pub fn label(
         Labeling::Threshold { tau } => threshold(maps, config.normalization, *tau)?.into(),
         Labeling::Compete { tau } => compete(maps, roles, config.normalization, *tau)?.into(),
         Labeling::Posterior(config) => {
-            let affinity = evidence
-                .map(|evidence| &evidence.affinity)
-                .filter(|affinity| !learned.from_words && !affinity.is_empty());
             let mut config: PosteriorConfig = *config;
-            if affinity.is_some() {
+            if !learned.from_words {
                 config.foreground = Foreground::SelfAttention;
             }
-            let posterior = match affinity {
-                Some(affinity) if learned.is_blank() => {
-                    discover(affinity, maps.size, roles, &config)
-                }
-                _ => posterior(maps, evidence, roles, &config)?,
-            };
+            if learned.is_blank() {
+                config.cue = Cue::Attention;
+            }
+            let posterior = posterior(maps, evidence, roles, &config)?;
             Labels {
                 masks: posterior.masks()?,
                 posterior: Some(posterior),

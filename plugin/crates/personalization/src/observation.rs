@@ -11,6 +11,7 @@ use stable_diffusion::unet::Watch;
 
 use crate::attention::AttentionSums;
 use crate::config::{Cue, ExtractionConfig, Labeling, PosteriorConfig, Weighting};
+use crate::discover::discovered;
 use crate::error::Result;
 use crate::evidence::{Evidence, Observation};
 use crate::layers::LayerChoice;
@@ -167,8 +168,17 @@ impl Eye<'_> {
         }
         let weight = sums.weight();
         let maps = sums.maps(self.scene.scene.pictures()[self.picture].picture.size());
-        if let Some(evidence) = evidence.as_mut().filter(|_| !learned.is_blank()) {
-            evidence.attention.add(&maps, weight);
+        if let (Some(evidence), Labeling::Posterior(config)) =
+            (&mut evidence, &self.config.labeling)
+        {
+            let roles = self.scene.scene.roles(self.picture);
+            let without_words = if learned.is_blank() {
+                discovered(&evidence.affinity, &maps, &roles, &config.regions)
+            } else {
+                None
+            };
+            let attention = without_words.as_ref().unwrap_or(&maps);
+            evidence.attention.add(attention, weight);
         }
         Ok(Observation { maps, evidence })
     }
