@@ -34,9 +34,11 @@ mod batch;
 mod cli;
 mod demo;
 mod interrupt;
+mod memory;
 mod serve;
 mod terminal;
 
 fn main() -> std::process::ExitCode {
+    memory::keep_freed();
     cli::main()
 }

@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use candle_core::Device;
 use parking_lot::Mutex;
 use plugin_api::NodeError;
+use stable_diffusion::ops::Precision;
 use stable_diffusion::{CheckpointSource, DiffusionModel};
 
 use crate::failure::from_model;
@@ -50,11 +51,16 @@ pub(crate) fn checkpoint_source(name: &str) -> CheckpointSource {
 /// it: a host that drops its values has the memory back.
 static LAST: Mutex<Option<(String, WeakModel)>> = Mutex::new(None);
 
-/// Loads a checkpoint, with the VAE of another path if one is named, or returns the one that is loaded already.
+/// Loads a checkpoint, with the VAE of another path if one is named and factors of this precision, or returns the one that
+/// is loaded already.
 ///
 /// # Errors
 /// The file is missing, truncated, or no Stable Diffusion 1.x / 2.x checkpoint.
-pub(crate) fn load_model(name: &str, vae: &str) -> Result<ModelValue, NodeError> {
+pub(crate) fn load_model(
+    name: &str,
+    vae: &str,
+    precision: Precision,
+) -> Result<ModelValue, NodeError> {
     let (name, vae) = (name.trim(), vae.trim());
     let key = format!("{name}\n{vae}\n{}", fingerprint(name, vae));
     let mut last = LAST.lock();
@@ -62,14 +68,27 @@ pub(crate) fn load_model(name: &str, vae: &str) -> Result<ModelValue, NodeError>
         && *loaded == key
         && let Some(model) = model.upgrade()
     {
-        return Ok(model);
+        if model.model.unet.precision() == precision {
+            return Ok(model);
+        }
+        // Shares the weights of the other one.
+        return in_precision(&model.model, precision).map(ModelValue::new);
     }
     let other_vae = (!vae.is_empty()).then(|| Path::new(vae));
     let model = DiffusionModel::load_with_vae(&checkpoint_source(name), other_vae, device())
         .map_err(|error| from_model("checkpoint", &error))?;
-    let model = ModelValue::new(model);
+    let model = ModelValue::new(in_precision(&model, precision)?);
     *last = Some((key, model.downgrade()));
     Ok(model)
+}
+
+fn in_precision(model: &DiffusionModel, precision: Precision) -> Result<DiffusionModel, NodeError> {
+    if precision != Precision::F32 && !model.device.is_cpu() {
+        let message = "precision: bf16 is for a CPU so far; on this device choose f32 or auto";
+        return Err(NodeError::invalid_input("precision", message));
+    }
+    let model = model.clone().with_precision(precision);
+    model.map_err(|error| from_model("checkpoint", &error))
 }
 
 /// Changes when a file of the checkpoint or of the other VAE does: names, sizes and times of modification.

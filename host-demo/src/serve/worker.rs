@@ -15,6 +15,7 @@ use crate::clock::now_ms;
 use crate::console::complain;
 use crate::executor::{self, RunError};
 use crate::graph::{Graph, NodeId};
+use crate::memory;
 use crate::validate::{Problem, judge};
 
 /// Runs jobs until the queue is closed.
@@ -27,10 +28,12 @@ pub(crate) fn work(server: &Server, cache_budget: u64) {
             Task::FreeCache => {
                 cache.clear();
                 shown_before.lock().clear();
+                memory::give_back();
             }
             Task::Run(job) => {
                 run(server, *job, &mut cache, &shown_before);
                 server.tell_status();
+                memory::give_back();
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Seconds and memory of one token-learning step: prompt to context, U-Net forward, both losses, backward to
 //! two learned rows of the token table; U-Net and text encoder are frozen.
 //!
-//! `cargo run --release -p stable-diffusion --example step_cost -- [sprites|sd15] [latent width] [steps]`
+//! `cargo run --release -p stable-diffusion --example step_cost -- [sprites|sd15] [latent width] [steps] [f32|bf16]`
 //! Weights are random: they change nothing about the cost. `tests/reference/step_cost.py` is the same step in
 //! PyTorch and diffusers. `RAYON_NUM_THREADS` sets the threads.
 #![expect(clippy::print_stdout, reason = "the figures are the program's output")]
@@ -11,6 +11,7 @@ use std::{error::Error, time::Instant};
 use candle_core::{D, DType, Device, Tensor, Var};
 use stable_diffusion::{
     config::{DownBlock, ModelConfig, UpBlock},
+    ops::Precision,
     rng::Rng,
     text_encoder::TextEncoder,
     unet::{Stage, UNet, Watch},
@@ -31,9 +32,14 @@ fn main() -> Result<(), Box<dyn Error>> {
         .next()
         .map_or(Ok(default_size), |size| size.parse())?;
     let n_steps: usize = arguments.next().map_or(Ok(3), |steps| steps.parse())?;
+    let precision = match arguments.next().as_deref() {
+        None | Some("f32") => Precision::F32,
+        Some("bf16") => Precision::Bf16,
+        Some(other) => return Err(format!("f32 or bf16, not {other}").into()),
+    };
 
     let weights = WeightMap::random(0, |w| UNet::build(&config.unet, w))?;
-    let unet = UNet::new(&config.unet, &weights, None)?;
+    let unet = UNet::new(&config.unet, &weights, None)?.with_precision(precision);
     drop(weights);
     let text = WeightMap::random(1, |w| TextEncoder::new(&config.text_encoder, w).map(drop))?
         .build("text encoder", |w| {

@@ -12,6 +12,7 @@ use crate::error::{CheckpointError, Error, Result};
 use crate::lora::LoraAdapter;
 use crate::lora_file::LoraFile;
 use crate::noise_schedule::NoiseSchedule;
+use crate::ops::Precision;
 use crate::single_file::{self, Components};
 use crate::text_encoder::TextEncoder;
 use crate::tokenizer::Tokenizer;
@@ -98,6 +99,18 @@ impl DiffusionModel {
                 load_folder(&Folder::Embedded { name, files }, vae, device)
             }
         }
+    }
+
+    /// This model with a denoiser whose factors are of this precision.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] when the tensor library fails.
+    pub fn with_precision(self, precision: Precision) -> Result<Self> {
+        let unet = UNet::new(&self.config.unet, self.unet.weights(), self.lora.as_ref())?;
+        Ok(Self {
+            unet: Arc::new(unet.with_precision(precision)),
+            ..self
+        })
     }
 
     /// A model with random weights, for tests and measurements.
@@ -293,7 +306,9 @@ impl DiffusionModel {
 
     fn with_unet(&self, weights: &WeightMap) -> Result<Self> {
         Ok(Self {
-            unet: Arc::new(UNet::new(&self.config.unet, weights, None)?),
+            unet: Arc::new(
+                UNet::new(&self.config.unet, weights, None)?.with_precision(self.unet.precision()),
+            ),
             lora: None,
             is_tuned: true,
             ..self.clone()

@@ -5,7 +5,7 @@
 use candle_core::{DType, Device, Tensor, Var};
 use stable_diffusion::{
     Result,
-    ops::{self, Backend, Mask, Padding, composed},
+    ops::{self, Backend, Mask, Padding, Precision, composed},
     rng::Rng,
 };
 
@@ -426,6 +426,53 @@ fn attention() {
             |t| Ok(composed::attention(&t[0], &t[1], &t[2], 2, Mask::Causal)?.0),
         )
         .check();
+    }
+}
+
+/// Sizes for which the processor's tiles are used, if it has them.
+fn large_cases() -> Vec<Case> {
+    let context = [1, 300, 64];
+    vec![
+        case(
+            "large linear",
+            &[&[1, 310, 70], &[330, 70], &[330]],
+            |t| ops::linear(&t[0], &t[1], Some(&t[2])),
+            |t| composed::linear(&t[0], &t[1], Some(&t[2])),
+        ),
+        case(
+            "large convolution",
+            &[&[2, 33, 19, 17], &[40, 33, 3, 3], &[2, 40]],
+            |t| ops::conv2d(&t[0], &t[1], Some(&t[2]), 1, Padding::around(1)),
+            |t| composed::conv2d(&t[0], &t[1], Some(&t[2]), 1, Padding::around(1)),
+        ),
+        case(
+            "large attention",
+            &[&[1, 70, 64], &context, &context],
+            |t| ops::attention(&t[0], &t[1], &t[2], 2, Mask::None),
+            |t| Ok(composed::attention(&t[0], &t[1], &t[2], 2, Mask::None)?.0),
+        ),
+    ]
+}
+
+#[test]
+fn large_operations() {
+    for case in large_cases() {
+        case.check();
+    }
+}
+
+#[test]
+fn rounded_factors_give_nearly_the_same() {
+    for case in large_cases() {
+        let all = (1 << case.shapes.len()) - 1;
+        let (expected, expected_gradients) = case.gradients(&case.oracle, all);
+        let (found, gradients) = Precision::Bf16.within(|| case.gradients(&case.kernel, all));
+        let name = &case.name;
+        assert_close(name, "value", &found, &expected, 2e-2);
+        for (found, expected) in gradients.iter().zip(&expected_gradients) {
+            let (found, expected) = (found.as_ref().unwrap(), expected.as_ref().unwrap());
+            assert_close(name, "gradient", found, expected, 3e-2);
+        }
     }
 }
 

@@ -38,6 +38,7 @@ use pictures::PictureOptions;
 use report::{ConceptReport, Mean, Report, SceneReport};
 use scenes::{Index, IndexScene, Which};
 use serde::Serialize;
+use stable_diffusion::ops::Precision;
 use stable_diffusion::{CheckpointSource, DiffusionModel};
 
 #[derive(Parser)]
@@ -62,6 +63,9 @@ struct Arguments {
     /// How tokens start.
     #[arg(long, value_enum, default_value = "class")]
     start: Start,
+    /// Rounds the factors of the U-Net's products to bf16.
+    #[arg(long)]
+    bf16: bool,
     /// Optimizer steps of the start `inversion`.
     #[arg(long, default_value_t = 400)]
     inversion_steps: usize,
@@ -157,6 +161,11 @@ fn main() -> Result<()> {
         &CheckpointSource::Path(arguments.model.clone()),
         &Device::Cpu,
     )?;
+    let model = if arguments.bf16 {
+        model.with_precision(Precision::Bf16)?
+    } else {
+        model
+    };
     let index = Index::read(&arguments.scenes)?;
     let wanted = arguments.which.of(&index)?;
     let config = config(&arguments);

@@ -1,6 +1,7 @@
 //! Who computes: the seam below every operation of the networks.
 
 use std::cell::Cell;
+use std::thread::LocalKey;
 
 use candle_core::{DType, Tensor};
 
@@ -38,18 +39,22 @@ impl Backend {
     /// Does some work on this thread, and the backward passes of what comes out of it on any, with this implementation
     /// wherever the tensors are: for tests and measurements.
     pub fn within<R>(self, work: impl FnOnce() -> R) -> R {
-        let restore = Restore(CHOSEN.replace(Some(self)));
-        let result = work();
-        drop(restore);
-        result
+        within(&CHOSEN, Some(self), work)
     }
 }
 
-/// Puts back what was chosen, after a panic too.
-struct Restore(Option<Backend>);
-
-impl Drop for Restore {
-    fn drop(&mut self) {
-        CHOSEN.set(self.0);
+/// Does some work with another value of this thread's cell, and puts back the one before, after a panic too.
+pub(super) fn within<T: Copy + 'static, R>(
+    cell: &'static LocalKey<Cell<T>>,
+    value: T,
+    work: impl FnOnce() -> R,
+) -> R {
+    struct Restore<T: Copy + 'static>(&'static LocalKey<Cell<T>>, T);
+    impl<T: Copy + 'static> Drop for Restore<T> {
+        fn drop(&mut self) {
+            self.0.set(self.1);
+        }
     }
+    let _restore = Restore(cell, cell.replace(value));
+    work()
 }

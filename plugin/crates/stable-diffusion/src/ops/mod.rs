@@ -6,12 +6,14 @@
 mod backend;
 mod device;
 mod host;
+mod precision;
 
 pub mod composed;
 
 use candle_core::{Result as TensorResult, Tensor, bail};
 
 pub use backend::Backend;
+pub use precision::Precision;
 
 use crate::Result;
 

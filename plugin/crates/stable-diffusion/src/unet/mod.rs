@@ -21,7 +21,7 @@ use crate::{
     config::UNetConfig,
     layers::{Conv3x3, GroupNorm, Linear},
     lora::LoraAdapter,
-    ops,
+    ops::{self, Precision},
     weights::{WeightMap, Weights},
 };
 
@@ -34,6 +34,7 @@ pub struct UNet {
     weights: WeightMap,
     layers: Vec<CrossAttentionLayer>,
     network: Network,
+    precision: Precision,
 }
 
 impl UNet {
@@ -56,7 +57,19 @@ impl UNet {
             weights: weights.clone(),
             layers,
             network,
+            precision: Precision::F32,
         })
+    }
+
+    /// With factors of this precision, f32 at first.
+    #[must_use]
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
+    }
+
+    /// Of what its factors are.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// Asks `w` for every parameter of the network, to generate or check them.
@@ -127,9 +140,11 @@ impl UNet {
             watch,
             attention: Vec::new(),
         };
-        let prediction = self
-            .network
-            .forward(&self.config, latents, timesteps, &mut pass)?;
+        let forward = || {
+            self.network
+                .forward(&self.config, latents, timesteps, &mut pass)
+        };
+        let prediction = self.precision.within(forward)?;
         Ok(Observed {
             prediction,
             attention: pass.attention,
@@ -162,8 +177,11 @@ impl UNet {
             watch,
             attention: Vec::new(),
         };
-        self.network
-            .rise(&self.config, latents, timesteps, &mut pass, n_up)
+        let rise = || {
+            self.network
+                .rise(&self.config, latents, timesteps, &mut pass, n_up)
+        };
+        self.precision.within(rise)
     }
 
     fn check(

@@ -15,8 +15,9 @@ use rayon::prelude::*;
 
 use super::{
     gemm::{Matrix, MatrixMut, Tile, Write, gemm},
-    memory::{Values, output, slice_of, tracked, with_scratch},
+    memory::{Values, output, slice_of, tracked, with_scratch, with_words},
     simd::{exp, items_per_thread, vectorize},
+    tiles::{Factors, Means, Packed, Tiles, multiply_packed},
 };
 use crate::ops::Mask;
 
@@ -33,6 +34,8 @@ pub(crate) struct Attention {
     head_width: usize,
     mask: Mask,
     watched: Vec<usize>,
+    /// The processor's tiles, where it has them and there are enough keys for them.
+    tiles: Option<(Tiles, Factors)>,
 }
 
 impl Attention {
@@ -53,6 +56,7 @@ impl Attention {
             head_width,
             mask,
             watched,
+            tiles: Means::current().for_attention(n_keys, head_width),
         })
     }
 
@@ -123,13 +127,13 @@ impl Attention {
     fn exp_scores(
         &self,
         q: Matrix<'_>,
-        k: Matrix<'_>,
+        k: &Rows<'_>,
         first: usize,
         scores: &mut [f32],
     ) -> [f32; TILE] {
         let n = scores.len() / self.n_keys;
         let dst = MatrixMut::new(scores, [self.n_keys, n]);
-        gemm(dst, Write::Replace, self.scale(), k, q.t());
+        k.times(dst, self.scale(), q.t());
         if self.mask == Mask::Causal {
             for (key, row) in scores.chunks_exact_mut(n).enumerate() {
                 let n_before = key.saturating_sub(first).min(n);
@@ -137,6 +141,15 @@ impl Attention {
             }
         }
         exp_columns(scores, n)
+    }
+
+    /// Words of both ways to pack keys or values of one head.
+    fn packed_words(&self) -> [usize; 2] {
+        let Some((_, factors)) = self.tiles else {
+            return [0, 0];
+        };
+        let dims = [self.n_keys, self.head_width];
+        [dims, [dims[1], dims[0]]].map(|dims| Packed::len(factors, dims))
     }
 
     /// Returns the output followed by the watched columns.
@@ -160,31 +173,38 @@ impl Attention {
                 .flat_map(|head| head.chunks_mut(TILE * n_watched))
                 .collect()
         };
-        tiles
-            .into_par_iter()
-            .zip(columns)
-            .with_min_len(items_per_thread(self.n_keys * self.head_width))
-            .for_each(|((index, mut tile), columns)| {
-                let at = [index / self.n_heads, index % self.n_heads];
-                let n = tile.rows.len();
-                let q = self.head(q, self.n_queries, at).rows(tile.rows.clone());
-                let (k, v) = (self.head(k, self.n_keys, at), self.head(v, self.n_keys, at));
-                with_scratch(self.n_keys * n, |scores| {
-                    let sums = self.exp_scores(q, k, tile.rows.start, scores);
-                    let weights = Matrix::new(scores, [self.n_keys, n]);
-                    gemm(tile.values.reborrow(), Write::Replace, 1.0, weights.t(), v);
-                    for (row, &sum) in sums[..n].iter().enumerate() {
-                        let scale = 1.0 / sum;
-                        tile.values
-                            .row_mut(row)
-                            .iter_mut()
-                            .for_each(|out| *out *= scale);
-                        for (column, &key) in self.watched.iter().enumerate() {
-                            columns[row * n_watched + column] = scores[key * n + row] * scale;
+        let n_heads = self.n_samples * self.n_heads;
+        let [rows_words, columns_words] = self.packed_words();
+        with_words(n_heads * (rows_words + columns_words), |words| {
+            let (keys, values) = words.split_at_mut(n_heads * rows_words);
+            let keys = Rows::of_heads(self, k, keys);
+            let values = Columns::of_heads(self, v, values);
+            tiles
+                .into_par_iter()
+                .zip(columns)
+                .with_min_len(items_per_thread(self.n_keys * self.head_width))
+                .for_each(|((index, mut tile), columns)| {
+                    let at = [index / self.n_heads, index % self.n_heads];
+                    let n = tile.rows.len();
+                    let q = self.head(q, self.n_queries, at).rows(tile.rows.clone());
+                    with_scratch(self.n_keys * n, |scores| {
+                        let first = tile.rows.start;
+                        let sums = self.exp_scores(q, &keys[index], first, scores);
+                        let weights = Matrix::new(scores, [self.n_keys, n]);
+                        values[index].times(tile.values.reborrow(), 1.0, weights);
+                        for (row, &sum) in sums[..n].iter().enumerate() {
+                            let scale = 1.0 / sum;
+                            tile.values
+                                .row_mut(row)
+                                .iter_mut()
+                                .for_each(|out| *out *= scale);
+                            for (column, &key) in self.watched.iter().enumerate() {
+                                columns[row * n_watched + column] = scores[key * n + row] * scale;
+                            }
                         }
-                    }
+                    });
                 });
-            });
+        });
         packed
     }
 
@@ -202,20 +222,27 @@ impl Attention {
         let dk = self.optional_heads_mut(dk, self.n_keys);
         let dv = self.optional_heads_mut(dv, self.n_keys);
         let columns_len = self.n_queries * self.watched.len();
+        let [rows_words, columns_words] = self.packed_words();
         dq.into_par_iter()
             .zip(dk)
             .zip(dv)
             .enumerate()
             .for_each(|(index, ((dq, dk), dv))| {
                 let at = [index / self.n_heads, index % self.n_heads];
-                let head = Head {
-                    q: self.head(q, self.n_queries, at),
-                    k: self.head(k, self.n_keys, at),
-                    v: self.head(v, self.n_keys, at),
-                    d_out: self.head(d_out, self.n_queries, at),
-                    d_columns: &d_columns[index * columns_len..][..columns_len],
-                };
-                self.backward_head(&head, [dq, dk, dv]);
+                let (k, v) = (self.head(k, self.n_keys, at), self.head(v, self.n_keys, at));
+                with_words(2 * rows_words + columns_words, |words| {
+                    let (key_rows, words) = words.split_at_mut(rows_words);
+                    let (value_rows, key_columns) = words.split_at_mut(rows_words);
+                    let head = Head {
+                        q: self.head(q, self.n_queries, at),
+                        k: Rows::new(self.tiles, k, key_rows),
+                        v: Rows::new(self.tiles, v, value_rows),
+                        k_columns: Columns::new(self.tiles, k, key_columns),
+                        d_out: self.head(d_out, self.n_queries, at),
+                        d_columns: &d_columns[index * columns_len..][..columns_len],
+                    };
+                    self.backward_head(&head, [dq, dk, dv]);
+                });
             });
         buffers
     }
@@ -238,9 +265,9 @@ impl Attention {
             let (q, d_out) = (head.q.rows(rows.clone()), head.d_out.rows(rows.clone()));
             with_scratch(2 * self.n_keys * n, |scratch| {
                 let (p, d_scores) = scratch.split_at_mut(self.n_keys * n);
-                let sums = self.exp_scores(q, head.k, rows.start, p);
+                let sums = self.exp_scores(q, &head.k, rows.start, p);
                 let dst = MatrixMut::new(d_scores, [self.n_keys, n]);
-                gemm(dst, Write::Replace, 1.0, head.v, d_out.t());
+                head.v.times(dst, 1.0, d_out.t());
                 let n_watched = self.watched.len();
                 for (column, &key) in self.watched.iter().enumerate() {
                     let d_columns = &head.d_columns[rows.start * n_watched + column..];
@@ -255,19 +282,13 @@ impl Attention {
                     Matrix::new(d_scores, [self.n_keys, n]),
                 );
                 if let Some(dq) = dq {
-                    gemm(
-                        dq.reborrow(),
-                        Write::Replace,
-                        self.scale(),
-                        d_scores.t(),
-                        head.k,
-                    );
+                    head.k_columns.times(dq.reborrow(), self.scale(), d_scores);
                 }
                 if let Some(dk) = &mut dk {
-                    gemm(dk.reborrow(), Write::Add, self.scale(), d_scores, q);
+                    add_product(self.tiles, dk.reborrow(), self.scale(), d_scores, q);
                 }
                 if let Some(dv) = &mut dv {
-                    gemm(dv.reborrow(), Write::Add, 1.0, p, d_out);
+                    add_product(self.tiles, dv.reborrow(), 1.0, p, d_out);
                 }
             });
         }
@@ -277,10 +298,137 @@ impl Attention {
 /// What the backward of one head reads.
 struct Head<'a> {
     q: Matrix<'a>,
-    k: Matrix<'a>,
-    v: Matrix<'a>,
+    k: Rows<'a>,
+    v: Rows<'a>,
+    k_columns: Columns<'a>,
     d_out: Matrix<'a>,
     d_columns: &'a [f32],
+}
+
+/// Keys or values of one head, as the left factor x `[keys, d]`.
+#[derive(Clone, Copy)]
+enum Rows<'a> {
+    Plain(Matrix<'a>),
+    Packed(Tiles, Factors, Packed<'a>),
+}
+
+/// Keys or values of one head, as the left factor xᵀ `[d, keys]`.
+#[derive(Clone, Copy)]
+enum Columns<'a> {
+    Plain(Matrix<'a>),
+    Packed(Tiles, Factors, Packed<'a>),
+}
+
+impl<'a> Rows<'a> {
+    fn new(tiles: Option<(Tiles, Factors)>, x: Matrix<'a>, words: &'a mut [u32]) -> Self {
+        match tiles {
+            None => Self::Plain(x),
+            Some((tiles, factors)) => {
+                Self::Packed(tiles, factors, Packed::left(tiles, factors, x, words))
+            }
+        }
+    }
+
+    /// Of all heads of all samples.
+    fn of_heads(op: &Attention, x: &'a [f32], words: &'a mut [u32]) -> Vec<Self> {
+        let head = |index: usize| op.head(x, op.n_keys, [index / op.n_heads, index % op.n_heads]);
+        per_head(op, words, |index, words| {
+            Self::new(op.tiles, head(index), words)
+        })
+    }
+
+    /// dst = scale·x·rhs, rhs `[d, n]`
+    fn times(&self, dst: MatrixMut<'_>, scale: f32, rhs: Matrix<'_>) {
+        match *self {
+            Self::Plain(x) => gemm(dst, Write::Replace, scale, x, rhs),
+            Self::Packed(tiles, factors, x) => {
+                let [k, n] = rhs.dims();
+                with_words(Packed::len(factors, [n, k]), |words| {
+                    let rhs = Packed::right(tiles, factors, rhs, words);
+                    multiply_packed(tiles, dst, Write::Replace, scale, x, rhs);
+                });
+            }
+        }
+    }
+}
+
+impl<'a> Columns<'a> {
+    fn new(tiles: Option<(Tiles, Factors)>, x: Matrix<'a>, words: &'a mut [u32]) -> Self {
+        match tiles {
+            None => Self::Plain(x),
+            Some((tiles, factors)) => {
+                Self::Packed(tiles, factors, Packed::left(tiles, factors, x.t(), words))
+            }
+        }
+    }
+
+    /// As [`Rows::of_heads`].
+    fn of_heads(op: &Attention, x: &'a [f32], words: &'a mut [u32]) -> Vec<Self> {
+        let head = |index: usize| op.head(x, op.n_keys, [index / op.n_heads, index % op.n_heads]);
+        per_head(op, words, |index, words| {
+            Self::new(op.tiles, head(index), words)
+        })
+    }
+
+    /// dst = scale·(xᵀ·rhs)ᵀ, rhs `[keys, n]`: `[n, d]`
+    fn times(&self, mut dst: MatrixMut<'_>, scale: f32, rhs: Matrix<'_>) {
+        match *self {
+            Self::Plain(x) => gemm(dst, Write::Replace, scale, rhs.t(), x),
+            Self::Packed(tiles, factors, x) => {
+                let [k, n] = rhs.dims();
+                let [_, d] = dst.dims();
+                with_words(Packed::len(factors, [n, k]), |words| {
+                    let rhs = Packed::right(tiles, factors, rhs, words);
+                    with_scratch(d * n, |transposed| {
+                        let view = MatrixMut::new(transposed, [d, n]);
+                        multiply_packed(tiles, view, Write::Replace, scale, x, rhs);
+                        for row in 0..n {
+                            let column = transposed[row..].iter().step_by(n);
+                            for (dst, value) in dst.row_mut(row).iter_mut().zip(column) {
+                                *dst = *value;
+                            }
+                        }
+                    });
+                });
+            }
+        }
+    }
+}
+
+/// One of every head, each with its part of `words`.
+fn per_head<'a, T: Send>(
+    op: &Attention,
+    words: &'a mut [u32],
+    of: impl Fn(usize, &'a mut [u32]) -> T + Sync,
+) -> Vec<T> {
+    let n_heads = op.n_samples * op.n_heads;
+    let len = words.len() / n_heads.max(1);
+    if len == 0 {
+        return (0..n_heads).map(|index| of(index, &mut [])).collect();
+    }
+    let parts = words.par_chunks_exact_mut(len).enumerate();
+    parts.map(|(index, words)| of(index, words)).collect()
+}
+
+/// dst += scale·lhs·rhs
+fn add_product(
+    tiles: Option<(Tiles, Factors)>,
+    dst: MatrixMut<'_>,
+    scale: f32,
+    lhs: Matrix<'_>,
+    rhs: Matrix<'_>,
+) {
+    let Some((tiles, factors)) = tiles else {
+        return gemm(dst, Write::Add, scale, lhs, rhs);
+    };
+    let ([m, k], [_, n]) = (lhs.dims(), rhs.dims());
+    with_words(Packed::len(factors, [m, k]), |left| {
+        with_words(Packed::len(factors, [n, k]), |right| {
+            let lhs = Packed::left(tiles, factors, lhs, left);
+            let rhs = Packed::right(tiles, factors, rhs, right);
+            multiply_packed(tiles, dst, Write::Add, scale, lhs, rhs);
+        });
+    });
 }
 
 /// x <- exp(x - max) down each of `n` columns; returns the sums of the columns.

@@ -10,6 +10,7 @@ use super::{
     memory::with_scratch,
     projection::{channel_sums, shift},
     simd::items_per_thread,
+    tiles::{Convolution3x3, Means},
     winograd::Winograd,
 };
 use crate::ops::Padding;
@@ -25,6 +26,7 @@ pub(crate) struct Conv {
     output: [usize; 2],
     stride: usize,
     padding: Padding,
+    means: Means,
 }
 
 /// Output pixels per tile of windows that one thread gathers for itself.
@@ -66,6 +68,7 @@ impl Conv {
             output,
             stride,
             padding,
+            means: Means::current(),
         })
     }
 
@@ -199,11 +202,27 @@ impl Conv {
             });
     }
 
+    /// Three by three, and the picture keeps its size.
+    fn is_plain(&self) -> bool {
+        self.kernel == [3, 3] && self.stride == 1 && self.padding == Padding::around(1)
+    }
+
+    /// By the processor's tiles, where it has them and this is a convolution for them; from `n_in` to `n_out` channels.
+    fn by_tiles(&self, n_in: usize, n_out: usize) -> Option<Convolution3x3> {
+        let means = self.is_plain().then_some(self.means)?;
+        let (tiles, factors) = means.for_convolution(self.n_inputs(), n_in.min(n_out))?;
+        Some(Convolution3x3 {
+            tiles,
+            factors,
+            size: self.input,
+            n_in,
+            n_out,
+        })
+    }
+
     /// The way with fewer products, where this is a convolution for it.
     fn winograd(&self) -> Option<Winograd> {
-        let is_plain =
-            self.kernel == [3, 3] && self.stride == 1 && self.padding == Padding::around(1);
-        is_plain
+        self.is_plain()
             .then(|| Winograd::suited([self.n_in, self.n_out], self.input))
             .flatten()
     }
@@ -225,12 +244,15 @@ impl Layer for Conv {
     }
 
     fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
+        let shift_of = |sample: usize, out: usize| match bias {
+            [] => 0.0,
+            bias => self.bias_of(bias, sample, out),
+        };
+        if let Some(convolution) = self.by_tiles(self.n_in, self.n_out) {
+            return convolution.forward(x, weight, shift_of);
+        }
         if let Some(winograd) = self.winograd() {
-            let shift = |sample: usize, out: usize| match bias {
-                [] => 0.0,
-                bias => self.bias_of(bias, sample, out),
-            };
-            return winograd.convolved(x, weight, shift);
+            return winograd.convolved(x, weight, shift_of);
         }
         let (n_pixels, window) = (self.n_outputs(), self.window());
         let weight = Matrix::new(weight, [self.n_out, window]);
@@ -245,7 +267,7 @@ impl Layer for Conv {
                     self.gather_shared(x, &(0..n_pixels), columns);
                     let columns = Matrix::new(columns, [window, n_pixels]);
                     let dst = MatrixMut::new(y, [self.n_out, n_pixels]);
-                    parallel_gemm(dst, Write::Replace, weight, columns, |tile| {
+                    parallel_gemm(self.means, dst, Write::Replace, weight, columns, |tile| {
                         for (row, out) in tile.rows.clone().enumerate().filter(|_| !bias.is_empty())
                         {
                             shift(tile.values.row_mut(row), self.bias_of(bias, sample, out));
@@ -276,6 +298,9 @@ impl Layer for Conv {
     }
 
     fn input_gradient(&self, _x: &[f32], weight: &[f32], _bias: &[f32], dy: &[f32]) -> Vec<f32> {
+        if let Some(convolution) = self.by_tiles(self.n_out, self.n_in) {
+            return convolution.backward(dy, weight);
+        }
         let (n_pixels, area) = (self.n_outputs(), self.kernel_area());
         let weight = Matrix::new(weight, [self.n_out, self.window()]);
         let mut dx = vec![0.0; self.n_samples * self.n_in * self.n_inputs()];
@@ -323,7 +348,14 @@ impl Layer for Conv {
                     self.gather_shared(x, &pixels, columns);
                     let columns = Matrix::new(columns, [window, pixels.len()]);
                     let dst = MatrixMut::new(&mut dw, [self.n_out, window]);
-                    parallel_gemm(dst, Write::Add, dy.cols(pixels), columns.t(), |_| {});
+                    parallel_gemm(
+                        self.means,
+                        dst,
+                        Write::Add,
+                        dy.cols(pixels),
+                        columns.t(),
+                        |_| {},
+                    );
                 });
             }
         }

@@ -13,6 +13,7 @@ use std::{marker::PhantomData, ops::Range};
 use rayon::prelude::*;
 
 use super::memory::with_scratch;
+use super::tiles::{Means, multiply};
 
 /// What a product does with the values already in its destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +46,19 @@ impl<'a> Matrix<'a> {
             dims,
             strides,
         }
+    }
+
+    pub(crate) fn dims(&self) -> [usize; 2] {
+        self.dims
+    }
+
+    pub(crate) fn strides(&self) -> [usize; 2] {
+        self.strides
+    }
+
+    /// The slice that the view begins in, from its first element.
+    pub(crate) fn data(&self) -> &'a [f32] {
+        self.data
     }
 
     /// The transposed view.
@@ -121,6 +135,10 @@ impl<'a> MatrixMut<'a> {
             strides,
             lifetime: PhantomData,
         }
+    }
+
+    pub(crate) fn dims(&self) -> [usize; 2] {
+        self.dims
     }
 
     /// A shorter exclusive borrow of the same elements.
@@ -222,12 +240,19 @@ pub(crate) fn gemm(dst: MatrixMut<'_>, write: Write, scale: f32, lhs: Matrix<'_>
 /// dst (+)= lhs · rhs over all threads, in tiles whose grid depends on the shapes alone. `finish` sees every
 /// tile once its values are final, while they are still in the cache.
 pub(crate) fn parallel_gemm(
+    means: Means,
     dst: MatrixMut<'_>,
     write: Write,
     lhs: Matrix<'_>,
     rhs: Matrix<'_>,
     finish: impl Fn(&mut Tile<'_>) + Sync,
 ) {
+    let ([m, n], k) = (dst.dims, lhs.dims[1]);
+    if let Some((tiles, factors)) = means.for_product([m, n, k])
+        && dst.strides[1] == 1
+    {
+        return multiply(tiles, factors, dst, write, lhs, rhs, finish);
+    }
     // The kernel vectorizes along the rows of the destination, and copies `rhs` into another order first unless
     // its rows are contiguous too. For few rows that costs more than the product; the transposed product reads
     // `rhs` as it lies, and its few results are put in their places afterwards.
@@ -334,6 +359,7 @@ mod tests {
 
             let mut rows = vec![1.0; m * n];
             parallel_gemm(
+                Means::current(),
                 MatrixMut::new(&mut rows, [m, n]),
                 Write::Replace,
                 lhs,
@@ -344,7 +370,7 @@ mod tests {
 
             let mut columns = vec![1.0; m * n];
             let dst = MatrixMut::strided(&mut columns, [m, n], [1, m]);
-            parallel_gemm(dst, Write::Add, lhs, rhs, |_| {});
+            parallel_gemm(Means::current(), dst, Write::Add, lhs, rhs, |_| {});
             for (i, value) in columns.iter().enumerate() {
                 assert_eq!(*value, expected[i % m * n + i / m] + 1.0, "{dims:?}");
             }

@@ -58,21 +58,33 @@ fn contiguous_range(layout: &Layout) -> Result<(usize, usize)> {
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static SCRATCH: RefCell<Vec<Vec<u32>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Lends a buffer with arbitrary contents that lives as long as its thread. A thread that takes on other work
-/// in between, as rayon's do while they wait, gets another buffer for that.
-pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
-    let mut scratch = SCRATCH.take();
-    if scratch.len() < len {
-        scratch = vec![0.0; len];
+/// Lends a buffer with arbitrary contents that lives as long as its thread and begins at a line of the cache. Who asks
+/// while another is lent, as rayon's threads do that take on other work while they wait, gets another one.
+pub(crate) fn with_words<R>(len: usize, work: impl FnOnce(&mut [u32]) -> R) -> R {
+    /// Words of a line of the cache.
+    const LINE: usize = 16;
+    let mut scratch = SCRATCH.with_borrow_mut(|kept| {
+        // The smallest that is large enough, or the largest.
+        let fits = kept.iter().position(|scratch| scratch.len() >= len + LINE);
+        let index = fits.or(kept.len().checked_sub(1));
+        index.map(|index| kept.remove(index)).unwrap_or_default()
+    });
+    if scratch.len() < len + LINE {
+        scratch = vec![0; len + LINE];
     }
-    let result = work(&mut scratch[..len]);
+    let start = scratch.as_ptr().align_offset(4 * LINE).min(LINE);
+    let result = work(&mut scratch[start..start + len]);
     SCRATCH.with_borrow_mut(|kept| {
-        if kept.len() < scratch.len() {
-            *kept = scratch;
-        }
+        let place = kept.partition_point(|other| other.len() < scratch.len());
+        kept.insert(place, scratch);
     });
     result
+}
+
+/// [`with_words`] for numbers.
+pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
+    with_words(len, |words| work(bytemuck::cast_slice_mut(words)))
 }

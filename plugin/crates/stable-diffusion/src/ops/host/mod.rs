@@ -3,6 +3,7 @@
 mod gemm;
 mod memory;
 mod simd;
+mod tiles;
 
 mod activation;
 mod attention;

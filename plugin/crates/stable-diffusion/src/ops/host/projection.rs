@@ -6,6 +6,7 @@ use super::{
     gemm::{Matrix, MatrixMut, Write, parallel_gemm},
     layer::Layer,
     simd::{sum_by, vectorize},
+    tiles::Means,
 };
 use crate::ops::weight_dims;
 
@@ -28,6 +29,7 @@ pub(crate) struct Projection {
     input: Arrangement,
     output: Arrangement,
     output_shape: Shape,
+    means: Means,
 }
 
 impl Projection {
@@ -48,6 +50,7 @@ impl Projection {
             input: Arrangement::Tokens,
             output: Arrangement::Tokens,
             output_shape: output_shape.into(),
+            means: Means::current(),
         })
     }
 
@@ -69,6 +72,7 @@ impl Projection {
             input,
             output,
             output_shape,
+            means: Means::current(),
         })
     }
 
@@ -89,6 +93,7 @@ impl Projection {
             input,
             output,
             output_shape,
+            means: Means::current(),
         })
     }
 
@@ -124,7 +129,7 @@ impl Projection {
             let x = self.view(x, sample, self.n_in, self.input);
             let dy = self.view(dy, sample, self.n_out, self.output);
             let dst = MatrixMut::new(&mut dw, dims);
-            parallel_gemm(dst, Write::Add, dy.t(), x, |_| {});
+            parallel_gemm(self.means, dst, Write::Add, dy.t(), x, |_| {});
         }
         dw
     }
@@ -147,7 +152,7 @@ impl Layer for Projection {
             match self.output {
                 Arrangement::Tokens => {
                     let dst = MatrixMut::new(y, [self.n_positions, self.n_out]);
-                    parallel_gemm(dst, Write::Replace, x, weight.t(), |tile| {
+                    parallel_gemm(self.means, dst, Write::Replace, x, weight.t(), |tile| {
                         if !bias.is_empty() {
                             let bias = &bias[tile.cols.clone()];
                             for row in 0..tile.rows.len() {
@@ -158,7 +163,7 @@ impl Layer for Projection {
                 }
                 Arrangement::Channels => {
                     let dst = MatrixMut::new(y, [self.n_out, self.n_positions]);
-                    parallel_gemm(dst, Write::Replace, weight, x.t(), |tile| {
+                    parallel_gemm(self.means, dst, Write::Replace, weight, x.t(), |tile| {
                         if !bias.is_empty() {
                             for (row, &bias) in bias[tile.rows.clone()].iter().enumerate() {
                                 shift(tile.values.row_mut(row), bias);
@@ -180,11 +185,11 @@ impl Layer for Projection {
             match self.input {
                 Arrangement::Tokens => {
                     let dst = MatrixMut::new(dx, [self.n_positions, self.n_in]);
-                    parallel_gemm(dst, Write::Replace, dy, weight, |_| {});
+                    parallel_gemm(self.means, dst, Write::Replace, dy, weight, |_| {});
                 }
                 Arrangement::Channels => {
                     let dst = MatrixMut::new(dx, [self.n_in, self.n_positions]);
-                    parallel_gemm(dst, Write::Replace, weight.t(), dy.t(), |_| {});
+                    parallel_gemm(self.means, dst, Write::Replace, weight.t(), dy.t(), |_| {});
                 }
             }
         }

@@ -1,0 +1,92 @@
+//! What is multiplied, and with what.
+
+use crate::ops::Precision;
+
+use super::Tiles;
+
+/// What a factor of f32 is multiplied as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Factors {
+    /// One bf16 number: 8 bits of its significand.
+    Rounded,
+    /// The sum of three: all 24 bits. Of the nine products the three smallest are left out.
+    Exact,
+}
+
+impl Factors {
+    pub(super) fn n_parts(self) -> usize {
+        match self {
+            Self::Rounded => 1,
+            Self::Exact => 3,
+        }
+    }
+
+    /// Rows and columns from which on packing both factors is little beside their product (measured).
+    fn least_lines(self) -> usize {
+        match self {
+            Self::Rounded => 48,
+            Self::Exact => 300,
+        }
+    }
+
+    /// Pixels from which on that holds for a 3x3 convolution.
+    fn least_pixels(self) -> usize {
+        match self {
+            Self::Rounded => 128,
+            Self::Exact => 300,
+        }
+    }
+}
+
+/// How the products of an operation are computed; it is asked for where the operation is made.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Means {
+    tiles: Option<Tiles>,
+    factors: Factors,
+}
+
+impl Means {
+    /// Those of this thread's precision.
+    pub(crate) fn current() -> Self {
+        Self {
+            tiles: Tiles::get(),
+            factors: match Precision::current() {
+                Precision::F32 => Factors::Exact,
+                Precision::Bf16 => Factors::Rounded,
+            },
+        }
+    }
+
+    /// Tiles for a product of these dimensions, if they take less time than vectors of f32.
+    pub(crate) fn for_product(self, [m, n, k]: [usize; 3]) -> Option<(Tiles, Factors)> {
+        let is_worth_it = m.min(n) >= self.factors.least_lines() && k >= 32;
+        self.tiles
+            .filter(|_| is_worth_it)
+            .map(|tiles| (tiles, self.factors))
+    }
+
+    /// Tiles for a 3x3 convolution.
+    pub(crate) fn for_convolution(
+        self,
+        n_pixels: usize,
+        n_channels: usize,
+    ) -> Option<(Tiles, Factors)> {
+        let is_worth_it = n_pixels >= self.factors.least_pixels() && n_channels >= 32;
+        self.tiles
+            .filter(|_| is_worth_it)
+            .map(|tiles| (tiles, self.factors))
+    }
+
+    /// Tiles for attention to so many keys: never for exact factors, whose parts of the scores would be packed for longer
+    /// than they are multiplied.
+    pub(crate) fn for_attention(
+        self,
+        n_keys: usize,
+        head_width: usize,
+    ) -> Option<(Tiles, Factors)> {
+        let is_worth_it = self.factors == Factors::Rounded && n_keys >= 256 && head_width >= 16;
+        self.tiles
+            .filter(|_| is_worth_it)
+            .map(|tiles| (tiles, self.factors))
+    }
+}

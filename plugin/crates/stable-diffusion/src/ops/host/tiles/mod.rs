@@ -1,0 +1,37 @@
+//! Products by the processor's matrix tiles (Intel AMX): bf16 times bf16, summed in f32.
+//!
+//! Factors are f32. They are rounded to bf16, or each is the sum of three bf16 numbers,
+//!
+//! ```text
+//! a = a₁ + a₂ + a₃,   a₁ = bf16(a), a₂ = bf16(a - a₁), a₃ = bf16(a - a₁ - a₂)
+//! a·b = a₁·b₁ + a₁·b₂ + a₂·b₁ + a₂·b₂ + a₁·b₃ + a₃·b₁ + O(2⁻²⁴) |a·b|
+//! ```
+//!
+//! which is as exact as f32 is, and still faster than the processor's vectors of f32.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `factors.rs` | when they are worth it |
+//! | `block.rs` | how tiles lie |
+//! | `kernel.rs` | the instructions; the only unsafe code |
+//! | `pack.rs` | f32 to tiles |
+//! | `product.rs` | matrix products |
+//! | `convolution.rs` | 3x3 convolutions, without gathering windows |
+
+mod block;
+mod convolution;
+mod factors;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod kernel;
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+#[path = "no_kernel.rs"]
+mod kernel;
+mod pack;
+mod product;
+
+pub(crate) use self::{
+    convolution::Convolution3x3,
+    factors::{Factors, Means},
+    kernel::Tiles,
+    product::{Packed, multiply, multiply_packed},
+};

@@ -1,0 +1,137 @@
+//! Factors of f32 as tiles of bf16.
+//!
+//! A packed factor lies as the kernel reads it: block by block of 32 rows (or columns), in it step by step of 32 k, in it
+//! part by part, the largest first, two tiles.
+
+use rayon::prelude::*;
+
+use super::super::gemm::Matrix;
+use super::block::{BLOCK, STEP, TILE};
+use super::kernel::Tiles;
+
+/// Rows, or columns, of a tile; also words of its rows.
+const LINES: usize = 16;
+
+/// How the words of a tile lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    /// `[row][k / 2]`
+    Left,
+    /// `[k / 2][column]`
+    Right,
+}
+
+/// Words of one step of a block of P parts.
+pub(super) const fn step_words(n_parts: usize) -> usize {
+    n_parts * 2 * TILE
+}
+
+/// Words of a packed factor of so many rows or columns.
+pub(super) fn packed_len(n_parts: usize, n_lines: usize, k: usize) -> usize {
+    n_lines.div_ceil(BLOCK) * k.div_ceil(STEP) * step_words(n_parts)
+}
+
+/// Packs a factor `[rows or columns, k]`; what is missing to whole blocks is zero.
+pub(super) fn pack<const P: usize>(tiles: Tiles, side: Side, lines: Matrix<'_>, words: &mut [u32]) {
+    let [_, k] = lines.dims();
+    let block_words = k.div_ceil(STEP) * step_words(P);
+    let blocks = words.par_chunks_exact_mut(block_words).enumerate();
+    blocks.for_each(|(block, words)| pack_block::<P>(tiles, side, lines, block, words));
+}
+
+/// [`pack`] on the calling thread.
+pub(super) fn pack_alone<const P: usize>(
+    tiles: Tiles,
+    side: Side,
+    lines: Matrix<'_>,
+    words: &mut [u32],
+) {
+    let [_, k] = lines.dims();
+    let blocks = words.chunks_exact_mut(k.div_ceil(STEP) * step_words(P));
+    for (block, words) in blocks.enumerate() {
+        pack_block::<P>(tiles, side, lines, block, words);
+    }
+}
+
+fn pack_block<const P: usize>(
+    tiles: Tiles,
+    side: Side,
+    lines: Matrix<'_>,
+    block: usize,
+    words: &mut [u32],
+) {
+    for (step, words) in words.chunks_exact_mut(step_words(P)).enumerate() {
+        for half in 0..2 {
+            let at = [block * BLOCK + half * LINES, step * STEP];
+            pack_tile::<P>(tiles, side, lines, at, &mut words[half * TILE..]);
+        }
+    }
+}
+
+/// A tile of 16 lines and 32 k for every part; `words` begin with the first of them.
+fn pack_tile<const P: usize>(
+    tiles: Tiles,
+    side: Side,
+    lines: Matrix<'_>,
+    [line, k]: [usize; 2],
+    words: &mut [u32],
+) {
+    let ([n_lines, n_k], [line_stride, k_stride]) = (lines.dims(), lines.strides());
+    let n_lines = n_lines.saturating_sub(line).min(LINES);
+    let n_k = n_k.saturating_sub(k).min(STEP);
+    let at = |i: usize, j: usize| (line + i) * line_stride + (k + j) * k_stride;
+    if [n_lines, n_k] == [LINES, STEP] {
+        if k_stride == 1 {
+            let values = &lines.data()[at(0, 0)..];
+            return pack_lines::<P>(tiles, side, values, line_stride, words);
+        }
+        if line_stride == 1 {
+            let values = &lines.data()[at(0, 0)..];
+            return turned_unless::<P>(side == Side::Right, words, |words, part| {
+                tiles.across::<P>(values, k_stride, words, part);
+            });
+        }
+    }
+    let mut copy = [0.0; LINES * STEP];
+    for (i, copy) in copy.chunks_exact_mut(STEP).enumerate().take(n_lines) {
+        for (j, copy) in copy.iter_mut().enumerate().take(n_k) {
+            *copy = lines.data()[at(i, j)];
+        }
+    }
+    pack_lines::<P>(tiles, side, &copy, STEP, words);
+}
+
+/// [`pack_tile`] of lines of neighboring numbers with this distance.
+pub(super) fn pack_lines<const P: usize>(
+    tiles: Tiles,
+    side: Side,
+    lines: &[f32],
+    distance: usize,
+    words: &mut [u32],
+) {
+    turned_unless::<P>(side == Side::Left, words, |words, part| {
+        tiles.neighbors::<P>(lines, distance, words, part);
+    });
+}
+
+/// Fills tiles, which are turned afterwards unless they lie as they should.
+fn turned_unless<const P: usize>(
+    is_right: bool,
+    words: &mut [u32],
+    fill: impl FnOnce(&mut [u32], usize),
+) {
+    const MOST_PARTS: usize = 3;
+    const { assert!(P <= MOST_PARTS) };
+    if is_right {
+        return fill(words, 2 * TILE);
+    }
+    let mut turned = [0; MOST_PARTS * TILE];
+    fill(&mut turned, TILE);
+    for (part, words) in turned.chunks_exact(TILE).zip(words.chunks_mut(2 * TILE)) {
+        for (row, words) in words[..TILE].chunks_exact_mut(LINES).enumerate() {
+            for (word, column) in words.iter_mut().zip(part[row..].iter().step_by(LINES)) {
+                *word = *column;
+            }
+        }
+    }
+}
