@@ -4,7 +4,7 @@ The same step as `cargo run --release -p stable-diffusion --example step_cost`: 
 both losses, backward to two learned rows of the token table; U-Net and text encoder are frozen, weights random.
 Self-attention and unwatched cross-attention use torch's fused attention; watched layers compute their map.
 
-    python step_cost.py [sprites|sd15] [latent width] [steps] [threads]
+    python step_cost.py [sprites|sd15] [latent width] [steps] [threads] [f32|bf16] [contiguous|channels_last]
 """
 
 import resource
@@ -20,6 +20,8 @@ size = int(sys.argv[2]) if len(sys.argv) > 2 else 32
 n_steps = int(sys.argv[3]) if len(sys.argv) > 3 else 3
 if len(sys.argv) > 4:
     torch.set_num_threads(int(sys.argv[4]))
+dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[sys.argv[5] if len(sys.argv) > 5 else "f32"]
+channels_last = sys.argv[6:7] == ["channels_last"]
 torch.manual_seed(0)
 
 if name == "sprites":
@@ -33,7 +35,9 @@ else:
     text = CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     resolution = 16 * size // 64
 text = CLIPTextModel(text)
-unet.requires_grad_(False).eval()
+unet.requires_grad_(False).eval().to(dtype)
+if channels_last:
+    unet.to(memory_format=torch.channels_last)
 text.requires_grad_(False).eval()
 
 maps = []
@@ -78,9 +82,9 @@ target = (torch.arange(resolution) < resolution / 2).float().expand(resolution, 
 
 def loss_of():
     maps.clear()
-    context = text(ids)[0]
-    prediction = unet(noisy, torch.tensor([421]), context).sample
-    a = torch.stack(maps).mean(0)
+    context = text(ids)[0].to(dtype)
+    prediction = unet(noisy.to(dtype), torch.tensor([421]), context).sample.float()
+    a = torch.stack(maps).float().mean(0)
     a = a / a.amax(0, keepdim=True)
     return (((prediction - noise) * mask) ** 2).mean() + 0.01 * ((a - target) ** 2).mean(0).sum()
 
