@@ -2,7 +2,8 @@
 //!
 //! | file | what it adapts |
 //! | --- | --- |
-//! | `session` | one device per process, and the model that is in use |
+//! | `device` | which device computes |
+//! | `session` | the model that is in use |
 //! | `tensor_bridge` | candle tensors and tensors on wires |
 //! | `values` | the plugin's own values on wires: model, concepts |
 //! | `scene_input` | pictures and a list of concepts to a scene of the method |
@@ -12,6 +13,7 @@
 //!
 //! No equation, no layer, no file format is in here.
 
+mod device;
 mod failure;
 mod nodes;
 mod observer;

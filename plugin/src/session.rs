@@ -1,38 +1,15 @@
-//! What nodes share beside their wires: one device, and the model that is in use.
+//! What nodes share beside their wires: the model that is in use.
 
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
-use candle_core::Device;
 use parking_lot::Mutex;
 use plugin_api::NodeError;
 use stable_diffusion::ops::Precision;
 use stable_diffusion::{CheckpointSource, DiffusionModel};
 
+use crate::device::device;
 use crate::failure::from_model;
 use crate::values::{ModelValue, WeakModel};
-
-/// Two devices made separately are different devices to candle, so there is one per process.
-pub(crate) fn device() -> &'static Device {
-    static DEVICE: OnceLock<Device> = OnceLock::new();
-    DEVICE.get_or_init(best_device)
-}
-
-#[cfg(feature = "cuda")]
-fn best_device() -> Device {
-    // One stream for all threads: the per-thread stream of `new_cuda` orders nothing between workers.
-    Device::new_cuda_with_stream(0).unwrap_or(Device::Cpu)
-}
-
-#[cfg(all(feature = "metal", not(feature = "cuda")))]
-fn best_device() -> Device {
-    Device::new_metal(0).unwrap_or(Device::Cpu)
-}
-
-#[cfg(not(any(feature = "cuda", feature = "metal")))]
-fn best_device() -> Device {
-    Device::Cpu
-}
 
 /// The checkpoint that a user named: the bundled one, a directory, or a file.
 pub(crate) fn checkpoint_source(name: &str) -> CheckpointSource {
@@ -75,7 +52,7 @@ pub(crate) fn load_model(
         return in_precision(&model.model, precision).map(ModelValue::new);
     }
     let other_vae = (!vae.is_empty()).then(|| Path::new(vae));
-    let model = DiffusionModel::load_with_vae(&checkpoint_source(name), other_vae, device())
+    let model = DiffusionModel::load_with_vae(&checkpoint_source(name), other_vae, device()?)
         .map_err(|error| from_model("checkpoint", &error))?;
     let model = ModelValue::new(in_precision(&model, precision)?);
     *last = Some((key, model.downgrade()));

@@ -5,7 +5,7 @@ from statistics import mean, stdev
 
 import figure_plots
 from figure_runs import (
-    ABLATION, INDEXES, LEARNED, METHODS, REFERENCE, SECTIONS, SEEDS, SOME_SCENES, STARTED, STARTS, configuration, method,
+    ABLATION, INDEXES, JOINT_STEPS, LEARNED, METHODS, REFERENCE, SECTIONS, SEEDS, SOME_SCENES, STARTED, STARTS, configuration, method,
     painting, seeds_of, started,
 )  # fmt: skip
 from PIL import Image, ImageDraw, ImageFont
@@ -291,10 +291,9 @@ def pictures(reports):
         for other in LEARNED if other != "em"
     ]  # fmt: skip
     n_scenes = len({scene for scene, _ in by_label["em"]})
-    joint = reports[painting("em", "evaluation")]["joint"]
     return f"""## Pictures
 
-Tokens and weights after {joint["steps"]} steps of the joint stage; every object of {n_scenes} scenes alone on two backgrounds, and all of
+Tokens and weights after {JOINT_STEPS} steps of the joint stage; every object of {n_scenes} scenes alone on two backgrounds, and all of
 a scene together on a third one, {len(by_label["em"])} pictures with the same prompts and seeds for all. *Identity* is the likeness of
 the painted thing to the pixels of the concept, *recognized* the share of the pictures of single objects that are more like
 that object than like any other of the scene. *Right* is the share of the pictures that the right words explain better

@@ -23,6 +23,8 @@ PROCESSES = 2
 
 SECTIONS = ["masks", "hard", "starts", "no-words", "ablation", "tokens", "pictures", "scenes"]
 SEEDS = [0, 1, 2]
+# before pictures are painted; what `evaluate` does unless it is told otherwise
+JOINT_STEPS = 400
 # label -> arguments; the rows of the first table and the curves of the plot
 METHODS = {
     "em": ["--mode", "em"],

@@ -7,8 +7,8 @@ use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
+use crate::device::device;
 use crate::failure::from_method;
-use crate::session;
 use crate::values::concepts_value;
 
 /// See the module.
@@ -91,8 +91,8 @@ impl Node for LoadConcepts {
     ) -> Result<Outputs, NodeError> {
         let paths = parameters.paths();
         let paths: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
-        let learned = load_concepts(&paths, session::device())
-            .map_err(|error| from_method("files", &error))?;
+        let learned =
+            load_concepts(&paths, device()?).map_err(|error| from_method("files", &error))?;
         Ok(vec![concepts_value(learned)])
     }
 }
