@@ -44,9 +44,10 @@ ABLATION = {
     "pixel by pixel instead of parts": "no-regions",
     "every round forgets the one before": "no-memory",
     "without the dense CRF": "no-crf",
-    "attention alone": "attention",
-    "the paper read literally": "paper",
 }
+# those of which hard scenes are run too, of these kinds: where attention alone confuses names
+HARD_ABLATION = ["likelihood", "without the likelihood (attention's share alone)", "without the prior (the noise alone)"]
+HARD_ABLATION_KINDS = ["same_class", "small"]
 STARTS = {"class": "the class word", "random": "no word", "inversion": "inversion"}
 # those of METHODS of which every seed is run, that the plot shows from the other starts too, and of which hard scenes
 # are run
@@ -71,10 +72,12 @@ class Run:
     start: str = "class"
     some: bool = False
     painted: bool = False
+    kind: str = "all"
 
     @property
     def name(self):
         parts = [self.index, *(a.removeprefix("--") for a in self.arguments), self.start, f"seed-{self.seed}"]
+        parts += [self.kind] * (self.kind != "all")
         return "-".join(parts + ["some"] * self.some + ["painted"] * self.painted)
 
     @property
@@ -82,7 +85,7 @@ class Run:
         return WORK / f"{self.name}-overlays"
 
     def command(self, steps, limit=None):
-        scenes = {"evaluation": ["--kind", "multi"], "hard": ["--kind", "all", "--split", "test"]}[self.index]
+        scenes = {"evaluation": ["--kind", "multi"], "hard": ["--kind", self.kind, "--split", "test"]}[self.index]
         # Where masks never change, they are known before the first step.
         steps = 0 if "baseline" in self.arguments and not self.painted else steps
         command = [PROGRAM, "--model", MODEL, "--scenes", INDEXES[self.index], *scenes, *self.arguments,
@@ -111,9 +114,19 @@ def seeds_of(label):
 
 def configuration(label):
     """A run of the ablation; those that are methods too are made with all scenes."""
-    name = ABLATION[label]
-    arguments = ("--mode", "em") if name == "likelihood" else ("--mode", "em", "--config", name)
+    arguments = arguments_of(label)
     return Run("evaluation", arguments, some=list(arguments) not in METHODS.values())
+
+
+def hard_configuration(label, kind):
+    """As `configuration`, of one kind of hard scenes."""
+    arguments = arguments_of(label)
+    return Run("hard", arguments, kind="all" if list(arguments) in METHODS.values() else kind)
+
+
+def arguments_of(label):
+    name = ABLATION[label]
+    return ("--mode", "em") if name == "likelihood" else ("--mode", "em", "--config", name)
 
 
 def painting(label, index):
@@ -131,6 +144,7 @@ def planned(sections):
         runs += [method("em", "evaluation", start="random")]
     if "ablation" in sections:
         runs += [configuration(label) for label in ABLATION]
+        runs += [hard_configuration(label, kind) for label in HARD_ABLATION for kind in HARD_ABLATION_KINDS]
     if "pictures" in sections or "tokens" in sections:
         runs += [painting(label, index) for index in INDEXES for label in LEARNED]
     if "starts" in sections:
