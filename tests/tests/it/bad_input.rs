@@ -290,11 +290,12 @@ fn a_folder_without_permission() {
 #[test]
 fn a_device_that_cannot_be_used() {
     let place = Place::with_conceptloom();
-    place.write(
-        "w.json",
-        json!({"1": node("LoadDiffusionModel", json!({})), "2": node("ConceptTokenLearner", json!({"model": ["1", 0]}))})
-            .to_string(),
-    );
+    let graph = json!({
+        "1": node("LoadDiffusionModel", json!({})),
+        "2": node("PersonalizedSampler", json!({"model": ["1", 0]})),
+        "3": node("SaveImage", json!({"images": ["2", 0]})),
+    });
+    place.write("w.json", graph.to_string());
     for (name, parts) in [
         (
             "cuda:0",
