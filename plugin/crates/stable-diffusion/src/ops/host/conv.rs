@@ -210,7 +210,7 @@ impl Conv {
     /// By the processor's tiles, where it has them and this is a convolution for them; from `n_in` to `n_out` channels.
     fn by_tiles(&self, n_in: usize, n_out: usize) -> Option<Convolution3x3> {
         let means = self.is_plain().then_some(self.means)?;
-        let (tiles, factors) = means.for_convolution(self.n_inputs(), n_in.min(n_out))?;
+        let (tiles, factors) = means.for_convolution(self.n_inputs(), [n_in, n_out])?;
         Some(Convolution3x3 {
             tiles,
             factors,

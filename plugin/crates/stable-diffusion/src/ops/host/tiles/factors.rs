@@ -65,13 +65,18 @@ impl Means {
             .map(|tiles| (tiles, self.factors))
     }
 
-    /// Tiles for a 3x3 convolution.
+    /// Tiles for a 3x3 convolution of pictures of so many pixels; not of ones that would take much memory when packed, as
+    /// the VAE's largest would.
     pub(crate) fn for_convolution(
         self,
         n_pixels: usize,
-        n_channels: usize,
+        [n_in, n_out]: [usize; 2],
     ) -> Option<(Tiles, Factors)> {
-        let is_worth_it = n_pixels >= self.factors.least_pixels() && n_channels >= 32;
+        /// Of 32 bits: 64 MiB.
+        const MOST_WORDS: usize = 1 << 24;
+        let words = n_pixels * n_in.div_ceil(2) * self.factors.n_parts();
+        let is_worth_it =
+            n_pixels >= self.factors.least_pixels() && n_in.min(n_out) >= 32 && words <= MOST_WORDS;
         self.tiles
             .filter(|_| is_worth_it)
             .map(|tiles| (tiles, self.factors))

@@ -114,7 +114,7 @@ impl Configured {
 impl Drop for Configured {
     fn drop(&mut self) {
         // SAFETY: gives the tiles back; nothing of this thread holds values in them.
-        unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) }
+        unsafe { asm!("tilerelease", options(nostack, preserves_flags)) }
     }
 }
 

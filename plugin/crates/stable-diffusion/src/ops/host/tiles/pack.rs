@@ -116,13 +116,13 @@ pub(super) fn pack_lines<const P: usize>(
 
 /// Fills tiles, which are turned afterwards unless they lie as they should.
 fn turned_unless<const P: usize>(
-    is_right: bool,
+    lies_well: bool,
     words: &mut [u32],
     fill: impl FnOnce(&mut [u32], usize),
 ) {
     const MOST_PARTS: usize = 3;
     const { assert!(P <= MOST_PARTS) };
-    if is_right {
+    if lies_well {
         return fill(words, 2 * TILE);
     }
     let mut turned = [0; MOST_PARTS * TILE];
