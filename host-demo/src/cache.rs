@@ -6,9 +6,15 @@ use plugin_api::Value;
 
 use crate::graph::{GraphNode, Input, NodeId};
 
-/// Most memory that results in the cache may take: what their tensors say they hold.
-pub(crate) const DEFAULT_BUDGET: u64 = 512 << 20;
-/// Values of a plugin's own types do not tell their size, so their number is limited too.
+/// Most memory that results in the cache may take where nobody says otherwise: half of what the process may have, so that
+/// a model stays between two runs and leaves room to learn with it. A loaded Stable Diffusion 1.5 takes 4 GiB.
+pub(crate) fn default_budget() -> u64 {
+    /// Where the system does not tell: a model and some pictures.
+    const UNKNOWN: u64 = 6 << 30;
+    machine_memory::total().map_or(UNKNOWN, |total| total / 2)
+}
+
+/// Values need not tell their size, so their number is limited too.
 const MAX_ENTRIES: usize = 64;
 
 /// BLAKE3 of everything that a result hangs on.
@@ -49,7 +55,7 @@ impl Signature {
 struct Entry {
     class: String,
     outputs: Vec<Value>,
-    bytes: u64,
+    memory: BTreeMap<Block, u64>,
     last_use: u64,
 }
 
@@ -58,6 +64,7 @@ struct Entry {
 pub(crate) struct Evicted {
     /// The class of the node that made it.
     pub(crate) class: String,
+    /// What nothing else in the cache holds.
     pub(crate) bytes: u64,
 }
 
@@ -66,6 +73,8 @@ pub(crate) struct Cache {
     budget: u64,
     entries: BTreeMap<Signature, Entry>,
     clock: u64,
+    /// When the present run began.
+    run_began: u64,
 }
 
 impl Cache {
@@ -75,7 +84,13 @@ impl Cache {
             budget,
             entries: BTreeMap::new(),
             clock: 0,
+            run_began: 0,
         }
+    }
+
+    /// What is used from now on is the present run's.
+    pub(crate) fn begin_run(&mut self) {
+        self.run_began = self.clock;
     }
 
     /// The result with this signature.
@@ -93,29 +108,39 @@ impl Cache {
         class: &str,
         outputs: Vec<Value>,
     ) -> Vec<Evicted> {
-        let bytes = outputs.iter().map(size).sum();
+        self.clock += 1;
+        let memory = blocks(&outputs, self.clock);
         let class = class.to_owned();
+        let bytes = memory.values().sum();
         if bytes > self.budget {
             return vec![Evicted { class, bytes }];
         }
-        self.clock += 1;
         let entry = Entry {
             class,
             outputs,
-            bytes,
+            memory,
             last_use: self.clock,
         };
         self.entries.insert(signature, entry);
         let mut evicted = Vec::new();
         while self.bytes() > self.budget || self.entries.len() > MAX_ENTRIES {
-            let oldest = self.entries.iter().min_by_key(|(_, entry)| entry.last_use);
-            let oldest = oldest.map(|(signature, _)| signature.clone());
-            let Some(Entry { class, bytes, .. }) =
-                oldest.and_then(|signature| self.entries.remove(&signature))
-            else {
+            let Some(gone) = self.evict_oldest(u64::MAX) else {
                 break;
             };
-            evicted.push(Evicted { class, bytes });
+            evicted.push(gone);
+        }
+        evicted
+    }
+
+    /// Lets results go that the present run has not used, for as long as memory `is_scarce`; what the run uses would be
+    /// freed by nobody's leaving.
+    pub(crate) fn relieve(&mut self, is_scarce: impl Fn() -> bool) -> Vec<Evicted> {
+        let mut evicted = Vec::new();
+        while !self.entries.is_empty() && is_scarce() {
+            let Some(gone) = self.evict_oldest(self.run_began) else {
+                break;
+            };
+            evicted.push(gone);
         }
         evicted
     }
@@ -127,22 +152,71 @@ impl Cache {
         had_any
     }
 
+    /// Lets the result go that was used longest ago, if that was not after `newest`.
+    fn evict_oldest(&mut self, newest: u64) -> Option<Evicted> {
+        let before = self.bytes();
+        let oldest = self.entries.iter().min_by_key(|(_, entry)| entry.last_use);
+        let (signature, _) = oldest.filter(|(_, entry)| entry.last_use <= newest)?;
+        let signature = signature.clone();
+        let Entry { class, .. } = self.entries.remove(&signature)?;
+        let bytes = before - self.bytes();
+        Some(Evicted { class, bytes })
+    }
+
+    /// Bytes of all results; what several of them share counts once.
     fn bytes(&self) -> u64 {
-        self.entries.values().map(|entry| entry.bytes).sum()
+        let memory = self.entries.values().flat_map(|entry| &entry.memory);
+        let distinct: BTreeMap<_, _> = memory.collect();
+        distinct.into_values().sum()
     }
 }
 
-fn size(value: &Value) -> u64 {
-    match value {
-        Value::Tensor(tensor) => tensor.allocation_bytes(),
-        Value::Json(text) => text.len() as u64,
-        Value::Object(_) => 0,
+/// What tells a block of memory from others that live.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Block {
+    Tensor {
+        device: (i32, i32),
+        address: u64,
+    },
+    Object(u64),
+    /// Of one output, shared with nobody: of the entry that was made at this time.
+    Own {
+        clock: u64,
+        output: usize,
+    },
+}
+
+/// The memory that outputs keep alive.
+fn blocks(outputs: &[Value], clock: u64) -> BTreeMap<Block, u64> {
+    let mut found = BTreeMap::new();
+    for (output, value) in outputs.iter().enumerate() {
+        match value {
+            Value::Tensor(tensor) => {
+                let (device, address) = (tensor.device(), tensor.allocation_address());
+                let device = (device.kind, device.index);
+                let block = match address {
+                    0 => Block::Own { clock, output },
+                    address => Block::Tensor { device, address },
+                };
+                found.insert(block, tensor.allocation_bytes());
+            }
+            Value::Json(text) => {
+                found.insert(Block::Own { clock, output }, text.len() as u64);
+            }
+            Value::Object(object) => {
+                let memory = object.memory().into_iter();
+                found.extend(memory.map(|block| (Block::Object(block.id), block.bytes)));
+            }
+        }
     }
+    found
 }
 
 #[cfg(test)]
 mod tests {
-    use plugin_api::SharedTensor;
+    use plugin_api::abi_stable::std_types::{RString, RVec};
+    use plugin_api::node::Opaque;
+    use plugin_api::{MemoryBlock, SharedObject, SharedTensor};
     use serde_json::json;
 
     use super::*;
@@ -169,6 +243,77 @@ mod tests {
         let found = ["a", "b", "c"].map(|name| cache.get(&signature(name)).is_some());
         assert_eq!(found, [true, false, true]);
         assert!(cache.clear() && !cache.clear());
+    }
+
+    /// An object that says of what blocks it is.
+    struct Blocks(&'static [(u64, u64)]);
+
+    impl Opaque for Blocks {
+        fn summary(&self) -> RString {
+            "blocks".into()
+        }
+
+        fn memory(&self) -> RVec<MemoryBlock> {
+            let blocks = self.0.iter();
+            blocks
+                .map(|&(id, bytes)| MemoryBlock { id, bytes })
+                .collect()
+        }
+    }
+
+    fn object(blocks: &'static [(u64, u64)]) -> Vec<Value> {
+        vec![Value::Object(SharedObject::new("BLOCKS", Blocks(blocks)))]
+    }
+
+    #[test]
+    fn what_objects_share_counts_once() {
+        let mut cache = Cache::new(1500);
+        assert_eq!(cache.insert(signature("a"), "A", object(&[(1, 1000)])), []);
+        // One that was tuned from it.
+        let tuned = object(&[(1, 1000), (2, 400)]);
+        assert_eq!(cache.insert(signature("b"), "B", tuned), []);
+        assert_eq!(cache.bytes(), 1400);
+        // The oldest leaves first, although that alone frees nothing.
+        let evicted = cache.insert(signature("c"), "C", object(&[(3, 200)]));
+        let gone = |class: &str, bytes| Evicted {
+            class: class.to_owned(),
+            bytes,
+        };
+        assert_eq!(evicted, [gone("A", 0), gone("B", 1400)]);
+        // What is too large by itself throws nothing out.
+        let evicted = cache.insert(signature("d"), "D", object(&[(4, 1501)]));
+        assert_eq!(evicted, [gone("D", 1501)]);
+        assert_eq!(cache.bytes(), 200);
+    }
+
+    #[test]
+    fn one_tensor_in_two_results_counts_once() {
+        let mut cache = Cache::new(u64::MAX);
+        let outputs = kilobyte();
+        cache.insert(signature("a"), "A", outputs.clone());
+        cache.insert(signature("b"), "B", outputs);
+        assert_eq!(cache.bytes(), 1024);
+        cache.insert(signature("c"), "C", kilobyte());
+        assert_eq!(cache.bytes(), 2048);
+    }
+
+    #[test]
+    fn where_memory_is_scarce_what_this_run_does_not_use_leaves() {
+        let mut cache = Cache::new(u64::MAX);
+        for name in ["a", "b", "c"] {
+            cache.insert(signature(name), name, kilobyte());
+        }
+        cache.begin_run();
+        assert!(cache.get(&signature("a")).is_some());
+        assert_eq!(cache.relieve(|| false), []);
+        let classes = |evicted: Vec<Evicted>| -> Vec<String> {
+            evicted.into_iter().map(|gone| gone.class).collect()
+        };
+        let asked = std::cell::Cell::new(0);
+        let once = || asked.replace(asked.get() + 1) == 0;
+        assert_eq!(classes(cache.relieve(once)), ["b"]);
+        assert_eq!(classes(cache.relieve(|| true)), ["c"]);
+        assert!(cache.get(&signature("a")).is_some());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::batch::{self, BatchEnd, Shard};
 use crate::builtin_nodes::Places;
-use crate::cache::{Cache, DEFAULT_BUDGET};
+use crate::cache::{self, Cache};
 use crate::catalog::Catalog;
 use crate::clock;
 use crate::console::{complain, say};
@@ -50,6 +50,22 @@ struct Libraries {
     /// program]
     #[arg(long, value_name = "LIBRARY")]
     plugin: Vec<PathBuf>,
+}
+
+#[derive(Debug, Clone, Default, Args)]
+struct CacheArguments {
+    /// Most memory that results of nodes are kept in, models too, to not make them again [default: half of the machine's,
+    /// or of what this process is limited to]
+    #[arg(long, value_name = "MIB")]
+    cache_memory: Option<u64>,
+}
+
+impl CacheArguments {
+    /// In bytes.
+    fn budget(&self) -> u64 {
+        self.cache_memory
+            .map_or_else(cache::default_budget, |mib| mib.saturating_mul(1 << 20))
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -103,6 +119,8 @@ struct RunArguments {
     #[arg(long)]
     disable_metadata: bool,
     #[command(flatten)]
+    cache: CacheArguments,
+    #[command(flatten)]
     libraries: Libraries,
 }
 
@@ -126,9 +144,8 @@ struct ServeArguments {
     /// Where pictures, results, workflows and the list of jobs are kept
     #[arg(long, value_name = "FOLDER", default_value = "conceptloom-data")]
     data: PathBuf,
-    /// Most memory that results of nodes are kept in, to not make them again
-    #[arg(long, value_name = "MIB", default_value_t = DEFAULT_BUDGET >> 20)]
-    cache_memory: u64,
+    #[command(flatten)]
+    cache: CacheArguments,
     /// Runs the jobs that an earlier server left, instead of holding them
     #[arg(long)]
     resume: bool,
@@ -156,6 +173,8 @@ struct BatchArguments {
     /// Writes no workflow into pictures and learned concepts
     #[arg(long)]
     disable_metadata: bool,
+    #[command(flatten)]
+    cache: CacheArguments,
     #[command(flatten)]
     libraries: Libraries,
 }
@@ -207,6 +226,7 @@ fn dispatch(arguments: Arguments) -> Result<(), Ended> {
                 shard: arguments.shard,
                 out: arguments.out,
                 resume: arguments.resume,
+                cache_budget: arguments.cache.budget(),
                 disable_metadata: arguments.disable_metadata,
                 plugins: arguments.libraries.plugin,
             })?;
@@ -223,7 +243,7 @@ fn dispatch(arguments: Arguments) -> Result<(), Ended> {
             hosts: arguments.allow_host,
             front_end: arguments.front_end_root,
             data: arguments.data,
-            cache_budget: arguments.cache_memory.saturating_mul(1 << 20),
+            cache_budget: arguments.cache.budget(),
             disable_metadata: arguments.disable_metadata,
             resume: arguments.resume,
             plugins: arguments.libraries.plugin,
@@ -401,7 +421,7 @@ fn execute(
         cancel,
         observer: Arc::new(Observers(vec![recorder.clone(), Arc::new(Terminal::new())])),
     };
-    executor::run(&job, &mut Cache::new(DEFAULT_BUDGET))
+    executor::run(&job, &mut Cache::new(arguments.cache.budget()))
 }
 
 fn tell_run_error(error: &RunError, folder: &RunFolder) -> Ended {

@@ -14,11 +14,12 @@ use plugin_api::{
 };
 use serde_json::{Map, Value as Json};
 
-use crate::cache::{Cache, Signature};
+use crate::cache::{Cache, Evicted, Signature};
 use crate::catalog::{Catalog, Instance};
 use crate::events::{Event, NodeLabel, Observer};
 use crate::file_words;
 use crate::graph::{Graph, GraphNode, Input, NodeId};
+use crate::memory;
 use crate::pictures;
 use crate::run_folder::{WorkDir, WorkDirs};
 use crate::validate::Plan;
@@ -123,6 +124,7 @@ impl<'a> Worker<'a> {
     }
 
     fn run(mut self, cache: &mut Cache) -> Result<(), RunError> {
+        cache.begin_run();
         for (index, id) in self.job.plan.iter().enumerate() {
             let node = &self.job.graph.nodes[id];
             let label = NodeLabel {
@@ -244,6 +246,8 @@ impl<'a> Worker<'a> {
                 },
             );
         }
+        let relieved = cache.relieve(memory::is_scarce);
+        self.tell_evicted(label, &relieved, "because little memory is left");
         let started = Instant::now();
         let has_saved = Arc::new(AtomicBool::new(false));
         let context = self.context(label, &signature, &has_saved)?;
@@ -260,22 +264,22 @@ impl<'a> Worker<'a> {
             },
         );
         if !descriptor.output_node && !has_saved.load(Ordering::SeqCst) {
-            for gone in cache.insert(signature, &node.class, outputs.clone()) {
-                let text = format!(
-                    "the cache let go of a result of {} ({} MiB) to keep its budget",
-                    gone.class,
-                    gone.bytes >> 20
-                );
-                job.observer.on_event(
-                    label,
-                    &Event::Log {
-                        level: 1,
-                        text: &text,
-                    },
-                );
-            }
+            let evicted = cache.insert(signature, &node.class, outputs.clone());
+            self.tell_evicted(label, &evicted, "to keep its budget");
         }
         Ok(outputs)
+    }
+
+    fn tell_evicted(&self, label: &NodeLabel, evicted: &[Evicted], why: &str) {
+        for Evicted { class, bytes } in evicted {
+            let megabytes = bytes >> 20;
+            let text = format!("the cache let go of a result of {class} ({megabytes} MiB) {why}");
+            let event = Event::Log {
+                level: 1,
+                text: &text,
+            };
+            self.job.observer.on_event(label, &event);
+        }
     }
 
     /// The values on the sockets, and complete parameters.
@@ -354,7 +358,7 @@ impl<'a> Worker<'a> {
     }
 }
 
-/// Runs the node; once more if memory ran out and the cache held some.
+/// Runs the node; once more if memory ran out and the cache held some. A second time it is final, and said so.
 fn run_with_retry(
     instance: &mut Instance,
     inputs: BTreeMap<String, Value>,
@@ -364,11 +368,21 @@ fn run_with_retry(
 ) -> Result<Vec<Value>, NodeError> {
     match instance.run(inputs.clone(), parameters, context.clone()) {
         Err(error) if error.error_code() == ErrorCode::OutOfMemory && cache.clear() => {
+            memory::give_back();
             context.log(
                 1,
                 "memory ran out; the cache was emptied and the node runs again".into(),
             );
-            instance.run(inputs, parameters, context)
+            instance
+                .run(inputs, parameters, context)
+                .map_err(|error| match error.error_code() {
+                    ErrorCode::OutOfMemory => NodeError {
+                        message: format!("{error} (the same again after the cache was emptied)")
+                            .into(),
+                        ..error
+                    },
+                    _ => error,
+                })
         }
         result => result,
     }

@@ -22,6 +22,20 @@ pub(crate) fn give_back() {
     let _ = unsafe { libc::malloc_trim(0) };
 }
 
+/// Whether little of what this process may have is left, after it has given back what it freed.
+pub(crate) fn is_scarce() -> bool {
+    /// Part of all memory below which what is left is little.
+    const LITTLE: u64 = 10;
+    let is_little = || {
+        let known = machine_memory::total().zip(machine_memory::available());
+        known.is_some_and(|(total, available)| available < total / LITTLE)
+    };
+    is_little() && {
+        give_back();
+        is_little()
+    }
+}
+
 /// Makes all threads share one heap: each of glibc's heaps keeps what its busiest moment took. Few threads are busy at
 /// once.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]

@@ -39,7 +39,7 @@ pub mod tensor;
 pub use descriptor::{InputSocket, NodeDescriptor, OutputSocket, PluginDescriptor};
 pub use error::{ErrorCode, NodeError};
 pub use host::{Host, HostContext, HostContext_TO, Preview, Progress, RunInfo};
-pub use node::{Inputs, Node, NodeObject_TO, Outputs, SharedObject, Value};
+pub use node::{Inputs, MemoryBlock, Node, NodeObject_TO, Outputs, SharedObject, Value};
 pub use parameter::{ParameterProblem, Widget, WidgetKind};
 pub use root::{PluginModule, PluginModule_Ref};
 pub use tensor::{DataType, DeviceId, SharedTensor, TensorError};

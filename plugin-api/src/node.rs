@@ -20,12 +20,28 @@ use crate::guard::guarded;
 use crate::host::HostBox;
 use crate::{ErrorCode, Host, NodeDescriptor, NodeError, PluginDescriptor, SharedTensor};
 
+/// Memory that a value keeps alive.
+#[repr(C)]
+#[derive(StableAbi, Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryBlock {
+    /// The same for all values that share the block, and for no other block that lives: an address, say.
+    pub id: u64,
+    /// Its size.
+    pub bytes: u64,
+}
+
 /// A value of a plugin's own type, opaque to everybody else. Immutable and reference counted.
 #[sabi_trait]
 pub trait Opaque: Send + Sync + 'static {
     /// A line for a person, for example `2 concepts after 400 steps`. Any thread.
-    #[sabi(last_prefix_field)]
     fn summary(&self) -> RString;
+    /// The memory that this value keeps alive, on whatever device, block by block: a host that keeps values within a
+    /// budget counts a block once, however many of them share it. What is small beside the rest may be left out. Any
+    /// thread.
+    #[sabi(last_prefix_field)]
+    fn memory(&self) -> RVec<MemoryBlock> {
+        RVec::new()
+    }
 }
 
 /// An opaque value on a wire.
@@ -81,6 +97,12 @@ impl SharedObject {
     #[must_use]
     pub fn summary(&self) -> String {
         self.object.summary().into_string()
+    }
+
+    /// The memory that it keeps alive.
+    #[must_use]
+    pub fn memory(&self) -> Vec<MemoryBlock> {
+        self.object.memory().into_vec()
     }
 }
 

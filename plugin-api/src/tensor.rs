@@ -248,6 +248,12 @@ impl SharedTensor {
         self.address + self.byte_offset
     }
 
+    /// Address of the allocation on its device: equal for all views of it. 0 where the producer does not tell.
+    #[must_use]
+    pub fn allocation_address(&self) -> u64 {
+        self.address
+    }
+
     /// Bytes of the whole allocation behind this view.
     #[must_use]
     pub fn allocation_bytes(&self) -> u64 {

@@ -7,7 +7,7 @@
 use abi_stable::std_types::{RResult, RVec};
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use plugin_api::tensor::{TensorDescription, TensorOwner, contiguous_strides};
-use plugin_api::{DataType, DeviceId, ErrorCode, NodeError, SharedTensor};
+use plugin_api::{DataType, DeviceId, ErrorCode, MemoryBlock, NodeError, SharedTensor};
 
 /// Keeps a candle tensor alive for everybody who holds its memory.
 struct CandleOwner(Tensor);
@@ -90,6 +90,20 @@ fn memory(tensor: &Tensor) -> (u64, u64, u64, DeviceId) {
         Storage::Cuda(_) => (0, viewed, 0, DeviceId { kind: 2, index: 0 }),
         Storage::Metal(_) => (0, viewed, 0, DeviceId { kind: 8, index: 0 }),
         Storage::Cpu(_) => (0, viewed, 0, DeviceId::CPU),
+    }
+}
+
+/// The memory behind a tensor; views of one have the same.
+pub(crate) fn block(tensor: &Tensor) -> MemoryBlock {
+    let (storage, layout) = tensor.storage_and_layout();
+    let viewed = layout.shape().elem_count() * tensor.dtype().size_in_bytes();
+    let bytes = match &*storage {
+        Storage::Cpu(CpuStorage::F32(values)) => size_of_val(values.as_slice()),
+        _ => viewed,
+    };
+    MemoryBlock {
+        id: std::ptr::from_ref(&*storage).addr() as u64,
+        bytes: bytes as u64,
     }
 }
 

@@ -2,13 +2,14 @@
 
 use std::sync::{Arc, Weak};
 
-use abi_stable::std_types::RString;
+use abi_stable::std_types::{RString, RVec};
 use personalization::{Encodings, Evidence, LearnedConcepts, Posterior, PreparedScene, Scene};
 use plugin_api::node::Opaque;
-use plugin_api::{Inputs, NodeError, SharedObject, Value, port};
+use plugin_api::{Inputs, MemoryBlock, NodeError, SharedObject, Value, port};
 use stable_diffusion::DiffusionModel;
 
 use crate::failure::from_method;
+use crate::tensor_bridge;
 
 /// A model on a wire, with the pictures that were encoded with it: all nodes of a graph share them.
 #[derive(Clone)]
@@ -85,6 +86,11 @@ impl Opaque for ModelValue {
         )
         .into()
     }
+
+    fn memory(&self) -> RVec<MemoryBlock> {
+        // Encodings of pictures come later, and are small beside the weights.
+        self.model.tensors().map(tensor_bridge::block).collect()
+    }
 }
 
 /// Learned concepts on a wire.
@@ -99,6 +105,18 @@ impl Opaque for ConceptsValue {
             .map(|concept| concept.token.as_str())
             .collect();
         format!("{} after {} steps", tokens.join(", "), self.0.step).into()
+    }
+
+    fn memory(&self) -> RVec<MemoryBlock> {
+        let LearnedConcepts {
+            rows,
+            initial_rows,
+            optimizer,
+            ..
+        } = &self.0;
+        let moments = optimizer.m.iter().chain(&optimizer.v);
+        let tensors = [rows, initial_rows].into_iter().chain(moments);
+        tensors.map(tensor_bridge::block).collect()
     }
 }
 
@@ -123,6 +141,20 @@ impl Opaque for EvidenceValue {
         )
         .into()
     }
+
+    fn memory(&self) -> RVec<MemoryBlock> {
+        let seen = self.evidence.iter().flat_map(|seen| {
+            let planes = seen.log_likelihoods.iter().chain(&seen.attention.maps);
+            planes.map(Vec::as_slice).chain([seen.affinity.parts().0])
+        });
+        let concluded = self.posteriors.iter().flat_map(|q| &q.planes);
+        seen.chain(concluded.map(Vec::as_slice))
+            .map(|plane| MemoryBlock {
+                id: plane.as_ptr().addr() as u64,
+                bytes: size_of_val(plane) as u64,
+            })
+            .collect()
+    }
 }
 
 /// Puts evidence on a wire.
@@ -138,4 +170,57 @@ pub(crate) fn model_value(model: ModelValue) -> Value {
 /// Puts concepts on a wire.
 pub(crate) fn concepts_value(learned: LearnedConcepts) -> Value {
     Value::Object(SharedObject::new(port::CONCEPTS, ConceptsValue(learned)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use stable_diffusion::lora::LoraAdapter;
+    use stable_diffusion::{CheckpointSource, UNet};
+
+    use super::*;
+
+    fn bytes<'a>(objects: impl IntoIterator<Item = &'a SharedObject>) -> u64 {
+        let blocks = objects.into_iter().flat_map(SharedObject::memory);
+        let distinct: BTreeMap<u64, u64> = blocks.map(|block| (block.id, block.bytes)).collect();
+        distinct.into_values().sum()
+    }
+
+    #[test]
+    fn weights_that_models_share_count_once() {
+        let source = CheckpointSource::Embedded {
+            name: sprites::NAME,
+            files: sprites::FILES,
+        };
+        let model = DiffusionModel::load(&source, &candle_core::Device::Cpu).unwrap();
+        // Its files hold f16, and names.
+        let files = sprites::FILES
+            .iter()
+            .filter(|(name, _)| name.ends_with(".safetensors"));
+        let n_file_bytes = files.map(|(_, bytes)| bytes.len() as u64).sum::<u64>();
+        let lora = LoraAdapter::new(model.unet.weights(), 4, 4.0, 0).unwrap();
+        let n_lora_bytes: u64 = lora
+            .factors
+            .values()
+            .map(|factors| 4 * (factors.down.elem_count() + factors.up.elem_count()) as u64)
+            .sum();
+        let unet = UNet::new(&model.config.unet, model.unet.weights(), Some(&lora)).unwrap();
+        let adapted = DiffusionModel {
+            unet: Arc::new(unet),
+            lora: Some(lora),
+            ..model.clone()
+        };
+        let base = ModelValue::new(model);
+        let tuned = base.tuned(adapted);
+        let shared = |model| SharedObject::new(port::DIFFUSION_MODEL, model);
+        let (base, tuned) = (shared(base), shared(tuned));
+        let n_base_bytes = bytes([&base]);
+        assert!(
+            n_base_bytes > n_file_bytes * 19 / 10 && n_base_bytes < 2 * n_file_bytes,
+            "{n_base_bytes} bytes of files of {n_file_bytes}"
+        );
+        assert_eq!(bytes([&base, &tuned]), n_base_bytes + n_lora_bytes);
+        assert_eq!(bytes([&tuned]), n_base_bytes + n_lora_bytes);
+    }
 }

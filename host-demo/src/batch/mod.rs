@@ -17,7 +17,7 @@ use anyhow::Context as _;
 use serde_json::Value;
 
 use crate::builtin_nodes::Places;
-use crate::cache::{Cache, DEFAULT_BUDGET};
+use crate::cache::Cache;
 use crate::catalog::Catalog;
 use crate::console::{complain, say};
 use crate::events::Observers;
@@ -40,6 +40,8 @@ pub(crate) struct Options {
     pub(crate) shard: Option<Shard>,
     pub(crate) out: PathBuf,
     pub(crate) resume: bool,
+    /// Bytes.
+    pub(crate) cache_budget: u64,
     pub(crate) disable_metadata: bool,
     pub(crate) plugins: Vec<PathBuf>,
 }
@@ -107,7 +109,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<BatchEnd> {
         "shard {shard}: {} of {n_all} entries",
         prepared.len()
     ));
-    let mut cache = Cache::new(DEFAULT_BUDGET);
+    let mut cache = Cache::new(options.cache_budget);
     let (mut n_done, mut n_skipped, mut failed) = (0, 0, Vec::new());
     for (index, one) in prepared.iter().enumerate() {
         if one.is_done {

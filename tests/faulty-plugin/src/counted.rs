@@ -6,21 +6,29 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use abi_stable::std_types::RString;
+use abi_stable::std_types::{RString, RVec};
 use plugin_api::node::Opaque;
-use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, SharedObject, Value};
+use plugin_api::{
+    ErrorCode, Host, Inputs, MemoryBlock, Node, NodeDescriptor, NodeError, Outputs, SharedObject,
+    Value, port,
+};
 use schemars::JsonSchema;
 use serde::Deserialize;
+
+use crate::honest::NoParameters;
 
 const PORT: &str = "COUNTED";
 static ALIVE: AtomicUsize = AtomicUsize::new(0);
 
-struct Object;
+struct Object {
+    /// What it says that it holds.
+    bytes: u64,
+}
 
 impl Object {
-    fn new() -> Self {
+    fn new(bytes: u64) -> Self {
         ALIVE.fetch_add(1, Ordering::SeqCst);
-        Self
+        Self { bytes }
     }
 }
 
@@ -34,6 +42,12 @@ impl Opaque for Object {
     fn summary(&self) -> RString {
         format!("one of {} objects", ALIVE.load(Ordering::SeqCst)).into()
     }
+
+    fn memory(&self) -> RVec<MemoryBlock> {
+        let id = std::ptr::from_ref(self).addr() as u64;
+        let bytes = self.bytes;
+        RVec::from(vec![MemoryBlock { id, bytes }])
+    }
 }
 
 /// Gives an object, and says how many are alive.
@@ -45,6 +59,14 @@ pub(crate) struct Parameters {
     /// Loses one object, which then lives for ever
     #[serde(default)]
     leak: bool,
+    /// MiB that the object says it holds
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 1_000_000))]
+    megabytes: u64,
+    /// Tells objects apart
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 1_000_000))]
+    number: u64,
 }
 
 impl Node for Counted {
@@ -71,9 +93,41 @@ impl Node for Counted {
         let _: Option<&Object> = inputs.optional_object("other")?;
         let alive = ALIVE.load(Ordering::SeqCst);
         if parameters.leak {
-            std::mem::forget(Object::new());
+            std::mem::forget(Object::new(0));
         }
-        let object = Value::Object(SharedObject::new(PORT, Object::new()));
+        // The number is there for the host, to which other parameters are another result.
+        let _ = parameters.number;
+        let object = Object::new(parameters.megabytes << 20);
+        let object = Value::Object(SharedObject::new(PORT, object));
         Ok(vec![object, Value::Json(alive.to_string().into())])
+    }
+}
+
+/// Has memory for its own work only where no object is alive.
+#[derive(Debug, Default)]
+pub(crate) struct Hungry;
+
+impl Node for Hungry {
+    type Parameters = NoParameters;
+
+    fn descriptor() -> NodeDescriptor {
+        NodeDescriptor::new::<NoParameters>(
+            "Hungry",
+            "Hungry",
+            "faulty",
+            "Memory runs out while other objects live",
+        )
+        .optional_input("images", port::IMAGE, "Is waited for only")
+        .output("alive", "INT", "How many were alive before")
+    }
+
+    fn run(&mut self, _: &Inputs, _: NoParameters, _: &Host) -> Result<Outputs, NodeError> {
+        match ALIVE.load(Ordering::SeqCst) {
+            0 => Ok(vec![Value::Json("0".into())]),
+            alive => {
+                let text = format!("memory ran out beside {alive} objects");
+                Err(NodeError::new(ErrorCode::OutOfMemory, text))
+            }
+        }
     }
 }

@@ -6,6 +6,7 @@
 //! | `Passthrough` | hands its input on, the very same memory, and says where that is |
 //! | `Number` | gives a number to a widget |
 //! | `Counted` | gives an object and says how many are alive; can lose one |
+//! | `Hungry` | memory runs out while other objects live |
 //! | `Fail` | fails with a code of one's choice |
 //! | `Lie` | returns what it did not promise |
 //! | `Panic` | panics |
@@ -21,6 +22,7 @@ plugin_api::export_plugin! {
         honest::Passthrough,
         honest::Number,
         counted::Counted,
+        counted::Hungry,
         misbehaving::Fail,
         misbehaving::Lie,
         misbehaving::Panic,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use crate::support::{Place, faulty, node, other_layout};
+use crate::support::{Place, faulty, node, other_layout, pixels};
 
 fn load(place: &Place, path: &str) -> crate::support::Done {
     place.host(&["nodes", "--plugin", path])
@@ -125,6 +125,69 @@ fn failures_are_one_sentence_with_the_node() {
     ] {
         ends("Fail", json!({"code": code}), &[part]);
     }
+}
+
+#[test]
+fn where_memory_runs_out_the_cache_is_emptied_and_the_node_runs_again() {
+    let place = Place::with_faulty();
+    // The object is in the cache alone when the hungry node runs.
+    let mut workflow = json!({
+        "1": node("Counted", json!({})),
+        "2": node("Slow", json!({"steps": 1, "seed": ["1", 1]})),
+        "3": node("Hungry", json!({"images": ["2", 0]})),
+        "4": node("Slow", json!({"steps": 1, "seed": ["3", 0]})),
+        "5": node("SaveImage", json!({"images": ["4", 0]})),
+    });
+    let done = place.run(&workflow, &[]).succeeded();
+    let told = "memory ran out; the cache was emptied and the node runs again";
+    assert_eq!(done.stderr.matches(told).count(), 1, "{}", done.stderr);
+    // Now somebody still waits for it.
+    workflow["4"] = node("Counted", json!({"other": ["1", 0], "number": ["3", 0]}));
+    workflow["5"] = node("Slow", json!({"steps": 1, "seed": ["4", 1]}));
+    workflow["6"] = node("SaveImage", json!({"images": ["5", 0]}));
+    place.write("workflow.json", workflow.to_string());
+    let done = place.host(&["run", "workflow.json", "--out", "held"]);
+    let done = done.failed_with(&[
+        "node 3 (Hungry): memory ran out beside 1 objects (the same again after the cache was emptied)",
+    ]);
+    assert_eq!(done.stderr.matches(told).count(), 1, "{}", done.stderr);
+}
+
+#[test]
+fn the_cache_holds_no_more_than_it_may() {
+    let place = Place::with_faulty();
+    let workflow = json!({
+        "1": node("Counted", json!({"megabytes": 300})),
+        "2": node("Counted", json!({"megabytes": 300, "number": ["1", 1]})),
+        "3": node("Counted", json!({"megabytes": 300, "number": ["2", 1]})),
+        "4": node("Slow", json!({"steps": 1, "seed": ["3", 1]})),
+        "5": node("SaveImage", json!({"images": ["4", 0]})),
+    });
+    let alive = |limit: &str, out: &str| {
+        place.write("workflow.json", workflow.to_string());
+        let done = place.host(&[
+            "run",
+            "workflow.json",
+            "--out",
+            out,
+            "--cache-memory",
+            limit,
+        ]);
+        let done = done.succeeded();
+        let seen = pixels(&place.read(&format!("{out}/picture_00001.png")))[0];
+        (
+            seen,
+            done.stderr
+                .matches("the cache let go of a result of Counted (300 MiB)")
+                .count(),
+        )
+    };
+    assert_eq!(alive("1000", "all"), (2, 0));
+    assert_eq!(alive("700", "two"), (2, 1));
+    // One leaves for each that comes.
+    assert_eq!(alive("400", "one"), (1, 2));
+    // Not even one is kept; the last one is still on its wire.
+    assert_eq!(alive("200", "none"), (1, 3));
 }
 
 #[test]

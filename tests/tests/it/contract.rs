@@ -95,6 +95,7 @@ fn the_description_can_be_read_without_a_node() {
             "Passthrough",
             "Number",
             "Counted",
+            "Hungry",
             "Fail",
             "Lie",
             "Panic"

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
 use crate::config::{ModelConfig, SchedulerConfig, TextEncoderConfig, UNetConfig, VaeConfig};
@@ -59,6 +59,8 @@ pub struct DiffusionModel {
     pub unet: Arc<UNet>,
     /// Pictures to latents and back.
     pub vae: Arc<Vae>,
+    /// Its weights, by diffusers' names.
+    pub vae_weights: WeightMap,
     /// The noise.
     pub noise_schedule: NoiseSchedule,
     /// Where the tensors are.
@@ -190,6 +192,7 @@ impl DiffusionModel {
             text_encoder_weights,
             unet: Arc::new(unet),
             vae: Arc::new(vae),
+            vae_weights: components.vae.clone(),
             device: device.clone(),
             fingerprint,
             lora: None,
@@ -313,6 +316,19 @@ impl DiffusionModel {
             is_tuned: true,
             ..self.clone()
         })
+    }
+
+    /// All weights; those that models share are the same tensors in both.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let adapter = self.lora.iter().flat_map(|lora| lora.factors.values());
+        let maps = [
+            self.unet.weights(),
+            &self.text_encoder_weights,
+            &self.vae_weights,
+        ];
+        maps.into_iter()
+            .flat_map(|weights| weights.0.values())
+            .chain(adapter.flat_map(|factors| [&factors.down, &factors.up]))
     }
 
     /// Width and height of a picture in pixels: 512 in SD 1.x.
