@@ -15,7 +15,7 @@ pub enum ErrorCode {
     CannotWrite = 3,
     /// The host asked the node to stop; nothing is wrong.
     Canceled = 4,
-    /// Memory of the host or of a device ran out; freeing caches and trying again may help.
+    /// Memory of the host or of a device ran out, or cannot suffice; freeing caches and trying again may help.
     OutOfMemory = 5,
     /// The node panicked: a fault of the plugin.
     Panicked = 6,

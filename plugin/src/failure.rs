@@ -1,6 +1,7 @@
 //! Errors of the crates below to errors with a code and the input that they are about.
 
 use plugin_api::{ErrorCode, NodeError};
+use stable_diffusion::memory::is_out_of_memory;
 
 /// An error of the model; `input` names the socket or parameter that it came from.
 pub(crate) fn from_model(input: &str, error: &stable_diffusion::Error) -> NodeError {
@@ -12,12 +13,29 @@ pub(crate) fn from_model(input: &str, error: &stable_diffusion::Error) -> NodeEr
         }
         Error::CannotWrite { .. } => ErrorCode::CannotWrite,
         Error::Prompt(_) | Error::Argument { .. } => ErrorCode::InvalidInput,
+        error if error.is_out_of_memory() => {
+            let of_device = !matches!(error, Error::NotEnoughMemory { .. });
+            return out_of_memory(&error.to_string(), of_device);
+        }
         _ => ErrorCode::Internal,
     };
     NodeError {
         input: input.into(),
         ..NodeError::new(code, error.to_string())
     }
+}
+
+/// Memory ran out: what for, and what takes less.
+fn out_of_memory(what: &str, of_device: bool) -> NodeError {
+    // The rest of the text may be where in candle it arose.
+    let what = what.lines().next().unwrap_or_default();
+    let less = "smaller pictures and memory = lean of LoadDiffusionModel";
+    let message = if of_device {
+        format!("{what}; {less} take less, and so does CONCEPTLOOM_DEVICE=cpu of the device")
+    } else {
+        format!("{what}; {less} take less")
+    };
+    NodeError::new(ErrorCode::OutOfMemory, message)
 }
 
 /// An error of the method. Where the fault alone does not say which socket or parameter it lies in, it is `input`:
@@ -29,6 +47,9 @@ pub(crate) fn from_method(input: &str, error: &personalization::Error) -> NodeEr
         Error::Canceled => return NodeError::canceled(),
         Error::File { .. } | Error::StateOfOtherWeights => ErrorCode::InvalidFile,
         Error::CannotWrite { .. } => ErrorCode::CannotWrite,
+        Error::Tensor(error) if is_out_of_memory(error) => {
+            return out_of_memory(&error.to_string(), true);
+        }
         Error::Tensor(_) => ErrorCode::Internal,
         _ => ErrorCode::InvalidInput,
     };
@@ -83,5 +104,43 @@ mod tests {
         assert_eq!(of(Error::PictureSize { size, unit }), "images");
         let token = "<a>".to_owned();
         assert_eq!(of(Error::TokenTwice { token }), "concept_list");
+    }
+
+    #[test]
+    fn memory_that_ran_out_is_told_with_what_it_was_for() {
+        use stable_diffusion::Error;
+        let candle = || {
+            candle_core::Error::Msg(
+                "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")".to_owned(),
+            )
+        };
+        let told = |error: personalization::Error| {
+            let error = from_method("images", &error);
+            assert_eq!(error.error_code(), ErrorCode::OutOfMemory);
+            assert_eq!(error.input, "", "it lies in no input");
+            error.message.into_string()
+        };
+        let doing = "step 3 of the stage tokens";
+        let of_step = Error::Tensor(candle()).during(|| doing.to_owned());
+        let message = told(of_step.into());
+        assert!(
+            message.starts_with(&format!("the device's memory ran out during {doing}; ")),
+            "{message}"
+        );
+        assert!(
+            message.contains("memory = lean") && message.contains("CONCEPTLOOM_DEVICE"),
+            "{message}"
+        );
+        // Where nobody said what for, the driver's word is all there is.
+        for error in [candle().into(), Error::from(candle()).into()] {
+            assert!(told(error).contains("CUDA_ERROR_OUT_OF_MEMORY"));
+        }
+        let (what, least, total) = ("a checkpoint".to_owned(), 3 << 30, 2 << 30);
+        let message = told(Error::NotEnoughMemory { what, least, total }.into());
+        assert!(
+            message.starts_with("a checkpoint takes at least 3.0 GiB")
+                && !message.contains("DEVICE"),
+            "{message}"
+        );
     }
 }

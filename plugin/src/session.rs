@@ -52,8 +52,9 @@ pub(crate) fn load_model(
         return in_precision(&model.model, precision).map(ModelValue::new);
     }
     let other_vae = (!vae.is_empty()).then(|| Path::new(vae));
-    let model = DiffusionModel::load_with_vae(&checkpoint_source(name), other_vae, device()?)
-        .map_err(|error| from_model("checkpoint", &error))?;
+    let loaded = DiffusionModel::load_with_vae(&checkpoint_source(name), other_vae, device()?);
+    let loaded = loaded.map_err(|error| error.during(|| format!("the loading of {name}")));
+    let model = loaded.map_err(|error| from_model("checkpoint", &error))?;
     let model = ModelValue::new(in_precision(&model, precision)?);
     *last = Some((key, model.downgrade()));
     Ok(model)
@@ -106,4 +107,21 @@ fn describe(path: &Path) -> Option<String> {
         meta.len(),
         meta.modified().ok()?
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_is_shared_while_a_value_holds_it_and_freed_with_the_last() {
+        let load = || load_model(sprites::NAME, "", Precision::F32).unwrap();
+        let (first, second) = (load(), load());
+        assert!(std::sync::Arc::ptr_eq(&first.model, &second.model));
+        let weak = first.downgrade();
+        drop(first);
+        assert!(weak.upgrade().is_some());
+        drop(second);
+        assert!(weak.upgrade().is_none(), "the session keeps nothing");
+    }
 }

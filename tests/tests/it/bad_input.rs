@@ -374,3 +374,34 @@ fn a_disk_that_is_full() {
     done.failed_with(&["cannot write disk/run", "No space left", "free some space"]);
     assert_eq!(left, [] as [&str; 0]);
 }
+
+#[test]
+#[cfg(target_os = "linux")]
+fn pictures_that_cannot_fit_into_memory_are_refused_before_they_are_begun() {
+    let place = Place::with_conceptloom();
+    let workflow = json!({
+        "1": node("LoadDiffusionModel", json!({})),
+        "2": node("PersonalizedSampler", json!({
+            "model": ["1", 0], "prompts": "a cat", "width": 4096, "height": 4096, "steps": 1,
+        })),
+        "3": node("SaveImage", json!({"images": ["2", 0]})),
+    });
+    place.write("workflow.json", workflow.to_string());
+    let host = place.command(&["run", "workflow.json", "--out", "out"]);
+    let mut limited = std::process::Command::new("sh");
+    limited
+        .args(["-c", "ulimit -v 3145728; exec \"$0\" \"$@\""])
+        .arg(host.get_program())
+        .args(host.get_args())
+        .current_dir(place.path())
+        .envs(
+            host.get_envs()
+                .filter_map(|(name, value)| Some((name, value?))),
+        );
+    let done = crate::support::done(limited.output().unwrap());
+    done.failed_with(&[
+        "node 2 (PersonalizedSampler): a picture of 4096 x 4096 in the VAE takes at least 4.0 GiB of memory, and this \
+         process may have 3.0 GiB",
+        "memory = lean",
+    ]);
+}

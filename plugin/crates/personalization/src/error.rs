@@ -227,6 +227,18 @@ pub enum Error {
 }
 
 impl Error {
+    /// This error; where a device's memory ran out, with what was being done.
+    pub(crate) fn during(self, doing: impl FnOnce() -> String) -> Self {
+        match self {
+            Self::Model(error) => Self::Model(error.during(doing)),
+            Self::Tensor(error) => match stable_diffusion::Error::Tensor(error).during(doing) {
+                stable_diffusion::Error::Tensor(error) => Self::Tensor(error),
+                error => Self::Model(error),
+            },
+            other => other,
+        }
+    }
+
     pub(crate) fn file(file: &std::path::Path, reason: impl std::fmt::Display) -> Self {
         Self::File {
             file: file.display().to_string(),

@@ -12,7 +12,7 @@ use crate::config::{JointConfig, JointScope, MStepConfig};
 use crate::error::{Error, Result};
 use crate::joint_state::JointState;
 use crate::learned::LearnedConcepts;
-use crate::m_step::{Draw, LossContext, check_masks, step_event};
+use crate::m_step::{Draw, LossContext, check_masks, step_event, step_name};
 use crate::mask::ImageMasks;
 use crate::observer::{Event, Observer, tell};
 use crate::optimizer::{AdamWState, clipping};
@@ -91,10 +91,14 @@ pub fn joint_stage(
             tokenizer: &tokenizer,
             config: m_step,
         };
-        let objective = context.objective(rows.as_tensor(), &draw)?;
-        let (gradients, losses) = objective.gradients(&vars, (STAGE, done))?;
-        let scale = clipping(&gradients, m_step.max_gradient_norm)?;
-        optimizer.step(&vars, gradients, &scale, &rates, m_step)?;
+        let mut step = || {
+            let objective = context.objective(rows.as_tensor(), &draw)?;
+            let (gradients, losses) = objective.gradients(&vars, (STAGE, done))?;
+            let scale = clipping(&gradients, m_step.max_gradient_norm)?;
+            optimizer.step(&vars, gradients, &scale, &rates, m_step)?;
+            Ok(losses)
+        };
+        let losses = step().map_err(|error: Error| error.during(|| step_name(STAGE, done)))?;
         let now = LearnedConcepts {
             rows: rows.as_detached_tensor(),
             ..learned.clone()

@@ -259,7 +259,8 @@ pub fn m_step(
             &tokenizer,
             config,
             &draw,
-        )?;
+        )
+        .map_err(|error| error.during(|| step_name(TOKENS, done)))?;
         tell(observer, &step_event(TOKENS, done, n_steps, losses))?;
         let event = Event::Learned {
             step: learned.step,
@@ -285,7 +286,8 @@ pub(crate) fn inversion(
     for done in 1..=n_steps {
         let draw = Draw::new(model, scene, config, (learned.seed, "inversion", done))?;
         let losses;
-        (inverted, losses) = token_step(model, scene, None, &inverted, &tokenizer, config, &draw)?;
+        (inverted, losses) = token_step(model, scene, None, &inverted, &tokenizer, config, &draw)
+            .map_err(|error| error.during(|| step_name(INVERSION, done)))?;
         tell(observer, &step_event(INVERSION, done, n_steps, losses))?;
     }
     // Stage 2 counts its own steps and starts with fresh moments, as a new optimizer does.
@@ -331,6 +333,11 @@ fn token_step(
         ..learned.clone()
     };
     Ok((next, losses))
+}
+
+/// What errors call a step.
+pub(crate) fn step_name(stage: &str, step: usize) -> String {
+    format!("step {step} of the stage {stage}")
 }
 
 pub(crate) fn step_event(

@@ -64,7 +64,9 @@ pub fn observe(
             config,
             picture,
         };
-        all.push(eye.observe(&timesteps, earlier.get(picture), &mut rng, &mut on_pass)?);
+        let seen = eye.observe(&timesteps, earlier.get(picture), &mut rng, &mut on_pass);
+        let doing = || format!("the extraction of the attention to picture {}", picture + 1);
+        all.push(seen.map_err(|error| error.during(doing))?);
     }
     Ok(all)
 }

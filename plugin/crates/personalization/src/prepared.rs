@@ -27,7 +27,14 @@ impl EncodedPicture {
             return Ok(moments);
         }
         let pixels = self.picture.tensor(flipped, &model.device)?;
-        let moments = model.vae.moments(&pixels)?;
+        let encode = || {
+            format!(
+                "the encoding of a picture of {} pixels",
+                self.picture.size()
+            )
+        };
+        let moments = model.vae.moments(&pixels);
+        let moments = moments.map_err(|error| error.during(encode))?;
         // Two threads that come at once compute the same values; one of them is kept.
         Ok(place.get_or_init(|| moments))
     }

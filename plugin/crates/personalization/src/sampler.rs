@@ -61,7 +61,9 @@ pub fn sample(
                 total,
                 clean: step.clean,
             })
-        })?;
+        });
+        let doing = || format!("the sampling of \"{}\"", prompts.prompts[index]);
+        let own = own.map_err(|error| Error::from(error).during(doing))?;
         pictures.push(own);
     }
     Ok(Tensor::cat(&pictures, 0)?)

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::memory::is_out_of_memory;
+
 /// Result of everything in this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -50,12 +52,50 @@ pub enum Error {
         /// The range and what was passed.
         reason: String,
     },
+    /// A device's memory ran out.
+    #[error("the device's memory ran out during {doing}")]
+    OutOfDeviceMemory {
+        /// What was being done.
+        doing: String,
+    },
+    /// The machine's memory would run out: known before it does.
+    #[error("{what} takes at least {} of memory, and this process may have {}", gibibytes(*least), gibibytes(*total))]
+    NotEnoughMemory {
+        /// What was asked for.
+        what: String,
+        /// Bytes.
+        least: u64,
+        /// Bytes: of the machine, or of what the process is limited to.
+        total: u64,
+    },
     /// The caller asked to stop.
     #[error("canceled")]
     Canceled,
 }
 
 impl Error {
+    /// Whether memory ran out.
+    #[must_use]
+    pub fn is_out_of_memory(&self) -> bool {
+        match self {
+            Self::OutOfDeviceMemory { .. } | Self::NotEnoughMemory { .. } => true,
+            Self::Tensor(error) => is_out_of_memory(error),
+            _ => false,
+        }
+    }
+
+    /// This error; where a device's memory ran out, with what was being done.
+    #[must_use]
+    pub fn during(self, doing: impl FnOnce() -> String) -> Self {
+        match self {
+            Self::Tensor(error) if is_out_of_memory(&error) => {
+                let doing = doing();
+                Self::OutOfDeviceMemory { doing }
+            }
+            other => other,
+        }
+    }
+
     pub(crate) fn config(file: impl Into<String>, reason: impl fmt::Display) -> Self {
         Self::Config {
             file: file.into(),
@@ -76,6 +116,10 @@ impl Error {
             reason: reason.to_string(),
         }
     }
+}
+
+fn gibibytes(bytes: u64) -> String {
+    format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30))
 }
 
 /// Why a prompt cannot be encoded.

@@ -89,6 +89,12 @@ pub fn generate(
         ));
     }
     let starts = starts(model, latents, config)?;
+    // Known at the end of all steps otherwise.
+    for start in &starts {
+        let (_, _, height, width) = start.dims4()?;
+        let size = [width, height].map(|side| side * model.config.vae.downsampling());
+        model.vae.foresee(&model.device, 1, size)?;
+    }
     let guided = GuidedModel::new(model, contexts, config.guidance);
     let denoise = match config.start {
         Start::Noise(_) => 1.0,

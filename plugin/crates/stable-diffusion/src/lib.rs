@@ -5,6 +5,7 @@
 //!
 //! | step | module |
 //! |---|---|
+//! | what can go wrong, memory that runs out | [`error`], [`memory`] |
 //! | read a checkpoint | [`config`], [`weights`], [`single_file`] |
 //! | prompt to ids, seed to noise | [`tokenizer`], [`rng`] |
 //! | operations with a backward, on a host and on a device | [`ops`] |
@@ -15,6 +16,8 @@
 //! | all of it in one value | [`model`] |
 
 pub mod error;
+
+pub mod memory;
 
 pub mod config;
 pub mod weights;

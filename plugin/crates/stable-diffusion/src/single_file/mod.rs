@@ -111,6 +111,7 @@ fn predicts_velocity(file: &TensorFile) -> Result<bool> {
 /// # Errors
 /// [`Error::Unreadable`], or [`Error::Config`] listing tensors of a component that have no place.
 pub fn read(file: &TensorFile, config: &ModelConfig, device: &Device) -> Result<Components> {
+    file.foresee(device)?;
     let mut unet = WeightMap::default();
     let mut vae = WeightMap::default();
     let mut text_encoder = WeightMap::default();

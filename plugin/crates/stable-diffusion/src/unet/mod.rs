@@ -21,6 +21,7 @@ use crate::{
     config::UNetConfig,
     layers::{Conv3x3, GroupNorm, Linear},
     lora::LoraAdapter,
+    memory::{bytes_of, foresee},
     ops::{self, Precision},
     weights::{WeightMap, Weights},
 };
@@ -231,7 +232,14 @@ impl UNet {
                 format!("{layer} of {}", self.layers.len()),
             ));
         }
-        Ok(())
+        // The planes of the finest level that wait for the way up, and two at work.
+        let widths = &self.config.block_out_channels;
+        let n_planes = 2 + self.config.layers_per_block.first().unwrap_or(&0);
+        let plane = bytes_of(&[n_samples, widths[0], height, width]);
+        let least = plane.saturating_mul(n_planes as u64);
+        foresee(latents.device(), least, || {
+            format!("a pass through the U-Net with {n_samples} latents of {width} x {height}")
+        })
     }
 }
 

@@ -6,12 +6,13 @@
 mod by_candle;
 mod network;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use self::by_candle::ByCandle;
 use self::network::{Decoder, Encoder};
 use crate::config::VaeConfig;
 use crate::error::{Error, Result};
+use crate::memory::{bytes_of, foresee};
 use crate::weights::{WeightMap, Weights};
 
 /// Range of the log-variance, as in diffusers' `DiagonalGaussianDistribution`.
@@ -92,6 +93,8 @@ impl Vae {
                 ));
             }
         }
+        let (n, _, height, width) = image.dims4()?;
+        self.foresee(image.device(), n, [width, height])?;
         let image = image.detach();
         let moments = match &self.form {
             Form::Own(own) => own.0.forward(&image)?,
@@ -119,11 +122,29 @@ impl Vae {
                 format!("{:?} is not [B, {n}, h, w]", latents.dims()),
             ));
         }
+        let (n, _, height, width) = latents.dims4()?;
+        let factor = self.config.downsampling();
+        self.foresee(latents.device(), n, [width * factor, height * factor])?;
         let z = self.unscaled(&latents.detach())?;
         match &self.form {
             Form::Own(own) => own.1.forward(&z),
             Form::ByCandle(inner) => inner.decode(&z),
         }
+    }
+
+    /// Refuses pictures whose planes at full size do not fit into the memory that this process may have.
+    pub(crate) fn foresee(
+        &self,
+        device: &Device,
+        n: usize,
+        [width, height]: [usize; 2],
+    ) -> Result<()> {
+        // The input and the output of a block.
+        let least = bytes_of(&[2, n, self.config.block_out_channels[0], height, width]);
+        foresee(device, least, || {
+            let pictures = if n == 1 { "a picture" } else { "pictures" };
+            format!("{pictures} of {width} x {height} in the VAE")
+        })
     }
 
     /// What the U-Net sees of z: (z - shift) · scaling.

@@ -49,6 +49,7 @@ impl WeightMap {
     /// # Errors
     /// [`crate::Error::Unreadable`] naming the tensors that are of no supported type or not finite.
     pub fn read(file: &TensorFile, device: &Device) -> Result<Self> {
+        file.foresee(device)?;
         let names = file.names().filter(|name| !is_unused(name));
         let tensors = names.map(|name| Ok((name.to_owned(), file.read(name, device)?)));
         Ok(Self(tensors.collect::<Result<_>>()?))

@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::memory::{bytes_of, foresee};
 
 /// A header longer than this is no header: the largest checkpoints have some 100 KB.
 const MAX_HEADER: u64 = 64 << 20;
@@ -51,6 +52,13 @@ impl std::fmt::Debug for TensorFile {
 }
 
 impl TensorFile {
+    /// Refuses to have all of it in the memory of a machine that is too small for that.
+    pub(crate) fn foresee(&self, device: &Device) -> Result<()> {
+        let sizes = self.entries.values().map(|entry| bytes_of(&entry.shape));
+        let all = sizes.fold(0, u64::saturating_add);
+        foresee(device, all, || self.name.clone())
+    }
+
     /// Opens a file and reads its header.
     ///
     /// # Errors
