@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 use plugin_api::NodeError;
+use stable_diffusion::memory::Memory;
 use stable_diffusion::ops::Precision;
 use stable_diffusion::{CheckpointSource, DiffusionModel};
 
@@ -28,8 +29,8 @@ pub(crate) fn checkpoint_source(name: &str) -> CheckpointSource {
 /// it: a host that drops its values has the memory back.
 static LAST: Mutex<Option<(String, WeakModel)>> = Mutex::new(None);
 
-/// Loads a checkpoint, with the VAE of another path if one is named and factors of this precision, or returns the one that
-/// is loaded already.
+/// Loads a checkpoint, with the VAE of another path if one is named, factors of this precision, and steps that keep this
+/// much, or returns the one that is loaded already.
 ///
 /// # Errors
 /// The file is missing, truncated, or no Stable Diffusion 1.x / 2.x checkpoint.
@@ -37,6 +38,7 @@ pub(crate) fn load_model(
     name: &str,
     vae: &str,
     precision: Precision,
+    memory: Memory,
 ) -> Result<ModelValue, NodeError> {
     let (name, vae) = (name.trim(), vae.trim());
     let key = format!("{name}\n{vae}\n{}", fingerprint(name, vae));
@@ -45,27 +47,33 @@ pub(crate) fn load_model(
         && *loaded == key
         && let Some(model) = model.upgrade()
     {
-        if model.model.unet.precision() == precision {
+        let unet = &model.model.unet;
+        if (unet.precision(), unet.memory()) == (precision, memory) {
             return Ok(model);
         }
         // Shares the weights of the other one.
-        return in_precision(&model.model, precision).map(ModelValue::new);
+        return adjusted(&model.model, precision, memory).map(ModelValue::new);
     }
     let other_vae = (!vae.is_empty()).then(|| Path::new(vae));
     let loaded = DiffusionModel::load_with_vae(&checkpoint_source(name), other_vae, device()?);
     let loaded = loaded.map_err(|error| error.during(|| format!("the loading of {name}")));
     let model = loaded.map_err(|error| from_model("checkpoint", &error))?;
-    let model = ModelValue::new(in_precision(&model, precision)?);
+    let model = ModelValue::new(adjusted(&model, precision, memory)?);
     *last = Some((key, model.downgrade()));
     Ok(model)
 }
 
-fn in_precision(model: &DiffusionModel, precision: Precision) -> Result<DiffusionModel, NodeError> {
+fn adjusted(
+    model: &DiffusionModel,
+    precision: Precision,
+    memory: Memory,
+) -> Result<DiffusionModel, NodeError> {
     if precision != Precision::F32 && !model.device.is_cpu() {
         let message = "precision: bf16 is for a CPU so far; on this device choose f32 or auto";
         return Err(NodeError::invalid_input("precision", message));
     }
     let model = model.clone().with_precision(precision);
+    let model = model.and_then(|model| model.with_memory(memory));
     model.map_err(|error| from_model("checkpoint", &error))
 }
 
@@ -115,7 +123,7 @@ mod tests {
 
     #[test]
     fn a_model_is_shared_while_a_value_holds_it_and_freed_with_the_last() {
-        let load = || load_model(sprites::NAME, "", Precision::F32).unwrap();
+        let load = || load_model(sprites::NAME, "", Precision::F32, Memory::Auto).unwrap();
         let (first, second) = (load(), load());
         assert!(std::sync::Arc::ptr_eq(&first.model, &second.model));
         let weak = first.downgrade();

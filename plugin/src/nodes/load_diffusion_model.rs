@@ -3,6 +3,7 @@
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
 use schemars::JsonSchema;
 use serde::Deserialize;
+use stable_diffusion::memory::Memory;
 use stable_diffusion::ops::Precision;
 
 use crate::session;
@@ -26,6 +27,12 @@ pub(crate) struct Parameters {
     /// processor multiplies tiles of them (Intel AMX), for about twice the speed, and is f32 elsewhere; `auto` is f32.
     #[serde(default)]
     precision: PrecisionChoice,
+    /// What a step of learning keeps until its gradients are computed. `fast` keeps everything; `lean` computes the parts of
+    /// the U-Net once more, for about a third more time and much less memory, with the same results, and takes pictures
+    /// of half again the model's area through the VAE in tiles, which changes them slightly; `auto` keeps everything where that
+    /// is at most a quarter of the machine's memory, computes again where it is not and on GPUs, and never tiles.
+    #[serde(default)]
+    memory: MemoryChoice,
 }
 
 /// Choices of a parameter.
@@ -46,6 +53,29 @@ impl From<PrecisionChoice> for Precision {
         match choice {
             PrecisionChoice::Auto | PrecisionChoice::F32 => Self::F32,
             PrecisionChoice::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+/// Choices of a parameter.
+#[derive(Debug, Clone, Copy, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum MemoryChoice {
+    /// What fits.
+    #[default]
+    Auto,
+    /// Everything is kept.
+    Fast,
+    /// Little is kept.
+    Lean,
+}
+
+impl From<MemoryChoice> for Memory {
+    fn from(choice: MemoryChoice) -> Self {
+        match choice {
+            MemoryChoice::Auto => Self::Auto,
+            MemoryChoice::Fast => Self::Fast,
+            MemoryChoice::Lean => Self::Lean,
         }
     }
 }
@@ -79,8 +109,9 @@ impl Node for LoadDiffusionModel {
         host: &Host,
     ) -> Result<Outputs, NodeError> {
         host.progress("loading", 0, 1, &parameters.checkpoint);
-        let precision = parameters.precision.into();
-        let model = session::load_model(&parameters.checkpoint, &parameters.vae, precision)?;
+        let (precision, memory) = (parameters.precision.into(), parameters.memory.into());
+        let (checkpoint, vae) = (&parameters.checkpoint, &parameters.vae);
+        let model = session::load_model(checkpoint, vae, precision, memory)?;
         host.progress("loading", 1, 1, &parameters.checkpoint);
         Ok(vec![model_value(model)])
     }

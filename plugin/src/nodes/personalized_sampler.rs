@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use stable_diffusion::{DiffusionModel, GenerateConfig, Sampler, Schedule, Start};
 
-use crate::failure::from_method;
+use crate::failure::{from_method, from_model};
 use crate::nodes::common::{internal, seed_schema};
 use crate::observer::HostObserver;
 use crate::tensor_bridge;
@@ -274,7 +274,8 @@ fn latents(model: &DiffusionModel, image: &SharedTensor, host: &Host) -> Result<
         .and_then(|pixels| pixels.permute((0, 3, 1, 2))?.contiguous())
         .and_then(|pixels| pixels.affine(2.0, -1.0))
         .map_err(internal)?;
-    let moments = model.vae.moments(&pixels).map_err(internal)?;
+    let moments = model.vae.moments(&pixels);
+    let moments = moments.map_err(|error| from_model("image", &error))?;
     model.vae.scaled(&moments.mean).map_err(internal)
 }
 

@@ -164,8 +164,9 @@ impl Trained {
         if let JointScope::Lora { rank } = config.scope {
             let lora = LoraAdapter::new(&weights, rank, alpha_of(rank), seed)?;
             let variables = lora.variables();
-            let unet =
-                UNet::new(base.config(), &weights, Some(&lora))?.with_precision(base.precision());
+            let unet = UNet::new(base.config(), &weights, Some(&lora))?
+                .with_precision(base.precision())
+                .with_memory(base.memory());
             return Ok(Self {
                 unet: Arc::new(unet),
                 lora: Some(lora),
@@ -174,7 +175,9 @@ impl Trained {
         }
         let is_trained = |name: &str| config.scope == JointScope::Full || is_key_or_value(name);
         let (weights, variables) = weights.trainable(is_trained)?;
-        let unet = UNet::new(base.config(), &weights, None)?.with_precision(base.precision());
+        let unet = UNet::new(base.config(), &weights, None)?
+            .with_precision(base.precision())
+            .with_memory(base.memory());
         Ok(Self {
             unet: Arc::new(unet),
             lora: None,
@@ -187,7 +190,8 @@ impl Trained {
         let lora = self.lora.map(|lora| lora.detach()).transpose()?;
         let weights = self.unet.weights().detach();
         let unet = UNet::new(self.unet.config(), &weights, lora.as_ref())?
-            .with_precision(self.unet.precision());
+            .with_precision(self.unet.precision())
+            .with_memory(self.unet.memory());
         Ok(DiffusionModel {
             unet: Arc::new(unet),
             is_tuned: model.is_tuned || model.lora.is_some() || lora.is_none(),

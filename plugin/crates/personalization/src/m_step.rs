@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use candle_core::{Tensor, Var};
 use stable_diffusion::rng::Rng;
 use stable_diffusion::tokenizer::Tokenizer;
-use stable_diffusion::unet::{LayerAttention, Watch};
+use stable_diffusion::unet::{Backward, LayerAttention, Watch};
 use stable_diffusion::{DiffusionModel, UNet};
 
 use crate::config::MStepConfig;
@@ -90,14 +90,15 @@ pub(crate) struct Losses {
 
 /// L, and what it is made of.
 #[derive(Debug)]
-pub(crate) struct Objective {
+pub(crate) struct Objective<'a> {
     total: Tensor,
     masked_diffusion: Tensor,
     /// None where it does not count.
     cross_attention: Option<Tensor>,
+    backward: Backward<'a>,
 }
 
-impl Objective {
+impl Objective<'_> {
     /// Gradients, zeros for variables that it does not depend on, and the losses. The graph ends here, and the device is
     /// waited for once.
     ///
@@ -107,12 +108,14 @@ impl Objective {
         variables: &[&Var],
         (stage, step): (&'static str, usize),
     ) -> Result<(Vec<Tensor>, Losses)> {
-        let mut gradients = self.total.backward()?;
-        let gradient = |var: &&Var| match gradients.remove(var.as_tensor()) {
-            Some(gradient) => Ok(gradient.detach()),
-            None => Ok(var.as_tensor().zeros_like()?.detach()),
+        let wanted: Vec<&Tensor> = variables.iter().map(|var| var.as_tensor()).collect();
+        let found = self.backward.gradients(&self.total, &wanted)?;
+        let gradient = |(found, variable): (Option<Tensor>, &Tensor)| match found {
+            Some(gradient) => Ok(gradient),
+            None => Ok(variable.zeros_like()?.detach()),
         };
-        let gradients = variables.iter().map(gradient).collect::<Result<_>>()?;
+        let gradients = found.into_iter().zip(wanted);
+        let gradients = gradients.map(gradient).collect::<Result<_>>()?;
         let parts: Vec<&Tensor> = [&self.masked_diffusion]
             .into_iter()
             .chain(&self.cross_attention)
@@ -142,9 +145,9 @@ pub(crate) struct LossContext<'a> {
     pub(crate) config: &'a MStepConfig,
 }
 
-impl LossContext<'_> {
+impl<'a> LossContext<'a> {
     /// L of this draw, differentiable in `rows` `[C·V, D]` and in whatever of the U-Net is a variable.
-    pub(crate) fn objective(&self, rows: &Tensor, draw: &Draw) -> Result<Objective> {
+    pub(crate) fn objective(&self, rows: &Tensor, draw: &Draw) -> Result<Objective<'a>> {
         let picture = &self.scene.scene.pictures()[draw.picture];
         let concepts: Vec<usize> = draw.subset.iter().map(|&i| picture.concepts[i]).collect();
         let prompt = self
@@ -156,12 +159,16 @@ impl LossContext<'_> {
         let target = schedule.target(&draw.latents, &draw.noise, &draw.timesteps)?;
         let timesteps: Vec<f32> = draw.timesteps.iter().map(|&t| t as f32).collect();
         let Some(masks) = self.masks.map(|masks| &masks[draw.picture]) else {
-            let prediction = self.unet.forward(&noisy, &timesteps, &context)?;
-            let total = (prediction - target)?.sqr()?.mean_all()?;
+            let watch = Watch::Layers(&[], &[]);
+            let (observed, backward) = self
+                .unet
+                .forward_for_gradients(&noisy, &timesteps, &context, watch)?;
+            let total = (observed.prediction - target)?.sqr()?.mean_all()?;
             return Ok(Objective {
                 masked_diffusion: total.clone(),
                 total,
                 cross_attention: None,
+                backward,
             });
         };
         let positions = self.learned.positions(self.tokenizer, &prompt, &concepts)?;
@@ -170,12 +177,10 @@ impl LossContext<'_> {
         } else {
             Vec::new()
         };
-        let observed = self.unet.forward_observed(
-            &noisy,
-            &timesteps,
-            &context,
-            Watch::Layers(&layers, &positions),
-        )?;
+        let watch = Watch::Layers(&layers, &positions);
+        let (observed, backward) = self
+            .unet
+            .forward_for_gradients(&noisy, &timesteps, &context, watch)?;
         let latent = self.scene.latent_size(self.model, draw.picture);
         let union = masks.union(&draw.subset);
         let device = &self.model.device;
@@ -186,6 +191,7 @@ impl LossContext<'_> {
                 total: masked_diffusion.clone(),
                 masked_diffusion,
                 cross_attention: None,
+                backward,
             });
         }
         let cross_attention = self.cross_attention(observed.attention, masks, draw)?;
@@ -193,6 +199,7 @@ impl LossContext<'_> {
             total: (&masked_diffusion + (&cross_attention * self.config.lambda_attention)?)?,
             masked_diffusion,
             cross_attention: Some(cross_attention),
+            backward,
         })
     }
 

@@ -21,7 +21,8 @@ use crate::prepared::PreparedScene;
 use crate::scene::competitors;
 use crate::size::Size;
 
-/// Noisy latents in one pass, at a latent size of 32; fewer at larger ones, so that memory stays about the same.
+/// Noisy latents in one pass, at a latent size of 32; fewer at larger ones, so that memory stays about the same. It does
+/// not hang on what memory is free: the kernel of a linear layer is chosen by its rows, so that other batches are other bits.
 const BATCH_AT_32: usize = 10;
 
 /// Observes every picture of the scene at `n_timesteps` random timesteps.

@@ -16,6 +16,7 @@ use personalization::{
     PreparedScene, Role, Scene, ScenePicture, Silent, Size, TokenInit, em, init_tokens,
     joint_stage, m_step,
 };
+use stable_diffusion::memory::Memory;
 use stable_diffusion::{CheckpointSource, DiffusionModel};
 
 fn model() -> DiffusionModel {
@@ -108,6 +109,55 @@ fn the_same_seed_gives_the_same_bits_and_another_one_does_not() {
     let prepared = PreparedScene::new(&model, &scene).unwrap();
     let other = em(&model, &prepared, EmStart::Fresh, &config, 8, &mut Silent).unwrap();
     assert_ne!(bits(&first.learned.rows), bits(&other.learned.rows));
+}
+
+#[test]
+fn less_memory_gives_the_same_bits() {
+    let config = short();
+    let outcomes = [Memory::Fast, Memory::Lean].map(|memory| {
+        let whole = model();
+        let model = DiffusionModel {
+            // One of the pictures is larger than the model's: tiles would change it.
+            vae: whole.vae.clone(),
+            ..whole.with_memory(memory).unwrap()
+        };
+        let scene = scene(&model);
+        let outcome = run(&model, &scene, &config);
+        let prepared = PreparedScene::new(&model, &scene).unwrap();
+        let scopes = [
+            JointScope::Full,
+            JointScope::KeyValue,
+            JointScope::Lora { rank: 2 },
+        ];
+        let tuned = scopes.map(|scope| {
+            let joint = JointConfig {
+                steps: 3,
+                learning_rate: 1e-3,
+                scope,
+                ..JointConfig::break_a_scene()
+            };
+            let (tuned, learned) = joint_stage(
+                &model,
+                &prepared,
+                &outcome.masks,
+                &outcome.learned,
+                &joint,
+                &config.m_step,
+                None,
+                &mut Silent,
+            )
+            .unwrap();
+            assert_eq!(tuned.unet.memory(), memory);
+            let weights: Vec<_> = tuned.tensors().map(bits).collect();
+            (bits(&learned.rows), weights)
+        });
+        (outcome, tuned)
+    });
+    let [(fast, fast_tuned), (lean, lean_tuned)] = outcomes;
+    assert_eq!(bits(&fast.learned.rows), bits(&lean.learned.rows));
+    assert_eq!(fast.masks, lean.masks);
+    assert_eq!(fast.observations, lean.observations);
+    assert!(fast_tuned == lean_tuned, "the joint stage differs");
 }
 
 /// Losses of every step, by their bits, and the states between rounds.

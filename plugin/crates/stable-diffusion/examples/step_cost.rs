@@ -1,7 +1,7 @@
 //! Seconds and memory of one token-learning step: prompt to context, U-Net forward, both losses, backward to
 //! two learned rows of the token table; U-Net and text encoder are frozen.
 //!
-//! `cargo run --release -p stable-diffusion --example step_cost -- [sprites|sd15] [latent width] [steps] [f32|bf16]`
+//! `cargo run --release -p stable-diffusion --example step_cost -- [sprites|sd15] [latent width] [steps] [f32|bf16] [fast|lean]`
 //! Weights are random: they change nothing about the cost. `tests/reference/step_cost.py` is the same step in
 //! PyTorch and diffusers. `RAYON_NUM_THREADS` sets the threads.
 #![expect(clippy::print_stdout, reason = "the figures are the program's output")]
@@ -11,10 +11,11 @@ use std::{error::Error, time::Instant};
 use candle_core::{D, DType, Device, Tensor, Var};
 use stable_diffusion::{
     config::{DownBlock, ModelConfig, UpBlock},
+    memory::Memory,
     ops::Precision,
     rng::Rng,
     text_encoder::TextEncoder,
-    unet::{Stage, UNet, Watch},
+    unet::{Backward, Stage, UNet, Watch},
     weights::WeightMap,
 };
 
@@ -37,9 +38,16 @@ fn main() -> Result<(), Box<dyn Error>> {
         Some("bf16") => Precision::Bf16,
         Some(other) => return Err(format!("f32 or bf16, not {other}").into()),
     };
+    let memory = match arguments.next().as_deref() {
+        None | Some("fast") => Memory::Fast,
+        Some("lean") => Memory::Lean,
+        Some(other) => return Err(format!("fast or lean, not {other}").into()),
+    };
 
     let weights = WeightMap::random(0, |w| UNet::build(&config.unet, w))?;
-    let unet = UNet::new(&config.unet, &weights, None)?.with_precision(precision);
+    let unet = UNet::new(&config.unet, &weights, None)?
+        .with_precision(precision)
+        .with_memory(memory);
     drop(weights);
     let text = WeightMap::random(1, |w| TextEncoder::new(&config.text_encoder, w).map(drop))?
         .build("text encoder", |w| {
@@ -53,11 +61,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let step = Step::new(&config, &unet, size)?;
     for index in 0..n_steps {
         let (start, cpu) = (Instant::now(), cpu_seconds()?);
-        let loss = step.loss(&unet, &text)?;
+        let (loss, backward) = step.loss(&unet, &text)?;
         let forward = start.elapsed().as_secs_f64();
-        let gradients = loss.backward()?;
-        let gradient = gradients
-            .get(&step.rows)
+        let gradients = backward.gradients(&loss, &[&step.rows])?;
+        let gradient = gradients[0]
+            .as_ref()
             .ok_or("no gradient")?
             .sqr()?
             .sum_all()?
@@ -154,10 +162,15 @@ impl Step {
     }
 
     /// Masked noise prediction and 0.01 x the distance of normalized attention from the mask.
-    fn loss(&self, unet: &UNet, text: &TextEncoder) -> Result<Tensor, Box<dyn Error>> {
+    fn loss<'a>(
+        &self,
+        unet: &'a UNet,
+        text: &TextEncoder,
+    ) -> Result<(Tensor, Backward<'a>), Box<dyn Error>> {
         let context = text.encode(&self.ids, Some(&self.rows))?;
         let watch = Watch::Layers(&self.layers, &POSITIONS);
-        let observed = unet.forward_observed(&self.noisy, &[421.0], &context, watch)?;
+        let (observed, backward) =
+            unet.forward_for_gradients(&self.noisy, &[421.0], &context, watch)?;
         let error = (observed.prediction - &self.noise)?.broadcast_mul(&self.mask)?;
         let mut maps = Vec::new();
         for layer in &observed.attention {
@@ -176,7 +189,8 @@ impl Step {
             .sqr()?
             .mean(0)?
             .sum(D::Minus1)?;
-        Ok((error.sqr()?.mean_all()? + (attention * 0.01)?)?)
+        let loss = (error.sqr()?.mean_all()? + (attention * 0.01)?)?;
+        Ok((loss, backward))
     }
 }
 

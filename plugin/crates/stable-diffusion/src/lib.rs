@@ -5,7 +5,7 @@
 //!
 //! | step | module |
 //! |---|---|
-//! | what can go wrong, memory that runs out | [`error`], [`memory`] |
+//! | what can go wrong, how much memory work takes | [`error`], [`memory`] |
 //! | read a checkpoint | [`config`], [`weights`], [`single_file`] |
 //! | prompt to ids, seed to noise | [`tokenizer`], [`rng`] |
 //! | operations with a backward, on a host and on a device | [`ops`] |

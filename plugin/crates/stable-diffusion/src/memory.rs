@@ -1,8 +1,31 @@
-//! Memory that runs out: how devices say so, and what can be known before.
+//! How much memory work takes: what a step of learning keeps, what cannot fit, and how devices say that theirs ran out.
 
 use candle_core::Device;
 
 use crate::error::{Error, Result};
+
+/// What a step of learning keeps of its pass through the U-Net until it is gone through backward. The gradients are the same
+/// bits in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Memory {
+    /// [`Self::Fast`] on a CPU where what is kept takes no more than a quarter of the memory that this process may have;
+    /// [`Self::Lean`] elsewhere.
+    #[default]
+    Auto,
+    /// Everything.
+    Fast,
+    /// The planes between the network's parts, which are computed once more: about a third more work. The VAE encodes and
+    /// decodes large pictures tile by tile.
+    Lean,
+}
+
+/// Whether [`Memory::Auto`] keeps less than this.
+pub(crate) fn is_much(device: &Device, bytes: u64) -> bool {
+    /// Of all memory: weights and everything else have the rest.
+    const PART: u64 = 4;
+    let is_more = |total: u64| bytes > total / PART;
+    !device.is_cpu() || machine_memory::total().is_some_and(is_more)
+}
 
 /// What drivers and libraries call it, in the texts by which candle passes it on: the driver of CUDA, cuBLAS, cuDNN and
 /// cuRAND; a buffer that Metal does not give, and a command that failed for it.

@@ -11,6 +11,7 @@ use crate::config::{ModelConfig, SchedulerConfig, TextEncoderConfig, UNetConfig,
 use crate::error::{CheckpointError, Error, Result};
 use crate::lora::LoraAdapter;
 use crate::lora_file::LoraFile;
+use crate::memory::Memory;
 use crate::noise_schedule::NoiseSchedule;
 use crate::ops::Precision;
 use crate::single_file::{self, Components};
@@ -110,7 +111,27 @@ impl DiffusionModel {
     pub fn with_precision(self, precision: Precision) -> Result<Self> {
         let unet = UNet::new(&self.config.unet, self.unet.weights(), self.lora.as_ref())?;
         Ok(Self {
-            unet: Arc::new(unet.with_precision(precision)),
+            unet: Arc::new(
+                unet.with_precision(precision)
+                    .with_memory(self.unet.memory()),
+            ),
+            ..self
+        })
+    }
+
+    /// This model with a denoiser whose steps of learning keep this much, and a VAE that takes pictures of half
+    /// again the model's own area in tiles of its size if it is [`Memory::Lean`].
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] when the tensor library fails.
+    pub fn with_memory(self, memory: Memory) -> Result<Self> {
+        let unet = UNet::new(&self.config.unet, self.unet.weights(), self.lora.as_ref())?
+            .with_precision(self.unet.precision())
+            .with_memory(memory);
+        let tile = (memory == Memory::Lean).then(|| self.latent_size());
+        Ok(Self {
+            unet: Arc::new(unet),
+            vae: Arc::new(self.vae.with_tile(tile)),
             ..self
         })
     }
@@ -310,7 +331,9 @@ impl DiffusionModel {
     fn with_unet(&self, weights: &WeightMap) -> Result<Self> {
         Ok(Self {
             unet: Arc::new(
-                UNet::new(&self.config.unet, weights, None)?.with_precision(self.unet.precision()),
+                UNet::new(&self.config.unet, weights, None)?
+                    .with_precision(self.unet.precision())
+                    .with_memory(self.unet.memory()),
             ),
             lora: None,
             is_tuned: true,

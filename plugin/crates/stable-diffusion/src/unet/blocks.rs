@@ -5,25 +5,29 @@ use candle_core::Tensor;
 use super::{
     builder::{Builder, Place},
     observation::{Pass, Stage},
+    parts::{Part, Work},
     transformer::Transformer,
 };
 use crate::{
     Result,
     config::{DownBlock, UNetConfig, UpBlock},
     layers::{Conv3x3, GroupNorm, Linear},
-    ops,
     weights::Weights,
 };
 
 /// A residual block, and the transformer behind it if the level has attention.
 #[derive(Debug)]
-struct Step {
+pub(super) struct Step {
     residual: Residual,
     transformer: Option<Transformer>,
 }
 
 impl Step {
-    fn forward(&self, x: &Tensor, time: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
+    pub(super) fn has_transformer(&self) -> bool {
+        self.transformer.is_some()
+    }
+
+    pub(super) fn forward(&self, x: &Tensor, time: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
         let x = self.residual.forward(x, time)?;
         match &self.transformer {
             Some(transformer) => transformer.forward(&x, pass),
@@ -76,23 +80,12 @@ impl DownLevel {
         Ok(Self { steps, halve })
     }
 
-    /// Every intermediate plane is pushed on `skips`.
-    pub(super) fn forward(
-        &self,
-        mut x: Tensor,
-        time: &Tensor,
-        pass: &mut Pass<'_>,
-        skips: &mut Vec<Tensor>,
-    ) -> Result<Tensor> {
-        for step in &self.steps {
-            x = step.forward(&x, time, pass)?;
-            skips.push(x.clone());
-        }
-        if let Some(halve) = &self.halve {
-            x = halve.forward(&x)?;
-            skips.push(x.clone());
-        }
-        Ok(x)
+    /// Every plane waits for the way up.
+    pub(super) fn parts(&self) -> impl Iterator<Item = Part<'_>> {
+        let steps = self.steps.iter().map(Work::Step);
+        steps
+            .chain(self.halve.as_ref().map(Work::Conv))
+            .map(|work| Part::new(work).leaving_skip())
     }
 }
 
@@ -174,29 +167,17 @@ impl UpLevel {
         Ok(Self { steps, enlarge })
     }
 
-    /// Takes its skips off the end of `skips`.
-    pub(super) fn forward(
-        &self,
-        mut x: Tensor,
-        time: &Tensor,
-        pass: &mut Pass<'_>,
-        skips: &mut Vec<Tensor>,
-    ) -> Result<Tensor> {
-        for step in &self.steps {
-            if let Some(skip) = skips.pop() {
-                x = Tensor::cat(&[&x, &skip], 1)?;
-            }
-            x = step.forward(&x, time, pass)?;
-        }
-        if let Some(enlarge) = &self.enlarge {
-            // The next skip's size, not twice this one: odd sides were rounded on the way down.
-            let (height, width) = match skips.last() {
-                Some(skip) => (skip.dim(2)?, skip.dim(3)?),
-                None => (2 * x.dim(2)?, 2 * x.dim(3)?),
-            };
-            x = enlarge.forward(&ops::upsample_nearest(&x, height, width)?)?;
-        }
-        Ok(x)
+    /// Every step sees a plane that waited. The last is enlarged to the size of the one that waits next, not to twice its
+    /// own: odd sides were rounded on the way down.
+    pub(super) fn parts(&self) -> impl Iterator<Item = Part<'_>> {
+        let steps = self.steps.iter();
+        steps
+            .map(|step| Part::new(Work::Step(step)).taking_skip())
+            .chain(
+                self.enlarge
+                    .as_ref()
+                    .map(|conv| Part::new(Work::Enlarge(conv))),
+            )
     }
 }
 

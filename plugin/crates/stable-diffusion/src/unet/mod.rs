@@ -4,9 +4,11 @@
 //! Parameters have diffusers' names. The network is a value: its weights are either frozen tensors, which get
 //! no gradients, or variables, which do (see [`WeightMap::trainable`] and [`crate::lora`]).
 
+mod backward;
 mod blocks;
 mod builder;
 mod observation;
+mod parts;
 mod transformer;
 
 use candle_core::Tensor;
@@ -15,17 +17,19 @@ use self::{
     blocks::{DownLevel, Middle, UpLevel},
     builder::Builder,
     observation::Pass,
+    parts::{Part, Planes, Work, size, through},
 };
 use crate::{
     Error, Result,
-    config::UNetConfig,
+    config::{DownBlock, UNetConfig, UpBlock},
     layers::{Conv3x3, GroupNorm, Linear},
     lora::LoraAdapter,
-    memory::{bytes_of, foresee},
+    memory::{Memory, bytes_of, foresee, is_much},
     ops::{self, Precision},
     weights::{WeightMap, Weights},
 };
 
+pub use backward::Backward;
 pub use observation::{CrossAttentionLayer, LayerAttention, Observed, Stage, Watch};
 
 /// The network with its weights.
@@ -36,6 +40,7 @@ pub struct UNet {
     layers: Vec<CrossAttentionLayer>,
     network: Network,
     precision: Precision,
+    memory: Memory,
 }
 
 impl UNet {
@@ -59,6 +64,7 @@ impl UNet {
             layers,
             network,
             precision: Precision::F32,
+            memory: Memory::default(),
         })
     }
 
@@ -71,6 +77,17 @@ impl UNet {
     /// Of what its factors are.
     pub fn precision(&self) -> Precision {
         self.precision
+    }
+
+    /// With another answer to what a step of learning keeps, [`Memory::Auto`] at first.
+    #[must_use]
+    pub fn with_memory(self, memory: Memory) -> Self {
+        Self { memory, ..self }
+    }
+
+    /// What a step of learning keeps.
+    pub fn memory(&self) -> Memory {
+        self.memory
     }
 
     /// Asks `w` for every parameter of the network, to generate or check them.
@@ -142,13 +159,37 @@ impl UNet {
             attention: Vec::new(),
         };
         let forward = || {
+            let parts = self.network.parts();
             self.network
-                .forward(&self.config, latents, timesteps, &mut pass)
+                .forward(&parts, &self.config, latents, timesteps, &mut pass)
         };
         let prediction = self.precision.within(forward)?;
         Ok(Observed {
             prediction,
             attention: pass.attention,
+        })
+    }
+
+    /// [`Self::forward_observed`], and the way to the gradients of what is computed from it. They are the same bits, whatever
+    /// is kept until then; see [`Memory`].
+    ///
+    /// # Errors
+    /// As [`Self::forward_observed`].
+    pub fn forward_for_gradients(
+        &self,
+        latents: &Tensor,
+        timesteps: &[f32],
+        context: &Tensor,
+        watch: Watch<'_>,
+    ) -> Result<(Observed, Backward<'_>)> {
+        if !self.computes_again(latents)? {
+            let observed = self.forward_observed(latents, timesteps, context, watch)?;
+            return Ok((observed, Backward::kept()));
+        }
+        self.check(latents, timesteps, context, watch)?;
+        self.precision.within(|| {
+            let time = self.network.time(&self.config, latents, timesteps)?;
+            backward::forward(self, latents, time, context, watch)
         })
     }
 
@@ -179,10 +220,52 @@ impl UNet {
             attention: Vec::new(),
         };
         let rise = || {
+            let parts = self.network.parts_up_to(n_up);
             self.network
-                .rise(&self.config, latents, timesteps, &mut pass, n_up)
+                .forward(&parts, &self.config, latents, timesteps, &mut pass)
         };
         self.precision.within(rise)
+    }
+
+    /// About what a step that keeps everything holds of its pass, in bytes of f32; a test counts them.
+    pub fn kept_bytes(&self, n_samples: usize, latent: [usize; 2]) -> u64 {
+        /// Planes of a residual block: what it is given and joined with, both norms, convolutions, and sums.
+        const RESIDUAL: usize = 8;
+        /// Planes around the blocks of a transformer: norm, both projections, and the sum.
+        const TRANSFORMER: usize = 4;
+        /// Planes of one of its blocks: three norms, projections, two attentions and sums, and the 8 + 4 of the
+        /// feed-forward.
+        const BLOCK: usize = 28;
+        let config = &self.config;
+        let from_coarsest = config.up_block_types.iter().rev();
+        let levels = config.down_block_types.iter().zip(from_coarsest);
+        let of_level = |(level, (down, up)): (usize, (&DownBlock, &UpBlock))| {
+            let halved = |side, _| observation::halved(side, config.downsample_padding);
+            let [height, width] = latent.map(|side| (0..level).fold(side, halved));
+            let n_down = config.layers_per_block[level];
+            let n_transformers = n_down * usize::from(*down == DownBlock::CrossAttention)
+                + (n_down + 1) * usize::from(*up == UpBlock::CrossAttention);
+            let n_blocks = config.transformer_layers_per_block[level];
+            let n_planes =
+                RESIDUAL * (2 * n_down + 1) + (TRANSFORMER + BLOCK * n_blocks) * n_transformers;
+            let n_channels = config.block_out_channels[level];
+            bytes_of(&[n_planes, n_samples, n_channels, height, width])
+        };
+        levels
+            .enumerate()
+            .map(of_level)
+            .fold(0, u64::saturating_add)
+    }
+
+    /// Whether parts are computed once more on the way back.
+    fn computes_again(&self, latents: &Tensor) -> Result<bool> {
+        let (n_samples, _, height, width) = latents.dims4()?;
+        let kept = || self.kept_bytes(n_samples, [height, width]);
+        Ok(match self.memory {
+            Memory::Fast => false,
+            Memory::Lean => true,
+            Memory::Auto => is_much(latents.device(), kept()),
+        })
     }
 
     fn check(
@@ -306,41 +389,48 @@ impl Network {
         Ok((network, b.into_layers()))
     }
 
-    fn forward(
-        &self,
-        config: &UNetConfig,
-        latents: &Tensor,
-        timesteps: &[f32],
-        pass: &mut Pass<'_>,
-    ) -> Result<Tensor> {
-        let x = self.rise(config, latents, timesteps, pass, self.up.len())?;
-        self.conv_out.forward(&self.norm_out.forward_silu(&x)?)
+    /// From the latents to the prediction.
+    fn parts(&self) -> Vec<Part<'_>> {
+        let out = Part::new(Work::Out(&self.norm_out, &self.conv_out));
+        let mut parts = self.parts_up_to(self.up.len());
+        parts.push(out);
+        parts
     }
 
-    /// Down, through the middle, and `n_up` levels up.
-    fn rise(
-        &self,
-        config: &UNetConfig,
-        latents: &Tensor,
-        timesteps: &[f32],
-        pass: &mut Pass<'_>,
-        n_up: usize,
-    ) -> Result<Tensor> {
+    /// From the latents through all levels down, the middle and `n_up` levels up.
+    fn parts_up_to(&self, n_up: usize) -> Vec<Part<'_>> {
+        let first = Part::new(Work::Conv(&self.conv_in)).leaving_skip();
+        let down = self.down.iter().flat_map(DownLevel::parts);
+        let up = self.up[..n_up].iter().flat_map(UpLevel::parts);
+        std::iter::once(first)
+            .chain(down)
+            .chain([Part::new(Work::Middle(&self.middle))])
+            .chain(up)
+            .collect()
+    }
+
+    /// What every residual block is told of the timesteps, `[B, 4·first width]`, activated.
+    fn time(&self, config: &UNetConfig, latents: &Tensor, timesteps: &[f32]) -> Result<Tensor> {
         let time = timestep_embedding(config, timesteps)?.to_device(latents.device())?;
         let time = ops::silu(&self.time_1.forward(&time.to_dtype(latents.dtype())?)?)?;
         // Every residual block starts from the same activation.
-        let time = ops::silu(&self.time_2.forward(&time)?)?;
+        ops::silu(&self.time_2.forward(&time)?)
+    }
 
-        let mut x = self.conv_in.forward(latents)?;
-        let mut skips = vec![x.clone()];
-        for level in &self.down {
-            x = level.forward(x, &time, pass, &mut skips)?;
-        }
-        x = self.middle.forward(&x, &time, pass)?;
-        for level in &self.up[..n_up] {
-            x = level.forward(x, &time, pass, &mut skips)?;
-        }
-        Ok(x)
+    /// The plane that the last of these parts gives.
+    fn forward(
+        &self,
+        parts: &[Part<'_>],
+        config: &UNetConfig,
+        latents: &Tensor,
+        timesteps: &[f32],
+        pass: &mut Pass<'_>,
+    ) -> Result<Tensor> {
+        let time = self.time(config, latents, timesteps)?;
+        through(parts, latents.clone(), |part, x, skip, next| {
+            let target = next.map(size).transpose()?;
+            part.forward(Planes { x, skip, target }, &time, pass)
+        })
     }
 }
 

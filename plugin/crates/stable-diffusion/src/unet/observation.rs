@@ -109,6 +109,34 @@ impl<'a> Watch<'a> {
     }
 }
 
+/// A [`Watch`] that outlives its lists.
+#[derive(Debug)]
+pub(super) struct OwnedWatch {
+    layers: Option<Vec<usize>>,
+    positions: Vec<usize>,
+    with_self_attention: bool,
+}
+
+impl OwnedWatch {
+    pub(super) fn of(watch: Watch<'_>) -> Self {
+        Self {
+            layers: watch.layers().map(<[usize]>::to_vec),
+            positions: watch.all_positions().to_vec(),
+            with_self_attention: matches!(watch, Watch::WithSelfAttention(..)),
+        }
+    }
+
+    pub(super) fn get(&self) -> Watch<'_> {
+        match &self.layers {
+            None => Watch::All(&self.positions),
+            Some(layers) if self.with_self_attention => {
+                Watch::WithSelfAttention(layers, &self.positions)
+            }
+            Some(layers) => Watch::Layers(layers, &self.positions),
+        }
+    }
+}
+
 /// What accompanies the latents through one pass.
 pub(super) struct Pass<'a> {
     pub(super) context: &'a Tensor,

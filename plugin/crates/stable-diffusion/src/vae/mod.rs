@@ -1,15 +1,19 @@
 //! The picture's encoder and decoder.
 //!
 //! On a CPU they are layers of this crate (`network`), elsewhere candle-transformers' (`by_candle`); a test holds one
-//! against the other. No gradient: nothing here needs one.
+//! against the other. No gradient: nothing here needs one. Large pictures may go through in tiles (`tiles`).
 
 mod by_candle;
 mod network;
+mod tiles;
+
+use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
 use self::by_candle::ByCandle;
 use self::network::{Decoder, Encoder};
+use self::tiles::{Tiling, is_large};
 use crate::config::VaeConfig;
 use crate::error::{Error, Result};
 use crate::memory::{bytes_of, foresee};
@@ -28,10 +32,12 @@ pub struct LatentMoments {
 }
 
 /// See the module.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Vae {
-    form: Form,
+    form: Arc<Form>,
     config: VaeConfig,
+    /// Cells a side of a tile; larger pictures go through in tiles.
+    tile: Option<usize>,
 }
 
 #[derive(Debug)]
@@ -56,7 +62,11 @@ impl Vae {
             Form::ByCandle(Box::new(ByCandle::new(config, weights)?))
         };
         let config = config.clone();
-        Ok(Self { form, config })
+        Ok(Self {
+            form: Arc::new(form),
+            config,
+            tile: None,
+        })
     }
 
     /// The same weights by candle-transformers, on a CPU too: for tests.
@@ -65,9 +75,19 @@ impl Vae {
     /// As [`Vae::new`].
     pub fn by_candle(config: &VaeConfig, weights: Weights) -> Result<Self> {
         Ok(Self {
-            form: Form::ByCandle(Box::new(ByCandle::new(config, weights)?)),
+            form: Arc::new(Form::ByCandle(Box::new(ByCandle::new(config, weights)?))),
             config: config.clone(),
+            tile: None,
         })
+    }
+
+    /// The same VAE with tiles of so many latent cells a side for pictures of half again their area, or without.
+    #[must_use]
+    pub fn with_tile(&self, tile: Option<usize>) -> Self {
+        Self {
+            tile,
+            ..self.clone()
+        }
     }
 
     /// The posterior of pictures, [B, 3, H, W] in [-1, 1]; H and W must be multiples of
@@ -96,10 +116,11 @@ impl Vae {
         let (n, _, height, width) = image.dims4()?;
         self.foresee(image.device(), n, [width, height])?;
         let image = image.detach();
-        let moments = match &self.form {
-            Form::Own(own) => own.0.forward(&image)?,
-            Form::ByCandle(inner) => inner.moments(&image)?,
+        let encode = |image: &Tensor| match &*self.form {
+            Form::Own(own) => own.0.forward(image),
+            Form::ByCandle(inner) => inner.moments(image),
         };
+        let moments = self.in_tiles(&image, [factor, 1], encode)?;
         let n = self.config.latent_channels;
         let log_variance = moments
             .narrow(1, n, n)?
@@ -126,9 +147,24 @@ impl Vae {
         let factor = self.config.downsampling();
         self.foresee(latents.device(), n, [width * factor, height * factor])?;
         let z = self.unscaled(&latents.detach())?;
-        match &self.form {
-            Form::Own(own) => own.1.forward(&z),
-            Form::ByCandle(inner) => inner.decode(&z),
+        let decode = |z: &Tensor| match &*self.form {
+            Form::Own(own) => own.1.forward(z),
+            Form::ByCandle(inner) => inner.decode(z),
+        };
+        self.in_tiles(&z, [1, factor], decode)
+    }
+
+    /// `f` of x, whose cells have the sides `given` in it and `made` in the result.
+    fn in_tiles(
+        &self,
+        x: &Tensor,
+        [given, made]: [usize; 2],
+        f: impl Fn(&Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let tiling = self.tile.map(|tile| Tiling { tile, given, made });
+        match tiling {
+            Some(tiling) if tiling.splits(x)? => tiling.apply(x, f),
+            _ => f(x),
         }
     }
 
@@ -139,6 +175,10 @@ impl Vae {
         n: usize,
         [width, height]: [usize; 2],
     ) -> Result<()> {
+        let tile = self.tile.map(|tile| tile * self.config.downsampling());
+        if tile.is_some_and(|tile| is_large(tile, [width, height])) {
+            return Ok(());
+        }
         // The input and the output of a block.
         let least = bytes_of(&[2, n, self.config.block_out_channels[0], height, width]);
         foresee(device, least, || {
