@@ -118,10 +118,9 @@ fn tiles_give_nearly_the_same_without_seams_in_less_memory() {
         there_and_back[1] < 1.4 * there_and_back[0],
         "{there_and_back:?}"
     );
-    // Where tiles meet nothing is much steeper than the whole is somewhere, and no line is seen: tiles that are cut
-    // instead of blended make steps several times as large.
-    let (steps, lines) = ([&whole, &tiled].map(steepest), [&whole, &tiled].map(steepest_line));
-    println!("steepest: {steps:?}; lines: {lines:?}");
-    assert!(steps[1] < 1.5 * steps[0], "{steps:?}");
-    assert!(lines[1] < 1.5 * lines[0], "{lines:?}");
+    // Where tiles meet the difference from the whole changes slowly: a tile's very edge would show.
+    let difference = (&whole - &tiled).unwrap();
+    let (step, line) = (steepest(&difference), steepest_line(&difference));
+    println!("steepest difference: {step}, of a line {line}");
+    assert!(line < 0.015, "{line}");
 }

@@ -1,10 +1,11 @@
 //! Large pictures through the VAE, tile by tile, so that only one tile's planes are in memory.
 //!
 //! Tiles have the size of the pictures that the model knows and overlap by a quarter. Where they overlap their results are
-//! blended, each with a weight that falls linearly to its edge:
+//! blended, each with a weight that falls linearly towards its edge and is 0 beside it, where it shows that convolutions saw
+//! zeros beyond:
 //!
 //! ```text
-//! y(p) = Σ_k w_k(p) y_k(p) / Σ_k w_k(p),   w_k(p) = min(1, (d_k(p) + 1/2) / overlap) along each side
+//! y(p) = Σ_k w_k(p) y_k(p) / Σ_k w_k(p),   w_k(p) = clamp(2 (d_k(p) + 1/2) / overlap - 1/2, 0, 1) along each side
 //! ```
 //! with d_k the distance of p from the edge of tile k, the edges of the picture being none. The statistics of group norms
 //! and the attention of all pixels are those of a tile, so that the result is not exactly that of the whole.
@@ -70,7 +71,7 @@ impl Tiling {
             .map(|k| (n_cells - len) * k / n_gaps.max(1))
             .collect();
         let (n_made, ramp) = (len * self.made, (len / OVERLAP).max(1) * self.made);
-        let rising = |i: usize| ((i as f32 + 0.5) / ramp as f32).min(1.0);
+        let rising = |i: usize| (2.0 * (i as f32 + 0.5) / ramp as f32 - 0.5).clamp(0.0, 1.0);
         let side = n_cells * self.made;
         let mut sums = vec![0.0; side];
         let mut spans: Vec<Span> = starts
@@ -150,7 +151,7 @@ mod tests {
             let spans = tiling.along(n_cells);
             let mut sums = vec![0.0; 3 * n_cells];
             for span in &spans {
-                assert!(span.len <= 16 && span.weights.iter().all(|&w| w > 0.0));
+                assert!(span.len <= 16 && span.weights.iter().all(|&w| w >= 0.0));
                 for (sum, weight) in sums[span.first..].iter_mut().zip(&span.weights) {
                     *sum += weight;
                 }
@@ -182,5 +183,36 @@ mod tests {
             .to_scalar()
             .unwrap();
         assert!(most < 1e-3, "{most}");
+    }
+
+    #[test]
+    fn tiles_that_differ_meet_without_a_step() {
+        let x = Tensor::zeros((1, 1, 40, 56), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let tiling = Tiling {
+            tile: 16,
+            given: 1,
+            made: 4,
+        };
+        // Every tile is 1 brighter or darker than the one before.
+        let n_made = std::cell::Cell::new(0);
+        let brighter = |tile: &Tensor| {
+            let level = f64::from(n_made.replace(n_made.get() + 1) % 2);
+            let (_, _, height, width) = tile.dims4()?;
+            Ok((tile.upsample_nearest2d(4 * height, 4 * width)? + level)?)
+        };
+        let y = tiling.apply(&x, brighter).unwrap();
+        assert_eq!(y.dims(), [1, 1, 160, 224]);
+        let step = |dim: usize| -> f32 {
+            let len = y.dim(dim).unwrap() - 1;
+            let [a, b] = [0, 1].map(|start| y.narrow(dim, start, len).unwrap());
+            let steps = (b - a).unwrap().abs().unwrap().flatten_all().unwrap();
+            steps.max(0).unwrap().to_scalar().unwrap()
+        };
+        let steps = [step(2), step(3)];
+        // Cut, they would be 1; the weight rises within the half of an overlap of 16 pixels.
+        assert!(
+            steps.iter().all(|&step| step > 0.01 && step < 0.2),
+            "{steps:?}"
+        );
     }
 }
