@@ -225,6 +225,26 @@ fn one_round_wired_by_hand_gives_the_bits_of_the_loop() {
     );
 }
 
+#[test]
+fn less_memory_learns_the_same_bits_and_paints_large_pictures() {
+    let place = Place::with_conceptloom();
+    let lean = node("LoadDiffusionModel", json!({"memory": "lean"}));
+    let fast = node("LoadDiffusionModel", json!({"memory": "fast"}));
+    let [lean_learned, fast_learned] = [("lean", &lean), ("fast", &fast)].map(|(out, loader)| {
+        let mut workflow = em_loop(json!({"joint_steps": 2}));
+        workflow["1"] = loader.clone();
+        run_into(&place, out, &workflow).succeeded();
+        results(&place, out)
+    });
+    assert!(lean_learned == fast_learned, "memory changes bits");
+    // Five times the area that the model knows: the VAE decodes it in tiles.
+    let mut workflow = sampler(json!({"width": 320, "height": 256}));
+    workflow["1"] = lean;
+    run_into(&place, "large", &workflow).succeeded();
+    let picture = image::load_from_memory(&place.read("large/picture_00001.png")).unwrap();
+    assert_eq!((picture.width(), picture.height()), (320, 256));
+}
+
 /// Shares of the picture inside of the saved masks.
 fn areas(place: &Place, n: usize) -> Vec<f64> {
     let area = |i: usize| {

@@ -14,7 +14,8 @@ pub enum Memory {
     Auto,
     /// Everything.
     Fast,
-    /// The planes between the network's parts, which are computed once more: about a third more work. The VAE encodes and
+    /// The planes between the network's parts, which are computed once more: half more work where only tokens are learned, a third
+    /// where all weights are. The VAE encodes and
     /// decodes large pictures tile by tile.
     Lean,
 }

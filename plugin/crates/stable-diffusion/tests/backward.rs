@@ -154,7 +154,7 @@ fn self_attention_that_is_watched_has_the_same_gradients() {
             Scope::Nothing,
             Watch::WithSelfAttention(&[2, 7], &[4]),
             true,
-        )
+        );
     });
 }
 
