@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Builds the library, the host and what proves them on a GPU with real CUDA kernels, on a machine that has neither a GPU nor
+# a CUDA toolkit, and packs them. What is needed comes from PyPI and crates.io. May be called again: it goes on.
+#
+#   tests/gpu/build.sh [OUT]       OUT (default target/cuda) gets conceptloom-cuda.tar.xz and unpack.py
+#
+# Variables:
+#   CUDA_PREFIX        the toolkit                 (~/.cache/conceptloom-cuda; 0.3 GB)
+#   CARGO_TARGET_DIR   as ever                     (OUT/target; 2 GB)
+#   CUDA_COMPUTE_CAP   90 makes code for Hopper alone; 80 makes PTX that any GPU from Ampere on compiles for itself
+# Needs bash, gcc, python3 with venv, unzip and cargo, on x86-64. Then, on the GPU machine: tests/gpu/prove.py.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../.." && pwd)
+out=${1:-$root/target/cuda}
+prefix=${CUDA_PREFIX:-$HOME/.cache/conceptloom-cuda}
+export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-90} CARGO_BUILD_JOBS=${CARGO_BUILD_JOBS:-2}
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$out/target}
+mkdir -p "$prefix" "$out"
+prefix=$(realpath "$prefix") out=$(realpath "$out")
+
+# The compiler. nvcc finds its parts relative to itself.
+toolkit=$prefix/nvidia/cu13
+if [ ! -e "$prefix/toolkit.done" ]; then
+    [ -x "$prefix/venv/bin/pip" ] || python3 -m venv "$prefix/venv"
+    "$prefix/venv/bin/pip" download -q --no-deps --only-binary=:all: --require-hashes -d "$prefix/wheels" -r "$here/toolkit.txt"
+    for wheel in "$prefix"/wheels/*.whl; do unzip -qo "$wheel" 'nvidia/*' -d "$prefix"; done
+    chmod -R u+x "$toolkit/bin" "$toolkit/nvvm/bin"
+    rm -rf "$prefix/wheels"
+    touch "$prefix/toolkit.done"
+fi
+
+# What the linker asks for: candle-core builds cudarc for linked libraries, and none of the real ones is needed for that.
+cd "$root"
+cudarc=$(cargo metadata --locked --format-version 1 --filter-platform x86_64-unknown-linux-gnu --features plugin/cuda \
+    | python3 -c 'import json, os, sys
+packages = json.load(sys.stdin)["packages"]
+print(*[os.path.dirname(package["manifest_path"]) for package in packages if package["name"] == "cudarc"])')
+cuda=$prefix/cuda
+rm -rf "$cuda"
+mkdir -p "$cuda/lib64" "$cuda/work"
+for part in bin include nvvm; do ln -s "$toolkit/$part" "$cuda/$part"; done
+ln -s lib64 "$cuda/lib"
+ln -s "$toolkit/lib/libcudart_static.a" "$cuda/lib64/libcudart.a"
+python3 "$here/stand_ins.py" "$cudarc" "$cuda/work" "$cuda/lib64"
+
+# In front of nvcc: candle's kernels for quantized models and mixtures of experts, which nothing here calls, are replaced by
+# functions that abort. They would take eight minutes and 35 MB.
+cat > "$cuda/work/nvcc" << NVCC
+#!/bin/bash
+for source; do :; done
+case "\$source" in
+src/moe/*.cu | src/mmq_gguf/*.cu | src/mmvq_gguf.cu)
+    while [ "\$1" != -o ]; do shift; done
+    { case "\$source" in */moe_gguf.cu)
+        echo '#include <stdlib.h>'
+        sed -n 's/^ *pub fn \([a-z0-9_]*\)(.*/void \1(void) { abort(); }/p' src/ffi.rs ;;
+    esac; } | exec gcc -x c -fPIC -c -o "\$2" - ;;
+*) exec "$toolkit/bin/nvcc" "\$@" ;;
+esac
+NVCC
+chmod +x "$cuda/work/nvcc"
+
+# cudaforge, which compiles candle's kernels, takes NVCC and CUDA_COMPUTE_CAP; cudarc CUDA_HOME and CUDARC_CUDA_VERSION.
+export NVCC=$cuda/work/nvcc CUDAFORGE_THREADS=$CARGO_BUILD_JOBS
+export CUDA_HOME=$cuda CUDA_PATH=$cuda CUDARC_CUDA_VERSION=13000 PATH=$cuda/bin:$PATH
+# The build script of candle-kernels does not watch that variable.
+if [ "$(cat "$CARGO_TARGET_DIR/compute-cap" 2> /dev/null)" != "$CUDA_COMPUTE_CAP" ] && [ -d "$CARGO_TARGET_DIR/release/build" ]; then
+    cargo clean -q --release -p candle-kernels
+fi
+# The whole workspace, so that all programs share one build of candle.
+nice -n 19 cargo build --workspace --locked --release --features plugin/cuda --message-format=json-render-diagnostics \
+    --lib --bin host-demo --example step_cost --test parity > "$out/built.json"
+echo "$CUDA_COMPUTE_CAP" > "$CARGO_TARGET_DIR/compute-cap"
+
+rm -rf "$out/pack"
+mkdir -p "$out/pack"
+cp "$CARGO_TARGET_DIR/release/libconceptloom.so" "$out/pack/"
+python3 - "$out/built.json" << 'PYTHON' | while read -r name file; do cp "$file" "$out/pack/$name"; done
+import json, sys
+for line in open(sys.argv[1]):
+    message = json.loads(line)
+    if message.get("executable"):
+        print(message["target"]["name"], message["executable"])
+PYTHON
+strip "$out"/pack/*
+nice -n 19 python3 "$here/pack.py" "$out/conceptloom-cuda.tar.xz" "$root" "$out"/pack/*
+cp "$here/unpack.py" "$out/"
+ls -l "$out/pack" "$out/conceptloom-cuda.tar.xz"
