@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use plugin_api::{
-    ErrorCode, HostContext, Inputs, NodeDescriptor, NodeError, Outputs, Value as WireValue,
+    DeviceDescriptor, ErrorCode, HostContext, Inputs, NodeDescriptor, NodeError, Outputs,
+    Value as WireValue,
 };
 use serde_json::{Map, Value};
 
 use crate::builtin_nodes::{self, BuiltinClass, BuiltinNode, Places};
 use crate::graph::{Graph, Input};
-use crate::loader::Plugin;
+use crate::loader::{DeviceError, Plugin};
 
 /// The pack that the editor shows for the host's own nodes.
 const OWN_PACK: &str = "nodes";
@@ -102,6 +103,16 @@ impl Catalog {
         &self.plugins
     }
 
+    /// Opens the devices that plugins compute on, if they are not open; by plugin, with their memory now.
+    ///
+    /// # Errors
+    /// The first plugin that has none to compute on.
+    pub(crate) fn devices(&self) -> Result<Devices, DeviceError> {
+        let of_plugin = |plugin: &Plugin| Ok((plugin.name.clone(), plugin.devices()?));
+        let devices = self.plugins.iter().map(of_plugin);
+        Ok(Devices(devices.collect::<Result<_, _>>()?))
+    }
+
     /// What changes when the code of a class does.
     pub(crate) fn build_of(&self, class: &str) -> &str {
         match self.classes.get(class).map(|class| &class.origin) {
@@ -161,6 +172,41 @@ impl Catalog {
             }
         }
         graph
+    }
+}
+
+/// Devices by the name of the plugin that computes on them.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Devices(Vec<(String, Vec<DeviceDescriptor>)>);
+
+impl Devices {
+    /// Those of one plugin.
+    pub(crate) fn of(&self, plugin: &str) -> &[DeviceDescriptor] {
+        let found = self.0.iter().find(|(name, _)| name == plugin);
+        found.map_or(&[], |(_, devices)| devices)
+    }
+
+    /// All of them, each once.
+    pub(crate) fn all(&self) -> Vec<&DeviceDescriptor> {
+        let mut all: Vec<&DeviceDescriptor> = Vec::new();
+        for device in self.0.iter().flat_map(|(_, devices)| devices) {
+            if !all
+                .iter()
+                .any(|known| (known.kind, known.index) == (device.kind, device.index))
+            {
+                all.push(device);
+            }
+        }
+        all
+    }
+
+    /// A line for each: who computes where.
+    pub(crate) fn lines(&self) -> Vec<String> {
+        let line = |(plugin, devices): &(String, Vec<DeviceDescriptor>)| {
+            let devices: Vec<_> = devices.iter().map(ToString::to_string).collect();
+            (!devices.is_empty()).then(|| format!("{plugin} computes on {}", devices.join(" and ")))
+        };
+        self.0.iter().filter_map(line).collect()
     }
 }
 

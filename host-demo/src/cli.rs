@@ -16,7 +16,7 @@ use crate::builtin_nodes::Places;
 use crate::cache::{self, Cache};
 use crate::catalog::Catalog;
 use crate::clock;
-use crate::console::{complain, say};
+use crate::console::{complain, say, tell_devices};
 use crate::events::Observers;
 use crate::executor::{self, Job, RunError};
 use crate::interrupt::{self, EXIT_CANCELED};
@@ -354,6 +354,8 @@ fn tell_problems(workflow: &str, problems: &[Problem]) {
 
 fn run(arguments: &RunArguments) -> Result<(), Ended> {
     let prepared = prepare(arguments)?;
+    let devices = prepared.catalog.devices().map_err(anyhow::Error::from)?;
+    tell_devices(&devices);
     let started = Timestamp::now();
     let destination = match &arguments.out {
         Some(folder) => Destination::Exactly(folder.clone()),
@@ -376,6 +378,7 @@ fn run(arguments: &RunArguments) -> Result<(), Ended> {
     let summary = report::Summary {
         started,
         seconds: recorder.seconds(),
+        devices,
     };
     let record = recorder.record();
     report::write(

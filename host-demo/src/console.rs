@@ -6,6 +6,7 @@ use std::io::Write as _;
 use jiff::Timestamp;
 use parking_lot::Mutex;
 
+use crate::catalog::Devices;
 use crate::clock;
 
 /// Lines that are remembered, for clients of the server that ask.
@@ -23,6 +24,13 @@ pub(crate) fn complain(line: &str) {
         last.pop_front();
     }
     last.push_back((clock::iso(Timestamp::now()), line.to_owned()));
+}
+
+/// Says where plugins compute.
+pub(crate) fn tell_devices(devices: &Devices) {
+    for line in devices.lines() {
+        complain(&line);
+    }
 }
 
 /// The last lines that [`complain`] wrote, with their moments.

@@ -4,7 +4,7 @@ use std::env::consts::{DLL_PREFIX, DLL_SUFFIX};
 use std::path::{Path, PathBuf};
 
 use abi_stable::library::{LibHeader, LibraryError, lib_header_from_path};
-use plugin_api::{NodeDescriptor, PluginDescriptor, PluginModule_Ref};
+use plugin_api::{DeviceDescriptor, NodeDescriptor, PluginDescriptor, PluginModule_Ref};
 
 use crate::probe::{self, NoProbe};
 
@@ -33,6 +33,35 @@ pub(crate) struct Plugin {
     pub(crate) module: PluginModule_Ref,
     /// Its classes.
     pub(crate) nodes: Vec<NodeDescriptor>,
+}
+
+/// Why a library's nodes cannot compute.
+#[derive(Debug, thiserror::Error)]
+#[error("the plugin {plugin} cannot compute: {reason}")]
+pub(crate) struct DeviceError {
+    plugin: String,
+    reason: String,
+}
+
+impl Plugin {
+    /// The devices that its nodes compute on, with their memory now; none where it leaves that open. The first call opens
+    /// them.
+    ///
+    /// # Errors
+    /// [`DeviceError`], with the plugin's own sentence.
+    pub(crate) fn devices(&self) -> Result<Vec<DeviceDescriptor>, DeviceError> {
+        let failed = |reason: String| DeviceError {
+            plugin: self.name.clone(),
+            reason,
+        };
+        let described = self.module.devices()().into_result();
+        let described = described.map_err(|error| failed(error.message.into_string()))?;
+        serde_json::from_str(&described).map_err(|error| {
+            failed(format!(
+                "its description of its devices cannot be read ({error}); this is a fault of the plugin"
+            ))
+        })
+    }
 }
 
 /// The libraries to load: those of the command line, else those of [`LIBRARY_VARIABLE`], else the one beside the

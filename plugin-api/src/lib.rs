@@ -10,11 +10,13 @@
 //! 2. **Load** (main thread): the layouts of all types are compared; the root module is read. A library is never
 //!    unloaded.
 //! 3. **Describe** (any thread, no node exists): [`NodeDescriptor`]s as JSON: sockets, widgets, docs.
-//! 4. **Create** (worker thread): one [`node::NodeObject`] per node of a graph; cheap, no device, no file.
-//! 5. **Validate** (any thread): parameters against widgets, then the node's own check. Nothing is changed.
-//! 6. **Run** (worker thread, one call at a time per node): values in, values out. The node polls
+//! 4. **Devices** (any thread, no node exists): the plugin opens the device that it will compute on and says which it is
+//!    ([`DeviceDescriptor`]), or in one sentence why it cannot.
+//! 5. **Create** (worker thread): one [`node::NodeObject`] per node of a graph; cheap, no device, no file.
+//! 6. **Validate** (any thread): parameters against widgets, then the node's own check. Nothing is changed.
+//! 7. **Run** (worker thread, one call at a time per node): values in, values out. The node polls
 //!    [`Host::is_canceled`] at least at every optimizer step and reports progress, previews and metrics.
-//! 7. **Drop** (worker thread). Values that the node returned live on: they are reference counted.
+//! 8. **Drop** (worker thread). Values that the node returned live on: they are reference counted.
 //!
 //! Authors implement the safe trait [`Node`] and write [`export_plugin!`](crate::export_plugin) once; the foreign
 //! function layer, the panic guard and the parameter parsing are made for them.
@@ -26,6 +28,7 @@
 //! * The contract knows nothing of candle, of diffusion, of files or of HTTP.
 
 pub mod descriptor;
+pub mod device;
 pub mod error;
 pub mod guard;
 pub mod host;
@@ -37,6 +40,7 @@ pub mod root;
 pub mod tensor;
 
 pub use descriptor::{InputSocket, NodeDescriptor, OutputSocket, PluginDescriptor};
+pub use device::{DeviceDescriptor, DeviceKind, DeviceMemory};
 pub use error::{ErrorCode, NodeError};
 pub use host::{Host, HostContext, HostContext_TO, Preview, Progress, RunInfo};
 pub use node::{Inputs, MemoryBlock, Node, NodeObject_TO, Outputs, SharedObject, Value};

@@ -18,7 +18,9 @@ use serde::de::DeserializeOwned;
 
 use crate::guard::guarded;
 use crate::host::HostBox;
-use crate::{ErrorCode, Host, NodeDescriptor, NodeError, PluginDescriptor, SharedTensor};
+use crate::{
+    DeviceDescriptor, ErrorCode, Host, NodeDescriptor, NodeError, PluginDescriptor, SharedTensor,
+};
 
 /// Memory that a value keeps alive.
 #[repr(C)]
@@ -327,6 +329,21 @@ pub fn describe_plugin(name: &str, version: &str, nodes: Vec<fn() -> NodeDescrip
     });
     // A host reads an empty description as a fault of the plugin.
     described.unwrap_or_default().into()
+}
+
+/// Used by [`export_plugin!`](crate::export_plugin).
+#[must_use]
+pub fn describe_devices(
+    name: &str,
+    devices: impl FnOnce() -> Result<Vec<DeviceDescriptor>, NodeError>,
+) -> RResult<RString, NodeError> {
+    guarded(name, || {
+        let described = serde_json::to_string(&devices()?);
+        described
+            .map(RString::from)
+            .map_err(|error| NodeError::new(ErrorCode::Internal, error.to_string()))
+    })
+    .into()
 }
 
 /// Used by [`export_plugin!`](crate::export_plugin).

@@ -24,8 +24,11 @@ pub struct PluginModule {
     /// A [`crate::PluginDescriptor`] as JSON. Any thread.
     pub describe: extern "C" fn() -> RString,
     /// A node of this class. Worker thread.
-    #[sabi(last_prefix_field)]
     pub create_node: extern "C" fn(class: RStr<'_>) -> RResult<NodeBox, NodeError>,
+    /// The devices that the nodes compute on, with their memory now, as a JSON list of [`crate::DeviceDescriptor`]; empty for
+    /// a plugin that leaves it open. The first call opens them. Any thread.
+    #[sabi(last_prefix_field)]
+    pub devices: extern "C" fn() -> RResult<RString, NodeError>,
 }
 
 impl RootModule for PluginModule_Ref {
@@ -40,9 +43,13 @@ impl RootModule for PluginModule_Ref {
 /// ```ignore
 /// plugin_api::export_plugin! { name: "my-nodes", nodes: [Blur, Sharpen] }
 /// ```
+/// `devices: function` after the nodes names a `fn() -> Result<Vec<DeviceDescriptor>, NodeError>`: where they compute.
 #[macro_export]
 macro_rules! export_plugin {
     (name: $name:literal, nodes: [$($node:ty),+ $(,)?] $(,)?) => {
+        $crate::export_plugin! { name: $name, nodes: [$($node),+], devices: || Ok(Vec::new()) }
+    };
+    (name: $name:literal, nodes: [$($node:ty),+ $(,)?], devices: $devices:expr $(,)?) => {
         /// Tells hosts what this library is without loading it.
         #[expect(unsafe_code, reason = "the probe is found by its symbol name")]
         #[unsafe(no_mangle)]
@@ -52,8 +59,12 @@ macro_rules! export_plugin {
         #[$crate::abi_stable::export_root_module]
         fn conceptloom_root_module() -> $crate::PluginModule_Ref {
             use $crate::abi_stable::prefix_type::PrefixTypeTrait as _;
-            $crate::PluginModule { describe: conceptloom_describe, create_node: conceptloom_create_node }
-                .leak_into_prefix()
+            $crate::PluginModule {
+                describe: conceptloom_describe,
+                create_node: conceptloom_create_node,
+                devices: conceptloom_devices,
+            }
+            .leak_into_prefix()
         }
 
         extern "C" fn conceptloom_describe() -> $crate::abi_stable::std_types::RString {
@@ -62,6 +73,13 @@ macro_rules! export_plugin {
                 env!("CARGO_PKG_VERSION"),
                 vec![$(<$node as $crate::Node>::descriptor),+],
             )
+        }
+
+        extern "C" fn conceptloom_devices() -> $crate::abi_stable::std_types::RResult<
+            $crate::abi_stable::std_types::RString,
+            $crate::NodeError,
+        > {
+            $crate::node::describe_devices($name, $devices)
         }
 
         extern "C" fn conceptloom_create_node(

@@ -2,7 +2,7 @@
 //!
 //! | file | what it adapts |
 //! | --- | --- |
-//! | `device` | which device computes |
+//! | `device` | which device computes, and what hosts are told about it |
 //! | `session` | the model that is in use |
 //! | `tensor_bridge` | candle tensors and tensors on wires |
 //! | `values` | the plugin's own values on wires: model, concepts |
@@ -35,4 +35,5 @@ plugin_api::export_plugin! {
         nodes::LoadConcepts,
         nodes::LoadTunedModel,
     ],
+    devices: device::described,
 }

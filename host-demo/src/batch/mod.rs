@@ -19,7 +19,7 @@ use serde_json::Value;
 use crate::builtin_nodes::Places;
 use crate::cache::Cache;
 use crate::catalog::Catalog;
-use crate::console::{complain, say};
+use crate::console::{complain, say, tell_devices};
 use crate::events::Observers;
 use crate::executor::{self, Job, RunError};
 use crate::recorder::Recorder;
@@ -103,6 +103,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<BatchEnd> {
             "the manifest {manifest} cannot run:\n  {}",
             problems.join("\n  ")
         );
+    }
+    // All catalogs have the same plugins.
+    if let Some(catalog) = catalogs.values().next() {
+        tell_devices(&catalog.devices()?);
     }
     let cancel = interrupt::flag().context("Ctrl-C cannot be handled")?;
     complain(&format!(

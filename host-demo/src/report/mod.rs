@@ -14,9 +14,10 @@ mod html;
 mod page;
 
 use jiff::Timestamp;
+use plugin_api::DeviceDescriptor;
 use serde_json::{Value, json};
 
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, Devices};
 use crate::clock;
 use crate::pictures::RgbPicture;
 use crate::png_text;
@@ -28,10 +29,12 @@ use crate::workflow_file::Workflow;
 pub(crate) const FILE_NAME: &str = "report.html";
 
 /// The run in numbers.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Summary {
     pub(crate) started: Timestamp,
     pub(crate) seconds: f64,
+    /// Where it was computed; memory as it was at the start.
+    pub(crate) devices: Devices,
 }
 
 /// Writes everything into the run's folder.
@@ -96,13 +99,19 @@ fn file_name(text: &str) -> String {
         .join("-")
 }
 
+fn device_json(device: &DeviceDescriptor) -> Value {
+    let memory = device.memory.map(|memory| memory.total);
+    json!({"kind": device.kind.name(), "index": device.index, "product": device.product, "memory": memory})
+}
+
 fn run_json(workflow: &Workflow, catalog: &Catalog, record: &Record, summary: &Summary) -> Value {
     let plugins: Vec<_> = catalog
         .plugins()
         .iter()
-        .map(
-            |plugin| json!({"name": plugin.name, "version": plugin.version, "build": plugin.build}),
-        )
+        .map(|plugin| {
+            let devices: Vec<_> = summary.devices.of(&plugin.name).iter().map(device_json).collect();
+            json!({"name": plugin.name, "version": plugin.version, "build": plugin.build, "devices": devices})
+        })
         .collect();
     let nodes: Vec<_> = record
         .nodes

@@ -124,8 +124,15 @@ impl<'a> Page<'a> {
             .iter()
             .map(|plugin| format!("{} {}", plugin.name, plugin.version))
             .collect();
+        let devices: String = self
+            .summary
+            .devices
+            .lines()
+            .iter()
+            .map(|line| format!(" · {}", escape(line)))
+            .collect();
         format!(
-            "<header>\n<h1>{}</h1>\n<p class=\"when\">{} · {}</p>\n<dl class=\"headline\">\n{figures}</dl>\n</header>\n",
+            "<header>\n<h1>{}</h1>\n<p class=\"when\">{} · {}{devices}</p>\n<dl class=\"headline\">\n{figures}</dl>\n</header>\n",
             escape(&self.workflow.name),
             clock::iso(self.summary.started)
                 .replace('T', " ")

@@ -29,7 +29,7 @@ use tokio::net::TcpListener;
 
 use crate::builtin_nodes::Places;
 use crate::catalog::Catalog;
-use crate::console::{complain, say};
+use crate::console::{complain, say, tell_devices};
 use crate::{demo, loader};
 
 pub(crate) use folders::Folders;
@@ -100,6 +100,7 @@ pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
         .map(|path| loader::load(path))
         .collect::<Result<Vec<_>, _>>()?;
     let catalog = Arc::new(Catalog::new(plugins, places)?);
+    tell_devices(&catalog.devices()?);
     let settings = Settings::open(&folders.user, front_end.version())?;
     let (journal, restored) = Journal::open(&folders.journal())?;
     let n_restored = restored.len();

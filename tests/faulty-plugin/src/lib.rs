@@ -15,6 +15,15 @@ mod counted;
 mod honest;
 mod misbehaving;
 
+use plugin_api::{DeviceDescriptor, ErrorCode, NodeError};
+
+/// What a test wants hosts to be told: devices as JSON; a panic; or any other text, as an error.
+fn devices() -> Result<Vec<DeviceDescriptor>, NodeError> {
+    let wanted = std::env::var("FAULTY_DEVICES").unwrap_or_else(|_| "[]".to_owned());
+    assert!(wanted != "panic", "no card in slot 3");
+    serde_json::from_str(&wanted).map_err(|_| NodeError::new(ErrorCode::InvalidInput, wanted))
+}
+
 plugin_api::export_plugin! {
     name: "faulty-plugin",
     nodes: [
@@ -27,4 +36,5 @@ plugin_api::export_plugin! {
         misbehaving::Lie,
         misbehaving::Panic,
     ],
+    devices: devices,
 }

@@ -10,7 +10,8 @@ use abi_stable::StableAbi;
 use abi_stable::library::RootModule;
 use abi_stable::prefix_type::PrefixTypeTrait as _;
 use abi_stable::sabi_types::VersionStrings;
-use abi_stable::std_types::{RStr, RString};
+use abi_stable::std_types::{RResult, RStr, RString};
+use plugin_api::NodeError;
 use plugin_api::probe::Probe;
 
 /// The contract's root module, but for what makes a node.
@@ -22,8 +23,10 @@ pub struct PluginModule {
     /// As in the contract.
     pub describe: extern "C" fn() -> RString,
     /// In the contract it returns a node or an error.
-    #[sabi(last_prefix_field)]
     pub create_node: extern "C" fn(class: RStr<'_>) -> u64,
+    /// As in the contract.
+    #[sabi(last_prefix_field)]
+    pub devices: extern "C" fn() -> RResult<RString, NodeError>,
 }
 
 impl RootModule for PluginModule_Ref {
@@ -44,12 +47,17 @@ fn root_module() -> PluginModule_Ref {
     PluginModule {
         describe,
         create_node,
+        devices,
     }
     .leak_into_prefix()
 }
 
 extern "C" fn describe() -> RString {
     RString::from("{}")
+}
+
+extern "C" fn devices() -> RResult<RString, NodeError> {
+    RResult::ROk(RString::from("[]"))
 }
 
 extern "C" fn create_node(_class: RStr<'_>) -> u64 {

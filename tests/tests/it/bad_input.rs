@@ -287,39 +287,6 @@ fn a_folder_without_permission() {
     assert!(place.names("closed").is_empty());
 }
 
-#[test]
-fn a_device_that_cannot_be_used() {
-    let place = Place::with_conceptloom();
-    let graph = json!({
-        "1": node("LoadDiffusionModel", json!({})),
-        "2": node("PersonalizedSampler", json!({"model": ["1", 0]})),
-        "3": node("SaveImage", json!({"images": ["2", 0]})),
-    });
-    place.write("w.json", graph.to_string());
-    for (name, parts) in [
-        (
-            "cuda:0",
-            [
-                "node 1 (LoadDiffusionModel)",
-                "CONCEPTLOOM_DEVICE is cuda:0",
-                "set it to cpu",
-            ],
-        ),
-        (
-            "gpu",
-            [
-                "node 1 (LoadDiffusionModel)",
-                "CONCEPTLOOM_DEVICE is \"gpu\"",
-                "it can be cpu",
-            ],
-        ),
-    ] {
-        let mut command = place.command(&["run", "w.json", "--out", "out"]);
-        let output = command.env("CONCEPTLOOM_DEVICE", name).output().unwrap();
-        refused(&place, crate::support::done(output), &parts);
-    }
-}
-
 /// Files of at most 8 blocks: writing fails in the middle, as on a full disk.
 #[cfg(unix)]
 #[test]

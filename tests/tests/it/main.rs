@@ -8,6 +8,7 @@
 //! | `interrupting` | Ctrl-C and going on |
 //! | `bad_input` | files, graphs and folders that cannot be used: one sentence, nothing left behind |
 //! | `bad_plugin` | libraries that cannot be loaded, nodes that fail, lie and panic |
+//! | `devices` | where it is computed: on start, in `system_stats`, in the report; devices that cannot be used |
 //! | `method` | the real plugin: the demo, checkpoints and words that cannot be used, a round wired by hand |
 //!
 //! `support` builds the programs and runs them.
@@ -28,5 +29,7 @@ mod interrupting;
 
 mod bad_input;
 mod bad_plugin;
+
+mod devices;
 
 mod method;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use axum::extract::{Path, Query, Request, State};
 use axum::response::Response;
+use plugin_api::{DeviceDescriptor, DeviceKind};
 use serde_json::{Map, Value, json};
 
 use super::super::answer::{bad_request, cannot_write, done, not_found, ok};
@@ -94,20 +95,56 @@ fn collect(
 }
 
 /// `GET /system_stats`.
-pub(crate) async fn system_stats() -> Response {
-    let (total, free) = blocking(memory).await.unwrap_or_default();
-    let device = json!({
-        "name": "cpu", "type": "cpu", "index": 0, "vram_total": total, "vram_free": free,
-        "torch_vram_total": total, "torch_vram_free": free,
-    });
+pub(crate) async fn system_stats(State(server): State<Arc<Server>>) -> Response {
+    // The devices were opened when the server started: what fails now is no more than their memory.
+    let asked = blocking(move || (memory(), server.catalog.devices().unwrap_or_default())).await;
+    let (machine, devices) = match asked {
+        Ok(asked) => asked,
+        Err(refusal) => return refusal,
+    };
+    let (total, free) = machine;
+    let mut devices: Vec<_> = devices
+        .all()
+        .into_iter()
+        .map(|device| device_stats(device, machine))
+        .collect();
+    if devices.is_empty() {
+        devices.push(stats("cpu", "cpu", 0, (total, free), (total, free)));
+    }
     ok(&json!({
         "system": {
             "os": std::env::consts::OS, "ram_total": total, "ram_free": free,
             "comfyui_version": concat!("host-demo ", env!("CARGO_PKG_VERSION")), "python_version": "none",
             "pytorch_version": "none", "embedded_python": false, "argv": [],
         },
-        "devices": [device],
+        "devices": devices,
     }))
+}
+
+/// A device as ComfyUI's clients read it.
+fn device_stats(device: &DeviceDescriptor, machine: (u64, u64)) -> Value {
+    let (mut name, kind) = (device.kind.name().to_owned(), device.kind.name());
+    if device.kind != DeviceKind::Cpu {
+        name = format!("{name}:{}", device.index);
+    }
+    if !device.product.is_empty() {
+        name = format!("{name} {}", device.product);
+    }
+    let Some(memory) = device.memory else {
+        return stats(&name, kind, device.index, machine, machine);
+    };
+    let kept = memory.held.saturating_sub(memory.used);
+    let all = (memory.total, memory.free + kept);
+    stats(&name, kind, device.index, all, (memory.held, kept))
+}
+
+/// `all` is the device's memory and what of it can still be used, `own` what this process holds and what it does not use of
+/// that.
+fn stats(name: &str, kind: &str, index: usize, all: (u64, u64), own: (u64, u64)) -> Value {
+    json!({
+        "name": name, "type": kind, "index": index, "vram_total": all.0, "vram_free": all.1,
+        "torch_vram_total": own.0, "torch_vram_free": own.1,
+    })
 }
 
 /// Bytes of the machine, and those that are free; 0 where the system does not tell in a file.

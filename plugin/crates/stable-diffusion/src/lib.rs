@@ -6,6 +6,7 @@
 //! | step | module |
 //! |---|---|
 //! | what can go wrong, how much memory work takes | [`error`], [`memory`] |
+//! | where to compute | [`device`] |
 //! | read a checkpoint | [`config`], [`weights`], [`single_file`] |
 //! | prompt to ids, seed to noise | [`tokenizer`], [`rng`] |
 //! | operations with a backward, on a host and on a device | [`ops`] |
@@ -18,6 +19,7 @@
 pub mod error;
 
 pub mod memory;
+pub mod device;
 
 pub mod config;
 pub mod weights;
