@@ -1,6 +1,6 @@
 //! Two whole checkpoints: the bundled one, and a small one of SD 2.x's kind.
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use stable_diffusion::Result;
 use stable_diffusion::generate::{Contexts, GuidedModel};
@@ -10,7 +10,7 @@ use stable_diffusion::sampling::{Problem, Sampler, Schedule};
 use stable_diffusion::unet::Watch;
 
 use crate::losses;
-use crate::recording::{Comparison, Recording, fixtures, sprites};
+use crate::recording::{Comparison, Recording, device, fixtures, sprites};
 
 const GUIDANCE: f64 = 5.0;
 const STEPS: usize = 10;
@@ -49,25 +49,28 @@ struct Case<'a> {
 
 fn compare(folder: std::path::PathBuf, name: &str, backend: Backend) {
     let recording = Recording::open(name);
-    let model = DiffusionModel::load(&CheckpointSource::Path(folder), &Device::Cpu).unwrap();
+    let model = DiffusionModel::load(&CheckpointSource::Path(folder), device()).unwrap();
     assert_eq!(
         model.fingerprint,
         recording.text("fingerprint"),
         "{name} was recorded with other weights; re-record with tests/reference/record.sh"
     );
+    // The kernels for a CPU are on a CPU only: a GPU has one form, which does everything.
+    let on_gpu = !device().is_cpu();
+    let form = if on_gpu { Backend::Device } else { backend };
     let case = tokenize(model, &recording);
     let mut comparison = Comparison::new(&recording);
-    backend.within(|| {
+    form.within(|| {
         text(&case, &mut comparison);
         unet(&case, &mut comparison);
         training_step(&case, &mut comparison);
         // What samples only calls the U-Net, and the VAE has one form.
-        if backend == Backend::Host {
+        if backend == Backend::Host || on_gpu {
             vae(&case, &mut comparison);
             sampling(&case, &mut comparison);
         }
     });
-    comparison.finish(&format!("{name}, {backend:?}"));
+    comparison.finish(&format!("{name}, {form:?}"));
 }
 
 fn tokenize(model: DiffusionModel, recording: &Recording) -> Case<'_> {
@@ -192,7 +195,7 @@ fn sampling(case: &Case<'_>, comparison: &mut Comparison<'_>) {
                     .noise_levels(levels, schedule, STEPS, denoise)
                     .unwrap();
                 let found: Vec<f32> = sigmas.iter().map(|&sigma| sigma as f32).collect();
-                let found = Tensor::new(found.as_slice(), &Device::Cpu).unwrap();
+                let found = Tensor::new(found.as_slice(), device()).unwrap();
                 comparison.check(&format!("sampling.sigmas.{name}"), &found);
                 let scale = (1.0 + sigmas[0] * sigmas[0]).sqrt();
                 let x = (case.recording.tensor("sampling.start") * scale).unwrap();

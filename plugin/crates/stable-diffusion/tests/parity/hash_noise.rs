@@ -1,6 +1,8 @@
 //! Numbers that Python and Rust can both make: the Rust side of `tests/reference/hash_noise.py`.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
+
+use crate::recording::device;
 
 /// Values in [-1, 1): a hash of the name and the element's index.
 pub(crate) fn uniform(name: &str, shape: &[usize]) -> Vec<f32> {
@@ -23,7 +25,7 @@ pub(crate) fn noise(name: &str, shape: &[usize]) -> Tensor {
         .into_iter()
         .map(|x| x * 3_f32.sqrt())
         .collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    Tensor::from_vec(values, shape, device()).unwrap()
 }
 
 /// A parameter of unit gain.
@@ -40,5 +42,5 @@ pub(crate) fn weight(name: &str, shape: &[usize]) -> Tensor {
         .into_iter()
         .map(|x| x * scale + offset)
         .collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    Tensor::from_vec(values, shape, device()).unwrap()
 }

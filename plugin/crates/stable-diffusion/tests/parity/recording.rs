@@ -4,19 +4,33 @@ use std::path::PathBuf;
 
 use candle_core::{Device, Tensor};
 use serde::de::DeserializeOwned;
+use stable_diffusion::device;
 use stable_diffusion::weights::TensorFile;
 
 /// Greatest error allowed, as a fraction of the tensor's greatest magnitude.
 const TOLERANCE: f64 = 5e-5;
+/// The same on a GPU, whose libraries choose the order of sums.
+const TOLERANCE_ON_GPU: f64 = 2e-4;
+
+/// Where it is computed: `CONCEPTLOOM_DEVICE` names it.
+pub(crate) fn device() -> &'static Device {
+    device::of_environment().unwrap()
+}
+
+/// This crate's folder. Told at run time too: the program may have been built on another machine.
+fn folder() -> PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR")
+        .map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
 
 /// Where the recordings are.
 pub(crate) fn fixtures() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../../tests/fixtures/parity")
+    folder().join("../../../tests/fixtures/parity")
 }
 
 /// Where the bundled checkpoint is.
 pub(crate) fn sprites() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../sprites/model")
+    folder().join("../sprites/model")
 }
 
 /// What the reference computed.
@@ -32,7 +46,7 @@ impl Recording {
     }
 
     pub(crate) fn tensor(&self, key: &str) -> Tensor {
-        self.0.read(key, &Device::Cpu).unwrap()
+        self.0.read(key, device()).unwrap()
     }
 
     pub(crate) fn text(&self, key: &str) -> &str {
@@ -70,7 +84,12 @@ impl<'a> Comparison<'a> {
 
     /// Compares `found` with the recorded tensor `key`.
     pub(crate) fn check(&mut self, key: &str, found: &Tensor) {
-        self.check_within(key, found, TOLERANCE);
+        let tolerance = if device().is_cpu() {
+            TOLERANCE
+        } else {
+            TOLERANCE_ON_GPU
+        };
+        self.check_within(key, found, tolerance);
     }
 
     /// The same with another greatest error.
@@ -110,7 +129,8 @@ impl<'a> Comparison<'a> {
     /// Prints the table; panics if anything differs.
     pub(crate) fn finish(self, name: &str) {
         println!(
-            "\n{name}, recorded with {}",
+            "\n{name} on {}, recorded with {}",
+            device::describe(device()).name,
             self.recording.text("versions")
         );
         println!(
