@@ -1,28 +1,44 @@
-"""Seconds and memory of one token-learning step in PyTorch and diffusers.
+"""Seconds and memory of one token-learning step in PyTorch and diffusers, or of other work of the method.
 
 The same step as `cargo run --release -p stable-diffusion --example step_cost`: prompt to context, U-Net forward,
 both losses, backward to two learned rows of the token table; U-Net and text encoder are frozen, weights random.
 Self-attention and unwatched cross-attention use torch's fused attention; watched layers compute their map.
 
-    python step_cost.py [sprites|sd15] [latent width] [steps] [threads] [f32|bf16] [contiguous|channels_last]
+    python step_cost.py [sprites|sd15] [latent width] [steps] [threads] [f32|bf16|f16] [contiguous|channels_last]
+        [--device cuda] [--json tokens e-step lora sampling decode] [--vocabulary 49408]
+
+With `--json` it does the work of the example `stage_cost`, and prints a JSON object for each as that does: seconds of every
+time but the first, and the most memory that torch had in tensors, or on a CPU the process. f32 is never TF32.
 """
 
+import argparse
+import json
 import resource
-import sys
 import time
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-name = sys.argv[1] if len(sys.argv) > 1 else "sprites"
-size = int(sys.argv[2]) if len(sys.argv) > 2 else 32
-n_steps = int(sys.argv[3]) if len(sys.argv) > 3 else 3
-if len(sys.argv) > 4:
-    torch.set_num_threads(int(sys.argv[4]))
-dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[sys.argv[5] if len(sys.argv) > 5 else "f32"]
-channels_last = sys.argv[6:7] == ["channels_last"]
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("name", nargs="?", choices=["sprites", "sd15"], default="sprites")
+parser.add_argument("size", nargs="?", type=int, default=32, help="of the latent")
+parser.add_argument("steps", nargs="?", type=int, default=3)
+parser.add_argument("threads", nargs="?", type=int)
+parser.add_argument("precision", nargs="?", choices=["f32", "bf16", "f16"], default="f32")
+parser.add_argument("layout", nargs="?", choices=["contiguous", "channels_last"], default="contiguous")
+parser.add_argument("--device", default="cpu")
+parser.add_argument("--json", nargs="+", choices=["tokens", "e-step", "lora", "sampling", "decode"])
+parser.add_argument("--vocabulary", type=int, default=49408, help="of sd15")
+wanted = parser.parse_args()
+name, size, n_steps = wanted.name, wanted.size, wanted.steps
+if wanted.threads:
+    torch.set_num_threads(wanted.threads)
+dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[wanted.precision]
+channels_last = wanted.layout == "channels_last"
+torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 torch.manual_seed(0)
+torch.set_default_device(wanted.device)
 
 if name == "sprites":
     down, up = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
@@ -32,7 +48,7 @@ if name == "sprites":
     resolution = 16
 else:
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    text = CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    text = CLIPTextConfig(vocab_size=wanted.vocabulary, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     resolution = 16 * size // 64
 text = CLIPTextModel(text)
 unet.requires_grad_(False).eval().to(dtype)
@@ -52,7 +68,7 @@ class Watched:
         v = attn.head_to_batch_dim(attn.to_v(encoder_hidden_states))
         p = attn.get_attention_scores(q, k, None)
         if p.shape[1] == resolution**2:
-            maps.append(p[..., [4, 6]].mean(0))
+            maps.append(p[..., [4, 6]].unflatten(0, (len(hidden_states), -1)).mean(1))
         return attn.to_out[0](attn.batch_to_head_dim(torch.bmm(p, v)))
 
 
@@ -62,16 +78,16 @@ unet.set_attn_processor({
     for key, processor in unet.attn_processors.items()
 })
 
-table = text.get_input_embeddings()
-rows = torch.randn(2, table.weight.shape[1]).requires_grad_(True)
+tokens = text.get_input_embeddings()
+rows = torch.randn(2, tokens.weight.shape[1]).requires_grad_(True)
 
 
 class Embedding(torch.nn.Module):
     def forward(self, ids):
-        return torch.nn.functional.embedding(ids, torch.cat([table.weight, rows]))
+        return torch.nn.functional.embedding(ids, torch.cat([tokens.weight, rows]))
 
 
-vocab = table.weight.shape[0]
+vocab = tokens.weight.shape[0]
 text.set_input_embeddings(Embedding())
 ids = torch.ones(1, 77, dtype=torch.long)
 ids[0, 4], ids[0, 6] = vocab, vocab + 1
@@ -80,26 +96,147 @@ mask = (torch.arange(size) < size / 2).float().view(1, 1, 1, size)
 target = (torch.arange(resolution) < resolution / 2).float().expand(resolution, resolution).reshape(-1, 1)
 
 
-def loss_of():
+def context_of():
+    return text(ids)[0].to(dtype)
+
+
+def observed(latents, context):
     maps.clear()
-    context = text(ids)[0].to(dtype)
-    prediction = unet(noisy.to(dtype), torch.tensor([421]), context).sample.float()
-    a = torch.stack(maps).float().mean(0)
-    a = a / a.amax(0, keepdim=True)
+    prediction = unet(latents.to(dtype), torch.tensor([421]), context).sample.float()
+    return prediction, torch.stack(maps).float().mean(0)
+
+
+def loss_of():
+    prediction, a = observed(noisy, context_of())
+    a = a[0] / a[0].amax(0, keepdim=True)
     return (((prediction - noise) * mask) ** 2).mean() + 0.01 * ((a - target) ** 2).mean(0).sum()
 
 
-for step in range(n_steps):
-    rows.grad = None
-    start, cpu = time.time(), time.process_time()
-    loss = loss_of()
-    forward = time.time() - start
-    loss.backward()
-    total = time.time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 / 1024
-    print(f"step {step}: {total:.3f} s = forward {forward:.3f} + backward {total - forward:.3f}, CPU {time.process_time() - cpu:.2f} s; "
-          f"|gradient| {rows.grad.norm():.3e}; peak {peak:.2f} GiB", flush=True)
-with torch.no_grad():
-    start = time.time()
-    loss_of()
-    print(f"without gradients: {time.time() - start:.3f} s")
+class Adapted(torch.nn.Module):
+    """A projection with low-rank factors beside it."""
+
+    def __init__(self, base, rank=16):
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Parameter(torch.randn(rank, base.in_features) / rank)
+        self.up = torch.nn.Parameter(torch.zeros(base.out_features, rank))
+
+    def forward(self, x, *ignored):
+        return self.base(x) + (x @ self.down.to(x.dtype).T) @ self.up.to(x.dtype).T
+
+
+def adapt():
+    """Adapts every projection of the attention; the factors."""
+    factors = []
+    for module in list(unet.modules()):
+        for key in ["to_q", "to_k", "to_v"]:
+            if isinstance(getattr(module, key, None), torch.nn.Linear):
+                setattr(module, key, Adapted(getattr(module, key)))
+                factors += [getattr(module, key).down, getattr(module, key).up]
+        if isinstance(getattr(module, "to_out", None), torch.nn.ModuleList):
+            module.to_out[0] = Adapted(module.to_out[0])
+            factors += [module.to_out[0].down, module.to_out[0].up]
+    return factors
+
+
+def train(variables, rate):
+    """Does one step when it is called."""
+    optimizer = torch.optim.AdamW(variables, lr=rate)
+
+    def step():
+        optimizer.zero_grad()
+        loss_of().backward()
+        torch.nn.utils.clip_grad_norm_(variables, 1.0)
+        optimizer.step()
+    return step
+
+
+@torch.no_grad()
+def e_step():
+    """Two draws: both concepts' prompt is watched, each one's own asked for the noise."""
+    context, latents = context_of().expand(2, -1, -1), noisy.expand(2, -1, -1, -1)
+    observed(latents, context)[1].cpu()
+    for _ in range(2):
+        observed(latents, context)[0].cpu()
+
+
+@torch.no_grad()
+def sampling_step():
+    observed(noisy.expand(2, -1, -1, -1), context_of().expand(2, -1, -1))
+
+
+def decoder():
+    blocks = {"sprites": (32, 64, 64), "sd15": (128, 256, 512, 512)}[name]
+    vae = AutoencoderKL(block_out_channels=blocks, layers_per_block={"sprites": 1, "sd15": 2}[name], latent_channels=4,
+                        down_block_types=("DownEncoderBlock2D",) * len(blocks), up_block_types=("UpDecoderBlock2D",) * len(blocks),
+                        norm_num_groups=8 if name == "sprites" else 32)
+    vae.requires_grad_(False).eval()
+
+    def decode():
+        with torch.no_grad():
+            vae.decode(noisy).sample
+    return decode
+
+
+def on_gpu():
+    return wanted.device.startswith("cuda")
+
+
+def synchronize():
+    if on_gpu():
+        torch.cuda.synchronize()
+
+
+def peak_bytes():
+    return torch.cuda.max_memory_allocated() if on_gpu() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def begin_peak():
+    if on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def measure(work):
+    # Of the text encoder's contexts sampling needs one, which costs next to nothing beside the steps.
+    step, parts = {
+        "tokens": lambda: (train([rows], 5e-4), 1),
+        "e-step": lambda: (e_step, 2),
+        "lora": lambda: (train([rows, *adapt()], 2e-6), 1),
+        "sampling": lambda: (sampling_step, 1),
+        "decode": lambda: (decoder(), 1),
+    }[work]()
+    begin_peak()
+    seconds = []
+    for _ in range(n_steps + 1):
+        start = time.perf_counter()
+        step()
+        synchronize()
+        seconds.append((time.perf_counter() - start) / parts)
+    print(json.dumps({"precision": wanted.precision, "work": work, "seconds": seconds[1:], "peak_bytes": peak_bytes()}), flush=True)
+
+
+def table():
+    for step in range(n_steps):
+        rows.grad = None
+        start, cpu = time.time(), time.process_time()
+        loss = loss_of()
+        synchronize()
+        forward = time.time() - start
+        loss.backward()
+        synchronize()
+        total = time.time() - start
+        print(f"step {step}: {total:.3f} s = forward {forward:.3f} + backward {total - forward:.3f}, CPU {time.process_time() - cpu:.2f} s; "
+              f"|gradient| {rows.grad.norm():.3e}; peak {peak_bytes() / 2**30:.2f} GiB", flush=True)
+    with torch.no_grad():
+        start = time.time()
+        loss_of()
+        synchronize()
+        print(f"without gradients: {time.time() - start:.3f} s")
+
+
+if wanted.json:
+    # Adapters stay where they are put: what is measured without them goes first.
+    for work in sorted(wanted.json, key=lambda work: work == "lora"):
+        measure(work)
+else:
+    table()
