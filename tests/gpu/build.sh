@@ -2,7 +2,7 @@
 # Builds the library, the host and what proves them on a GPU with real CUDA kernels, on a machine that has neither a GPU nor
 # a CUDA toolkit, and packs them. What is needed comes from PyPI and crates.io. May be called again: it goes on.
 #
-#   tests/gpu/build.sh [OUT]       OUT (default target/cuda) gets conceptloom-cuda.tar.xz and unpack.py
+#   tests/gpu/build.sh [OUT]       OUT (default target/cuda) gets conceptloom-cuda.tar.xz, unpack.py and peers/, wheels for prove.py
 #
 # Variables:
 #   CUDA_PREFIX        the toolkit                 (~/.cache/conceptloom-cuda; 0.3 GB)
@@ -70,20 +70,21 @@ if [ "$(cat "$CARGO_TARGET_DIR/compute-cap" 2> /dev/null)" != "$CUDA_COMPUTE_CAP
 fi
 # The whole workspace, so that all programs share one build of candle.
 nice -n 19 cargo build --workspace --locked --release --features plugin/cuda --message-format=json-render-diagnostics \
-    --lib --bin host-demo --example step_cost --test parity > "$out/built.json"
+    --lib --bin host-demo --example stage_cost --test parity > "$out/built.json"
 echo "$CUDA_COMPUTE_CAP" > "$CARGO_TARGET_DIR/compute-cap"
 
-rm -rf "$out/pack"
-mkdir -p "$out/pack"
-cp "$CARGO_TARGET_DIR/release/libconceptloom.so" "$out/pack/"
-python3 - "$out/built.json" << 'PYTHON' | while read -r name file; do cp "$file" "$out/pack/$name"; done
-import json, sys
-for line in open(sys.argv[1]):
-    message = json.loads(line)
-    if message.get("executable"):
-        print(message["target"]["name"], message["executable"])
-PYTHON
+python3 "$here/collect.py" "$out/pack" < "$out/built.json"
 strip "$out"/pack/*
 nice -n 19 python3 "$here/pack.py" "$out/conceptloom-cuda.tar.xz" "$root" "$out"/pack/*
 cp "$here/unpack.py" "$out/"
+"$prefix/venv/bin/pip" download -q --no-deps --only-binary=:all: -d "$out/peers" -r "$here/peers.txt"
 ls -l "$out/pack" "$out/conceptloom-cuda.tar.xz"
+
+# As on the other machine; where there is no card, that this is said.
+rm -rf "$out/unpacked"
+python3 "$out/unpack.py" "$out/conceptloom-cuda.tar.xz" "$root" "$out/unpacked"
+if [ -e /dev/nvidiactl ]; then
+    echo "prove it: tests/gpu/prove.py $out/unpacked --out FOLDER"
+else
+    "$here/without_gpu.sh" "$out/unpacked"
+fi
