@@ -35,14 +35,25 @@ impl AttentionSums {
         }
     }
 
-    /// Adds what the watched layers of one pass saw; a weight for every draw in it.
+    /// Adds what the watched layers of one pass saw; a weight for every draw in it. All layers are read at once: a device is
+    /// waited for once.
     pub(crate) fn add(&mut self, layers: &[LayerAttention], weights: &[f32]) -> Result<()> {
-        for layer in layers {
-            let sum = self
-                .layers
-                .entry(layer.layer)
-                .or_insert_with(|| LayerSum::empty(layer, self.n_concepts));
-            sum.add(layer, self.vectors_per_concept, weights)?;
+        let sums = layers
+            .iter()
+            .map(|layer| weighted_sum(layer, self.vectors_per_concept, weights))
+            .collect::<Result<Vec<_>>>()?;
+        if !sums.is_empty() {
+            let values = Tensor::cat(&sums, 0)?.to_vec1::<f32>()?;
+            let mut rest = values.as_slice();
+            for layer in layers {
+                let (own, others) = rest.split_at(layer.height * layer.width * self.n_concepts);
+                let sum = self
+                    .layers
+                    .entry(layer.layer)
+                    .or_insert_with(|| LayerSum::empty(layer, self.n_concepts));
+                sum.add(own);
+                rest = others;
+            }
         }
         self.weight += weights.iter().sum::<f32>();
         Ok(())
@@ -69,6 +80,17 @@ impl AttentionSums {
     }
 }
 
+/// Weighted sum over the draws of a pass of one layer's maps, `[h · w · C]`.
+fn weighted_sum(
+    layer: &LayerAttention,
+    vectors_per_concept: usize,
+    weights: &[f32],
+) -> Result<Tensor> {
+    let maps = concept_map(layer, vectors_per_concept)?;
+    let weights = Tensor::new(weights, maps.device())?.reshape(((), 1, 1))?;
+    Ok(maps.broadcast_mul(&weights)?.sum(0)?.flatten_all()?)
+}
+
 /// Sum over timesteps of one layer's maps.
 #[derive(Debug)]
 struct LayerSum {
@@ -84,21 +106,13 @@ impl LayerSum {
         Self { size, maps }
     }
 
-    fn add(
-        &mut self,
-        layer: &LayerAttention,
-        vectors_per_concept: usize,
-        weights: &[f32],
-    ) -> Result<()> {
-        let maps = concept_map(layer, vectors_per_concept)?;
-        let weights = Tensor::new(weights, maps.device())?.reshape(((), 1, 1))?;
-        let sums = maps.broadcast_mul(&weights)?.sum(0)?;
-        for (pixel, values) in sums.to_vec2::<f32>()?.iter().enumerate() {
+    /// Adds values `[h · w · C]`.
+    fn add(&mut self, values: &[f32]) {
+        for (pixel, values) in values.chunks_exact(self.maps.len()).enumerate() {
             for (map, value) in self.maps.iter_mut().zip(values) {
                 map[pixel] += value;
             }
         }
-        Ok(())
     }
 
     fn divided_by(mut self, weight: f32) -> Self {
