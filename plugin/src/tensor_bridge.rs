@@ -1,8 +1,12 @@
 //! Between candle's tensors and the tensors on wires.
 //!
 //! Going out nothing is copied. Coming in, a tensor that this very library made is the same tensor again, on any
-//! device; a foreign one in CPU memory is copied once, because candle owns the memory of its tensors.
+//! device; a foreign one is copied once, because candle owns the memory of its tensors: on the card, if it is on the card
+//! where it is needed, else through the CPU.
 #![expect(unsafe_code, reason = "vouches for the memory behind a candle tensor")]
+
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use abi_stable::std_types::{RResult, RVec};
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
@@ -13,16 +17,34 @@ use plugin_api::{DataType, DeviceId, ErrorCode, MemoryBlock, NodeError, SharedTe
 struct CandleOwner(Tensor);
 
 impl TensorOwner for CandleOwner {
-    fn wait_on(&self, _stream: u64) -> i32 {
-        // One device and one stream per process: whoever can pass a stream here shares it.
-        i32::from(self.0.device().synchronize().is_err())
+    fn wait_on(&self, stream: u64) -> i32 {
+        match self.0.device() {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => i32::from(cuda::let_wait(device, stream).is_err()),
+            Device::Cpu => 0,
+            // Nothing is known of other devices' streams: the data are there when this returns.
+            device => {
+                let _ = stream;
+                i32::from(device.synchronize().is_err())
+            }
+        }
     }
 
     fn host_sync(&self) -> i32 {
         i32::from(self.0.device().synchronize().is_err())
     }
 
-    fn release_after(&self, _stream: u64) {}
+    fn release_after(&self, stream: u64) {
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = self.0.device() {
+            // Without the order the memory could be used again too early: wait here instead.
+            if cuda::wait_for(device, stream).is_err() {
+                let _ = device.cuda_stream().context().synchronize();
+            }
+        }
+        #[cfg(not(feature = "cuda"))]
+        let _ = stream;
+    }
 
     fn copy_to_host(&self) -> RResult<RVec<u8>, NodeError> {
         self.0
@@ -56,7 +78,13 @@ pub(crate) fn share(tensor: &Tensor) -> Result<SharedTensor, NodeError> {
         .contiguous()
         .map_err(|error| internal(error.to_string()))?;
     let shape = tensor.dims().to_vec();
-    let (address, allocation_bytes, byte_offset, device) = memory(&tensor);
+    let Memory {
+        address,
+        allocation_bytes,
+        byte_offset,
+        device,
+        stream,
+    } = memory(&tensor).map_err(|error| internal(error.to_string()))?;
     let strides = contiguous_strides(&shape);
     let description = TensorDescription {
         address,
@@ -66,7 +94,7 @@ pub(crate) fn share(tensor: &Tensor) -> Result<SharedTensor, NodeError> {
         data_type: DataType::F32,
         shape,
         strides,
-        stream: 0,
+        stream,
     };
     // SAFETY: candle's storage lives as long as the tensor, which moves into the owner; nothing in this library writes
     // to a tensor in place.
@@ -74,23 +102,51 @@ pub(crate) fn share(tensor: &Tensor) -> Result<SharedTensor, NodeError> {
         .map_err(|error| internal(error.to_string()))
 }
 
-/// Address, size, offset in bytes and device of a contiguous `f32` tensor. On a GPU the address stays 0: consumers of
-/// this library recover the tensor itself, others ask for a copy.
-fn memory(tensor: &Tensor) -> (u64, u64, u64, DeviceId) {
+/// Where a tensor is, as a [`TensorDescription`] says it.
+struct Memory {
+    address: u64,
+    allocation_bytes: u64,
+    byte_offset: u64,
+    device: DeviceId,
+    stream: u64,
+}
+
+/// Of a contiguous `f32` tensor. On a device whose addresses candle does not tell it is 0: consumers of this library recover
+/// the tensor itself, others ask for a copy.
+fn memory(tensor: &Tensor) -> candle_core::Result<Memory> {
     let (storage, layout) = tensor.storage_and_layout();
-    let offset = (layout.start_offset() * size_of::<f32>()) as u64;
-    let viewed = (tensor.elem_count() * size_of::<f32>()) as u64;
-    match &*storage {
-        Storage::Cpu(CpuStorage::F32(values)) => (
-            values.as_ptr() as u64,
-            size_of_val(values.as_slice()) as u64,
-            offset,
-            DeviceId::CPU,
-        ),
-        Storage::Cuda(_) => (0, viewed, 0, DeviceId { kind: 2, index: 0 }),
-        Storage::Metal(_) => (0, viewed, 0, DeviceId { kind: 8, index: 0 }),
-        Storage::Cpu(_) => (0, viewed, 0, DeviceId::CPU),
-    }
+    let byte_offset = (layout.start_offset() * size_of::<f32>()) as u64;
+    let unknown = |device| Memory {
+        address: 0,
+        allocation_bytes: (tensor.elem_count() * size_of::<f32>()) as u64,
+        byte_offset: 0,
+        device,
+        stream: 0,
+    };
+    Ok(match &*storage {
+        Storage::Cpu(CpuStorage::F32(values)) => Memory {
+            address: values.as_ptr() as u64,
+            allocation_bytes: size_of_val(values.as_slice()) as u64,
+            byte_offset,
+            device: DeviceId::CPU,
+            stream: 0,
+        },
+        #[cfg(feature = "cuda")]
+        Storage::Cuda(storage) => {
+            let (address, allocation_bytes, device, stream) = cuda::place(storage)?;
+            Memory {
+                address,
+                allocation_bytes,
+                byte_offset,
+                device,
+                stream,
+            }
+        }
+        #[cfg(not(feature = "cuda"))]
+        Storage::Cuda(_) => unknown(DeviceId { kind: 2, index: 0 }),
+        Storage::Metal(_) => unknown(DeviceId { kind: 8, index: 0 }),
+        Storage::Cpu(_) => unknown(DeviceId::CPU),
+    })
 }
 
 /// The memory behind a tensor; views of one have the same.
@@ -123,6 +179,12 @@ pub(crate) fn tensor(
         return tensor
             .to_device(device)
             .map_err(|error| unreadable(error.to_string()));
+    }
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device
+        && let Some(taken) = cuda::taken_over(shared, device)
+    {
+        return taken.map_err(|error| unreadable(error.to_string()));
     }
     let values = shared
         .to_vec()
@@ -174,5 +236,16 @@ mod tests {
         let here = tensor("x", &shared, &Device::Cpu).unwrap();
         assert_eq!(here.to_vec1::<f32>().unwrap(), [1.0, 2.0]);
         assert_ne!(share(&here).unwrap().data_address(), shared.data_address());
+    }
+
+    #[test]
+    fn in_memory_there_is_nothing_to_wait_for() {
+        let values = Tensor::arange(0f32, 6.0, &Device::Cpu).unwrap();
+        let shared = share(&values.narrow(0, 2, 3).unwrap()).unwrap();
+        assert_eq!(shared.device(), DeviceId::CPU);
+        assert_eq!(shared.allocation_bytes(), 24);
+        assert_eq!(shared.wait_on(7), Ok(()));
+        shared.clone().release_after(7);
+        assert_eq!(shared.as_f32(), Ok(&[2.0, 3.0, 4.0][..]));
     }
 }
