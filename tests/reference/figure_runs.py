@@ -53,7 +53,7 @@ STARTS = {"class": "the class word", "random": "no word", "inversion": "inversio
 # are run
 STARTED = ["em", "baseline"]
 # label -> arguments; whose learned tokens and pictures are compared
-LEARNED = {label: METHODS[label] for label in STARTED} | {"given": ["--mode", "given"]}
+LEARNED = METHODS | {"given": ["--mode", "given"]}
 # What takes longest is done with some scenes: every other one of the evaluation (the others show the same drawings), and
 # of the hard ones the first of three kinds' test half.
 SOME_SCENES = {

@@ -288,7 +288,7 @@ impl Layer for Conv {
             with_scratch(window * tile.cols.len(), |columns| {
                 self.gather_all(x, &tile.cols, columns);
                 let columns = Matrix::new(columns, [window, tile.cols.len()]);
-                gemm(tile.values.reborrow(), Write::Replace, 1.0, weight, columns);
+                gemm(tile.values.reborrow(), Write::Replace, weight, columns);
             });
             for out in (0..self.n_out).filter(|_| !bias.is_empty()) {
                 shift(tile.values.row_mut(out), self.bias_of(bias, sample, out));
@@ -323,7 +323,7 @@ impl Layer for Conv {
                 let pixels = start..n_pixels.min(start + BACKWARD_TILE);
                 with_scratch(n_rows * pixels.len(), |columns| {
                     let dst = MatrixMut::new(columns, [n_rows, pixels.len()]);
-                    gemm(dst, Write::Replace, 1.0, weight, dy.cols(pixels.clone()));
+                    gemm(dst, Write::Replace, weight, dy.cols(pixels.clone()));
                     let channels = dx.chunks_exact_mut(self.n_inputs());
                     for (dx, columns) in channels.zip(columns.chunks_exact(area * pixels.len())) {
                         self.scatter(columns, &pixels, dx);

@@ -18,9 +18,9 @@ use super::tiles::{Means, multiply};
 /// What a product does with the values already in its destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Write {
-    /// dst = scale·lhs·rhs
+    /// dst = lhs·rhs
     Replace,
-    /// dst = dst + scale·lhs·rhs
+    /// dst = dst + lhs·rhs
     Add,
 }
 
@@ -151,6 +151,21 @@ impl<'a> MatrixMut<'a> {
         }
     }
 
+    /// Some of the rows.
+    pub(crate) fn rows(self, range: Range<usize>) -> Self {
+        assert!(
+            range.start < range.end && range.end <= self.dims[0] && self.dims[1] > 0,
+            "rows {range:?} of {:?}",
+            self.dims
+        );
+        Self {
+            // SAFETY: (range.start, 0) is an element of the view, so its address lies in the borrowed slice.
+            start: unsafe { self.start.add(range.start * self.strides[0]) },
+            dims: [range.len(), self.dims[1]],
+            ..self
+        }
+    }
+
     /// Row `index` as a slice. Panics unless rows are contiguous.
     pub(crate) fn row_mut(&mut self, index: usize) -> &mut [f32] {
         assert!(index < self.dims[0], "row {index} of {:?}", self.dims);
@@ -164,6 +179,20 @@ impl<'a> MatrixMut<'a> {
         unsafe {
             std::slice::from_raw_parts_mut(self.start.add(index * self.strides[0]), self.dims[1])
         }
+    }
+
+    /// Where a square of `n` rows and columns begins, and the distance of its rows; it begins `at` a row and a column. Panics
+    /// unless it lies in the view and rows are contiguous.
+    pub(crate) fn square_mut(&mut self, at: [usize; 2], n: usize) -> (*mut f32, usize) {
+        let ends = [at[0] + n, at[1] + n];
+        assert!(
+            n > 0 && ends[0] <= self.dims[0] && ends[1] <= self.dims[1] && self.strides[1] == 1,
+            "a square of {n} at {at:?} of {:?}",
+            self.dims
+        );
+        // SAFETY: (row, column) is an element of the view, so its address lies in the borrowed slice.
+        let start = unsafe { self.start.add(at[0] * self.strides[0] + at[1]) };
+        (start, self.strides[0])
     }
 
     /// Cuts the matrix into tiles of at most `tile` rows and columns, in row-major order.
@@ -194,8 +223,8 @@ impl<'a> MatrixMut<'a> {
     }
 }
 
-/// dst (+)= scale · lhs · rhs on the calling thread. Panics when the shapes do not fit.
-pub(crate) fn gemm(dst: MatrixMut<'_>, write: Write, scale: f32, lhs: Matrix<'_>, rhs: Matrix<'_>) {
+/// dst (+)= lhs · rhs on the calling thread. Panics when the shapes do not fit.
+pub(crate) fn gemm(dst: MatrixMut<'_>, write: Write, lhs: Matrix<'_>, rhs: Matrix<'_>) {
     let ([m, n], k) = (dst.dims, lhs.dims[1]);
     assert!(
         lhs.dims == [m, k] && rhs.dims == [k, n],
@@ -228,7 +257,7 @@ pub(crate) fn gemm(dst: MatrixMut<'_>, write: Write, scale: f32, lhs: Matrix<'_>
             stride(rhs.strides[1]),
             stride(rhs.strides[0]),
             keep,
-            scale,
+            1.0,
             false,
             false,
             false,
@@ -266,7 +295,7 @@ pub(crate) fn parallel_gemm(
         if through_transposed {
             gemm_through_transposed(&mut tile.values, lhs, rhs);
         } else {
-            gemm(tile.values.reborrow(), write, 1.0, lhs, rhs);
+            gemm(tile.values.reborrow(), write, lhs, rhs);
         }
         finish(&mut tile);
     };
@@ -289,7 +318,7 @@ fn gemm_through_transposed(dst: &mut MatrixMut<'_>, lhs: Matrix<'_>, rhs: Matrix
     let [n_rows, n_cols] = dst.dims;
     with_scratch(n_rows * n_cols, |transposed| {
         let view = MatrixMut::new(transposed, [n_cols, n_rows]);
-        gemm(view, Write::Replace, 1.0, rhs.t(), lhs.t());
+        gemm(view, Write::Replace, rhs.t(), lhs.t());
         for row in 0..n_rows {
             let column = transposed[row..].iter().step_by(n_rows);
             for (dst, value) in dst.row_mut(row).iter_mut().zip(column) {

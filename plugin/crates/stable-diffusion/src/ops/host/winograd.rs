@@ -181,7 +181,7 @@ impl Winograd {
                 [places * n_tiles, 1],
             );
             let kernels = kernels.rows(tile.rows);
-            gemm(tile.values, Write::Replace, 1.0, kernels, seen);
+            gemm(tile.values, Write::Replace, kernels, seen);
         });
     }
 

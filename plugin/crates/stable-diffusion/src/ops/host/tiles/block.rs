@@ -7,7 +7,7 @@
 /// Words of a tile.
 pub(super) const TILE: usize = 16 * 16;
 /// Rows and columns of a block of sums: two tiles each way.
-pub(super) const BLOCK: usize = 32;
+pub(crate) const BLOCK: usize = 32;
 /// k of one step.
 pub(super) const STEP: usize = 32;
 
@@ -38,4 +38,18 @@ impl<'a> Right<'a> {
             part: 2 * TILE,
         }
     }
+}
+
+/// Scores of 32 keys, row by row, and where their softmax goes.
+#[derive(Debug)]
+pub(crate) struct Strip<'a> {
+    /// Products of keys and queries, and dP: `[32, width]`
+    pub(crate) scores: &'a [f32],
+    pub(crate) d_scores: &'a [f32],
+    /// L and D of every query.
+    pub(crate) log_sums: &'a [f32],
+    pub(crate) means: &'a [f32],
+    /// P and dS as left factors, a block of 32 keys by `width` of k.
+    pub(crate) p_left: &'a mut [u32],
+    pub(crate) d_left: &'a mut [u32],
 }

@@ -4,10 +4,12 @@
 //! Rows of the packed picture are one zero longer than the picture's, which stands left of the next row as it stands right
 //! of its own; sums of that column are thrown away.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::super::{
-    gemm::{MatrixMut, Tile},
+    gemm::{MatrixMut, Tile, Write},
     memory::with_words,
 };
 use super::Factors;
@@ -18,6 +20,12 @@ use super::pack::{Side, pack_lines, step_words};
 const TAPS: usize = 9;
 /// Pixels of one work item, about: as many as make up for bringing a block of the weight into the cache.
 const ITEM_PIXELS: usize = 1024;
+
+/// Steps of 32 channels that are packed at a time: with so many, pixels of an item and a block of the weight are in a
+/// second-level cache together.
+const fn most_steps(n_parts: usize) -> usize {
+    30 / n_parts
+}
 
 /// A convolution of stride 1 with a padding of 1.
 #[derive(Debug, Clone, Copy)]
@@ -66,6 +74,7 @@ impl Convolution3x3 {
     ) -> Vec<f32> {
         match self.factors {
             Factors::Rounded => self.convolved::<1>(direction, x, weight, shift),
+            Factors::Paired => self.convolved::<2>(direction, x, weight, shift),
             Factors::Exact => self.convolved::<3>(direction, x, weight, shift),
         }
     }
@@ -81,19 +90,25 @@ impl Convolution3x3 {
         let n_samples = x.len() / (self.n_in * n_pixels).max(1);
         let mut y = vec![0.0; n_samples * self.n_out * n_pixels];
         let plane = Plane::of(self.size);
-        let left_words = self.n_out.div_ceil(BLOCK) * self.block_words(P);
-        with_words(left_words, |left| {
-            self.pack_weight::<P>(direction, weight, left);
-            let samples = y.chunks_exact_mut(self.n_out * n_pixels);
-            for (sample, (y, x)) in samples
-                .zip(x.chunks_exact(self.n_in * n_pixels))
-                .enumerate()
-            {
-                with_words(self.n_pairs() * P * plane.len, |right| {
-                    self.pack_picture::<P>(&plane, x, right);
-                    let shift = |channel| shift(sample, channel);
-                    self.multiply::<P>(&plane, left, right, y, shift);
-                });
+        let n_together = most_steps(P).min(self.n_steps());
+        let left_words = self.n_out.div_ceil(BLOCK) * block_words(P, n_together);
+        let right_words = n_together * STEP / 2 * P * plane.len;
+        with_words(left_words + right_words, |words| {
+            let (left, right) = words.split_at_mut(left_words);
+            for first in (0..self.n_steps()).step_by(most_steps(P)) {
+                let steps = first..self.n_steps().min(first + most_steps(P));
+                let left = &mut left[..self.n_out.div_ceil(BLOCK) * block_words(P, steps.len())];
+                self.pack_weight::<P>(direction, weight, steps.clone(), left);
+                let samples = y.chunks_exact_mut(self.n_out * n_pixels);
+                for (sample, (y, x)) in samples
+                    .zip(x.chunks_exact(self.n_in * n_pixels))
+                    .enumerate()
+                {
+                    let right = &mut right[..steps.len() * STEP / 2 * P * plane.len];
+                    self.pack_picture::<P>(&plane, x, steps.start * STEP / 2, right);
+                    let shift = |channel| (first == 0).then(|| shift(sample, channel));
+                    self.multiply::<P>(&plane, [left, right], steps.len(), y, shift);
+                }
             }
         });
         y
@@ -104,22 +119,18 @@ impl Convolution3x3 {
         self.n_in.div_ceil(STEP)
     }
 
-    /// Pairs of channels, those that are missing to whole steps included.
-    fn n_pairs(&self) -> usize {
-        self.n_steps() * STEP / 2
-    }
-
-    /// Words of a block of the weight.
-    fn block_words(&self, n_parts: usize) -> usize {
-        self.n_steps() * TAPS * step_words(n_parts)
-    }
-
-    /// Block by block of 32 output channels, 32 input channels by 32, tap by tap.
-    fn pack_weight<const P: usize>(&self, direction: Direction, weight: &[f32], words: &mut [u32]) {
-        let blocks = words.par_chunks_exact_mut(self.block_words(P)).enumerate();
-        blocks.for_each(|(block, words)| {
-            let steps = words.chunks_exact_mut(TAPS * step_words(P));
-            for (step, words) in steps.enumerate() {
+    /// Block by block of 32 output channels, 32 input channels by 32 of these steps, tap by tap.
+    fn pack_weight<const P: usize>(
+        &self,
+        direction: Direction,
+        weight: &[f32],
+        steps: Range<usize>,
+        words: &mut [u32],
+    ) {
+        let blocks = words.par_chunks_exact_mut(block_words(P, steps.len()));
+        blocks.enumerate().for_each(|(block, words)| {
+            let words = words.chunks_exact_mut(TAPS * step_words(P));
+            for (step, words) in steps.clone().zip(words) {
                 let lines = self.taps_of(direction, weight, [block * BLOCK, step * STEP]);
                 let taps = words.chunks_exact_mut(step_words(P));
                 for (lines, words) in lines.iter().zip(taps) {
@@ -167,8 +178,14 @@ impl Convolution3x3 {
         lines
     }
 
-    /// Pair by pair of channels; a word is one pixel of both.
-    fn pack_picture<const P: usize>(&self, plane: &Plane, x: &[f32], words: &mut [u32]) {
+    /// Pair by pair of channels, from one of them on; a word is one pixel of both.
+    fn pack_picture<const P: usize>(
+        &self,
+        plane: &Plane,
+        x: &[f32],
+        first_pair: usize,
+        words: &mut [u32],
+    ) {
         let [height, width] = self.size;
         let channel =
             |c: usize| (c < self.n_in).then(|| &x[c * height * width..][..height * width]);
@@ -177,10 +194,11 @@ impl Convolution3x3 {
         let pairs = words.par_chunks_exact_mut(P * plane.len);
         pairs.enumerate().for_each(|(pair, words)| {
             words.fill(0);
-            let Some(first) = channel(2 * pair) else {
+            let pair = 2 * (first_pair + pair);
+            let Some(first) = channel(pair) else {
                 return;
             };
-            let second = channel(2 * pair + 1).unwrap_or(&no_channel);
+            let second = channel(pair + 1).unwrap_or(&no_channel);
             let rows = first.chunks_exact(width).zip(second.chunks_exact(width));
             for (row, (first, second)) in rows.enumerate() {
                 let at = plane.lead + row * plane.pitch;
@@ -194,17 +212,18 @@ impl Convolution3x3 {
         });
     }
 
+    /// What some steps contribute to `y`: sums are added to what is there, unless there is a `shift` to begin with.
     fn multiply<const P: usize>(
         &self,
         plane: &Plane,
-        left: &[u32],
-        right: &[u32],
+        [left, right]: [&[u32]; 2],
+        n_steps: usize,
         y: &mut [f32],
-        shift: impl Fn(usize) -> f32 + Sync,
+        shift: impl Fn(usize) -> Option<f32> + Sync,
     ) {
         let [height, width] = self.size;
         let row_words = P * plane.len;
-        let steps: Vec<usize> = (0..self.n_steps())
+        let steps: Vec<usize> = (0..n_steps)
             .flat_map(|step| {
                 let taps = (0..TAPS).map(|tap| tap / 3 * plane.pitch + tap % 3);
                 taps.map(move |tap| step * STEP / 2 * row_words + tap)
@@ -212,10 +231,12 @@ impl Convolution3x3 {
             .collect();
         let rows_per_item = ITEM_PIXELS.div_ceil(width).min(height);
         let dst = MatrixMut::new(y, [self.n_out, height * width]);
-        let items = dst.tiles([BLOCK, rows_per_item * width]);
+        let mut items = dst.tiles([BLOCK, rows_per_item * width]);
+        // Pixels that are in the cache are multiplied with all of the weight.
+        items.sort_by_key(|item| item.cols.start);
         items.into_par_iter().for_each(|mut item: Tile<'_>| {
-            let left = &left[item.rows.start / BLOCK * self.block_words(P)..];
-            let shifts: Vec<f32> = item.rows.clone().map(&shift).collect();
+            let left = &left[item.rows.start / BLOCK * block_words(P, n_steps)..];
+            let shifts: Vec<Option<f32>> = item.rows.clone().map(&shift).collect();
             let first_row = item.cols.start / width;
             let n_positions = item.cols.len() / width * plane.pitch;
             self.tiles.configured(|tiles| {
@@ -227,19 +248,30 @@ impl Convolution3x3 {
                         second: 16,
                         part: plane.len,
                     };
-                    tiles.block::<P>(left, right, &steps, &mut sums);
+                    let mut block = MatrixMut::new(&mut sums.0, [BLOCK, BLOCK]);
+                    tiles.block::<P>(left, right, &steps, Write::Replace, &mut block, [0, 0]);
                     let positions = start..n_positions.min(start + BLOCK);
                     for (at, pixels) in plane.pixels_of(positions, width) {
                         for (row, shift) in shifts.iter().enumerate() {
                             let sums = &sums.0[row * BLOCK + at..];
                             let dst = item.values.row_mut(row)[pixels.clone()].iter_mut();
-                            dst.zip(sums).for_each(|(dst, sum)| *dst = sum + shift);
+                            match shift {
+                                Some(shift) => {
+                                    dst.zip(sums).for_each(|(dst, sum)| *dst = sum + shift);
+                                }
+                                None => dst.zip(sums).for_each(|(dst, sum)| *dst += sum),
+                            }
                         }
                     }
                 }
             });
         });
     }
+}
+
+/// Words of a block of the weight with so many steps.
+fn block_words(n_parts: usize, n_steps: usize) -> usize {
+    n_steps * TAPS * step_words(n_parts)
 }
 
 /// How a packed picture lies.
@@ -269,9 +301,9 @@ impl Plane {
     /// Runs of positions that are pixels: where they begin within the range, and which pixels they are.
     fn pixels_of(
         &self,
-        positions: std::ops::Range<usize>,
+        positions: Range<usize>,
         width: usize,
-    ) -> impl Iterator<Item = (usize, std::ops::Range<usize>)> {
+    ) -> impl Iterator<Item = (usize, Range<usize>)> {
         let pitch = self.pitch;
         let rows = positions.start / pitch..positions.end.div_ceil(pitch);
         rows.filter_map(move |row| {

@@ -9,14 +9,17 @@ use super::Tiles;
 pub(crate) enum Factors {
     /// One bf16 number: 8 bits of its significand.
     Rounded,
+    /// The sum of two: 16 bits. Of the four products the smallest is left out.
+    Paired,
     /// The sum of three: all 24 bits. Of the nine products the three smallest are left out.
     Exact,
 }
 
 impl Factors {
-    pub(super) fn n_parts(self) -> usize {
+    pub(crate) fn n_parts(self) -> usize {
         match self {
             Self::Rounded => 1,
+            Self::Paired => 2,
             Self::Exact => 3,
         }
     }
@@ -25,7 +28,7 @@ impl Factors {
     fn least_lines(self) -> usize {
         match self {
             Self::Rounded => 48,
-            Self::Exact => 300,
+            Self::Paired | Self::Exact => 300,
         }
     }
 
@@ -33,7 +36,7 @@ impl Factors {
     fn least_pixels(self) -> usize {
         match self {
             Self::Rounded => 128,
-            Self::Exact => 300,
+            Self::Paired | Self::Exact => 300,
         }
     }
 }
@@ -82,14 +85,13 @@ impl Means {
             .map(|tiles| (tiles, self.factors))
     }
 
-    /// Tiles for attention to so many keys: never for exact factors, whose parts of the scores would be packed for longer
-    /// than they are multiplied.
+    /// Tiles for attention to so many keys.
     pub(crate) fn for_attention(
         self,
         n_keys: usize,
         head_width: usize,
     ) -> Option<(Tiles, Factors)> {
-        let is_worth_it = self.factors == Factors::Rounded && n_keys >= 256 && head_width >= 16;
+        let is_worth_it = n_keys >= 256 && head_width >= 16;
         self.tiles
             .filter(|_| is_worth_it)
             .map(|tiles| (tiles, self.factors))

@@ -8,7 +8,9 @@
 use std::arch::{asm, x86_64::*};
 use std::sync::OnceLock;
 
-use super::block::{Right, STEP, Sums, TILE};
+use super::super::gemm::{MatrixMut, Write};
+use super::block::{BLOCK, Right, STEP, Strip, TILE};
+use super::pack::{packed_len, step_words};
 
 /// Proof that this processor multiplies tiles of bf16 and that the system lets this process do it.
 #[derive(Debug, Clone, Copy)]
@@ -22,7 +24,7 @@ impl Tiles {
     }
 
     /// Runs `work` with tiles of the full size.
-    pub(super) fn configured<R>(self, work: impl FnOnce(&Configured) -> R) -> R {
+    pub(crate) fn configured<R>(self, work: impl FnOnce(&Configured) -> R) -> R {
         let configured = Configured::new(self);
         work(&configured)
     }
@@ -51,7 +53,7 @@ fn allowed() -> bool {
 
 /// Tiles of 16 rows of 64 bytes, until it is dropped; of this thread.
 #[derive(Debug)]
-pub(super) struct Configured {
+pub(crate) struct Configured {
     /// Tiles belong to a thread, raw pointers do not travel.
     _thread: std::marker::PhantomData<*const ()>,
 }
@@ -83,14 +85,16 @@ impl Configured {
         }
     }
 
-    /// Σ over steps of left · right, a block of 32 rows and columns, of factors of P parts: 1 or 3. `left` has for every
-    /// step, part by part, two tiles.
+    /// Σ over steps of left · right, of factors of P parts, 1 to 3, to the block of 32 rows and columns of `dst` that begins
+    /// `at` a row and a column. `left` has for every step, part by part, two tiles.
     pub(super) fn block<const P: usize>(
         &self,
         left: &[u32],
         right: Right<'_>,
         steps: &[usize],
-        sums: &mut Sums,
+        write: Write,
+        dst: &mut MatrixMut<'_>,
+        at: [usize; 2],
     ) {
         assert!(left.len() >= steps.len() * P * 2 * TILE && !steps.is_empty());
         let reach = right.second + 15 * right.row + 16 + (P - 1) * right.part;
@@ -99,13 +103,18 @@ impl Configured {
             last + reach <= right.words.len(),
             "a tile beyond its factor"
         );
+        let dst = dst.square_mut(at, BLOCK);
         // SAFETY: every tile of the left lies in `left`, and the last word of every tile of the right in `right.words`, as
-        // checked; `sums` has the 4 KiB that are read and stored. The tiles are configured.
+        // checked; the square is borrowed exclusively. The tiles are configured.
         unsafe {
-            match P {
-                1 => rounded(left, right, steps, sums),
-                3 => exact(left, right, steps, sums),
-                _ => unreachable!("factors of one part or of three"),
+            match (P, write) {
+                (1, Write::Replace) => rounded(left, right, steps, dst),
+                (1, Write::Add) => rounded_added(left, right, steps, dst),
+                (2, Write::Replace) => paired(left, right, steps, dst),
+                (2, Write::Add) => paired_added(left, right, steps, dst),
+                (3, Write::Replace) => exact(left, right, steps, dst),
+                (3, Write::Add) => exact_added(left, right, steps, dst),
+                _ => unreachable!("factors of one part to three"),
             }
         }
     }
@@ -118,19 +127,42 @@ impl Drop for Configured {
     }
 }
 
-/// The loop over steps around `$product`, which multiplies the tiles at `left` and at `at`.
+/// The loop over steps around `$product`, which multiplies the tiles at `left` and at `at`: `$name` puts the sums in their
+/// place, `$added` adds them to what is there.
 macro_rules! kernel {
-    ($name:ident, $step_bytes:literal, $($product:literal),+ $(,)?) => {
+    ($name:ident, $added:ident, $step_bytes:literal, $($product:literal),+ $(,)?) => {
+        kernel!(
+            @ $name, $step_bytes,
+            ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
+            $($product),+
+        );
+        kernel!(
+            @ $added, $step_bytes,
+            [
+                "mov {at}, {dst_row}",
+                "shl {at}, 4",
+                "add {at}, {dst}",
+                "tileloadd tmm0, [{dst} + {dst_row}*1]",
+                "tileloadd tmm1, [{dst} + {dst_row}*1 + 64]",
+                "tileloadd tmm2, [{at} + {dst_row}*1]",
+                "tileloadd tmm3, [{at} + {dst_row}*1 + 64]",
+            ],
+            $($product),+
+        );
+    };
+    (@ $name:ident, $step_bytes:literal, [$($start:literal),+ $(,)?], $($product:literal),+) => {
         /// # Safety
-        /// As in [`Configured::block`].
-        unsafe fn $name(left: &[u32], right: Right<'_>, steps: &[usize], sums: &mut Sums) {
+        /// As in [`Configured::block`]; `dst` are 32 rows of 32 numbers with this distance.
+        unsafe fn $name(
+            left: &[u32],
+            right: Right<'_>,
+            steps: &[usize],
+            (dst, dst_row): (*mut f32, usize),
+        ) {
             // SAFETY: by the caller.
             unsafe {
                 asm!(
-                    "tilezero tmm0",
-                    "tilezero tmm1",
-                    "tilezero tmm2",
-                    "tilezero tmm3",
+                    $($start,)+
                     "2:",
                     "mov {at}, [{steps}]",
                     "lea {at}, [{right} + {at}*4]",
@@ -139,10 +171,13 @@ macro_rules! kernel {
                     "add {steps}, 8",
                     "dec {n}",
                     "jnz 2b",
-                    "tilestored [{sums} + {sums_row}*1], tmm0",
-                    "tilestored [{sums} + {sums_row}*1 + 64], tmm1",
-                    "tilestored [{sums} + {sums_row}*1 + 2048], tmm2",
-                    "tilestored [{sums} + {sums_row}*1 + 2112], tmm3",
+                    "mov {at}, {dst_row}",
+                    "shl {at}, 4",
+                    "add {at}, {dst}",
+                    "tilestored [{dst} + {dst_row}*1], tmm0",
+                    "tilestored [{dst} + {dst_row}*1 + 64], tmm1",
+                    "tilestored [{at} + {dst_row}*1], tmm2",
+                    "tilestored [{at} + {dst_row}*1 + 64], tmm3",
                     at = out(reg) _,
                     steps = inout(reg) steps.as_ptr() => _,
                     n = inout(reg) steps.len() => _,
@@ -152,8 +187,8 @@ macro_rules! kernel {
                     second = in(reg) 4 * right.second,
                     part = in(reg) 4 * right.part,
                     tile_row = in(reg) 64usize,
-                    sums = in(reg) sums.0.as_mut_ptr(),
-                    sums_row = in(reg) 128usize,
+                    dst = in(reg) dst,
+                    dst_row = in(reg) 4 * dst_row,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                     options(nostack),
@@ -165,6 +200,7 @@ macro_rules! kernel {
 
 kernel!(
     rounded,
+    rounded_added,
     "2048",
     "# {part}",
     "tileloadd tmm4, [{left} + {tile_row}*1]",
@@ -178,9 +214,40 @@ kernel!(
     "tdpbf16ps tmm3, tmm5, tmm7",
 );
 
+// The smallest products first: 2·1, then 1·1, then 1·2.
+kernel!(
+    paired,
+    paired_added,
+    "4096",
+    "tileloadd tmm6, [{at} + {row}*1]",
+    "tileloadd tmm4, [{left} + {tile_row}*1 + 2048]",
+    "tdpbf16ps tmm0, tmm4, tmm6",
+    "tileloadd tmm5, [{left} + {tile_row}*1 + 3072]",
+    "tdpbf16ps tmm2, tmm5, tmm6",
+    "add {at}, {second}",
+    "tileloadd tmm7, [{at} + {row}*1]",
+    "tdpbf16ps tmm1, tmm4, tmm7",
+    "tdpbf16ps tmm3, tmm5, tmm7",
+    "tileloadd tmm4, [{left} + {tile_row}*1]",
+    "tdpbf16ps tmm0, tmm4, tmm6",
+    "tdpbf16ps tmm1, tmm4, tmm7",
+    "tileloadd tmm5, [{left} + {tile_row}*1 + 1024]",
+    "tdpbf16ps tmm2, tmm5, tmm6",
+    "tdpbf16ps tmm3, tmm5, tmm7",
+    "add {at}, {part}",
+    "tileloadd tmm7, [{at} + {row}*1]",
+    "tdpbf16ps tmm1, tmm4, tmm7",
+    "tdpbf16ps tmm3, tmm5, tmm7",
+    "sub {at}, {second}",
+    "tileloadd tmm6, [{at} + {row}*1]",
+    "tdpbf16ps tmm0, tmm4, tmm6",
+    "tdpbf16ps tmm2, tmm5, tmm6",
+);
+
 // The smallest products first: 3·1, 2·1, 1·1, then 2·2, 1·2, then 1·3.
 kernel!(
     exact,
+    exact_added,
     "6144",
     "tileloadd tmm6, [{at} + {row}*1]",
     "tileloadd tmm4, [{left} + {tile_row}*1 + 4096]",
@@ -265,6 +332,170 @@ impl Tiles {
         // SAFETY: `Tiles` proves that the processor has these instructions; n values are read and written.
         unsafe { across_rows(rows, words) }
     }
+}
+
+impl Tiles {
+    /// Exponentials of scores relative to the `largest` of every query, as a right factor: queries are its lines, keys its
+    /// k; and their `sums`. `products` are `[keys, width]`, both multiples of 32, and become scores by `scale`.
+    pub(crate) fn exponentials<const P: usize>(
+        self,
+        products: &[f32],
+        width: usize,
+        scale: f32,
+        largest: &[f32],
+        sums: &mut [f32],
+        right: &mut [u32],
+    ) {
+        let n_keys = products.len() / width;
+        assert!(width.is_multiple_of(BLOCK) && n_keys.is_multiple_of(STEP));
+        assert!(products.len() == n_keys * width && largest.len() >= width && sums.len() >= width);
+        assert!(right.len() >= packed_len(P, width, n_keys));
+        // SAFETY: `Tiles` proves that the processor has these instructions; lengths are checked.
+        unsafe { exponentials::<P>(products, width, scale, largest, sums, right) }
+    }
+
+    /// P = exp(scale·products - L) and dS = scale·P∘(dP - D) of a strip of 32 keys, packed: on the left in the strip, dS as
+    /// step number `step` of `n_steps` of the k of a `right` factor too, queries being its lines.
+    pub(crate) fn score_gradients<const P: usize>(
+        self,
+        strip: Strip<'_>,
+        scale: f32,
+        right: &mut [u32],
+        [step, n_steps]: [usize; 2],
+    ) {
+        let width = strip.scores.len() / STEP;
+        assert!(width.is_multiple_of(BLOCK) && strip.scores.len() == STEP * width);
+        assert!(strip.d_scores.len() == strip.scores.len());
+        assert!(strip.log_sums.len() >= width && strip.means.len() >= width);
+        let left = packed_len(P, BLOCK, width);
+        assert!(strip.p_left.len() >= left && strip.d_left.len() >= left);
+        assert!(step < n_steps && right.len() >= packed_len(P, width, n_steps * STEP));
+        // SAFETY: `Tiles` proves that the processor has these instructions; lengths are checked.
+        unsafe { score_gradients::<P>(strip, scale, right, [step, n_steps]) }
+    }
+}
+
+/// # Safety
+/// As in [`Tiles::exponentials`].
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn exponentials<const P: usize>(
+    products: &[f32],
+    width: usize,
+    scale: f32,
+    largest: &[f32],
+    sums: &mut [f32],
+    right: &mut [u32],
+) {
+    let n_steps = products.len() / width / STEP;
+    let factor = _mm512_set1_ps(scale * std::f32::consts::LOG2_E);
+    for query in (0..width).step_by(16) {
+        // SAFETY: by the caller.
+        unsafe {
+            let zero = _mm512_mul_ps(_mm512_loadu_ps(largest.as_ptr().add(query)), factor);
+            let mut sum = _mm512_loadu_ps(sums.as_ptr().add(query));
+            let block = query / BLOCK * n_steps * step_words(P) + query % BLOCK / 16 * TILE;
+            for step in 0..n_steps {
+                let words = right.as_mut_ptr().add(block + step * step_words(P));
+                for pair in 0..STEP / 2 {
+                    let row = products
+                        .as_ptr()
+                        .add((step * STEP + 2 * pair) * width + query);
+                    let [first, second] = [row, row.add(width)]
+                        .map(|row| exp2(_mm512_fmsub_ps(_mm512_loadu_ps(row), factor, zero)));
+                    sum = _mm512_add_ps(sum, _mm512_add_ps(first, second));
+                    for (p, part) in parts::<P>(first, second).into_iter().enumerate() {
+                        let words = words.add(p * 2 * TILE + 16 * pair);
+                        _mm512_storeu_si512(words.cast(), interleaved(part));
+                    }
+                }
+            }
+            _mm512_storeu_ps(sums.as_mut_ptr().add(query), sum);
+        }
+    }
+}
+
+/// # Safety
+/// As in [`Tiles::score_gradients`].
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn score_gradients<const P: usize>(
+    strip: Strip<'_>,
+    scale: f32,
+    right: &mut [u32],
+    [step, n_steps]: [usize; 2],
+) {
+    let width = strip.scores.len() / STEP;
+    let to_log2 = _mm512_set1_ps(std::f32::consts::LOG2_E);
+    let (scale, factor) = (
+        _mm512_set1_ps(scale),
+        _mm512_set1_ps(scale * std::f32::consts::LOG2_E),
+    );
+    for query in (0..width).step_by(BLOCK) {
+        // SAFETY: by the caller.
+        unsafe {
+            let halves = |values: &[f32]| {
+                [0, 16].map(|half| _mm512_loadu_ps(values.as_ptr().add(query + half)))
+            };
+            let log_sums = halves(strip.log_sums).map(|l| _mm512_mul_ps(l, to_log2));
+            let means = halves(strip.means);
+            let left = query / BLOCK * step_words(P);
+            let at = (query / BLOCK * n_steps + step) * step_words(P);
+            let right = right.as_mut_ptr().add(at);
+            for pair in 0..STEP / 2 {
+                let rows = [2 * pair, 2 * pair + 1].map(|key| {
+                    let at = [0, 1].map(|half| key * width + query + 16 * half);
+                    let value = |half: usize| {
+                        let product = _mm512_loadu_ps(strip.scores.as_ptr().add(at[half]));
+                        let d = _mm512_loadu_ps(strip.d_scores.as_ptr().add(at[half]));
+                        let p = exp2(_mm512_fmsub_ps(product, factor, log_sums[half]));
+                        let d = _mm512_sub_ps(d, means[half]);
+                        [p, _mm512_mul_ps(_mm512_mul_ps(p, scale), d)]
+                    };
+                    let ([p_low, d_low], [p_high, d_high]) = (value(0), value(1));
+                    let at = left + key / 16 * TILE + 16 * (key % 16);
+                    for (i, part) in parts::<P>(p_low, p_high).into_iter().enumerate() {
+                        let words = strip.p_left.as_mut_ptr().add(at + i * 2 * TILE);
+                        _mm512_storeu_si512(words.cast(), part);
+                    }
+                    for (i, part) in parts::<P>(d_low, d_high).into_iter().enumerate() {
+                        let words = strip.d_left.as_mut_ptr().add(at + i * 2 * TILE);
+                        _mm512_storeu_si512(words.cast(), part);
+                    }
+                    [d_low, d_high]
+                });
+                for half in 0..2 {
+                    let both = parts::<P>(rows[0][half], rows[1][half]);
+                    for (i, part) in both.into_iter().enumerate() {
+                        let words = right.add(i * 2 * TILE + half * TILE + 16 * pair);
+                        _mm512_storeu_si512(words.cast(), interleaved(part));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// 2^x to about one unit in the last place; 2^-126 below -126.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn exp2(x: __m512) -> __m512 {
+    /// ln(2)^k / k!, from the highest power down: what is left of the series is below 2⁻²³ for |r| <= 1/2.
+    const SERIES: [f32; 7] = [
+        1.540_353e-4,
+        1.333_355_8e-3,
+        9.618_129e-3,
+        5.550_411e-2,
+        2.402_265_1e-1,
+        6.931_472e-1,
+        1.0,
+    ];
+    let x = _mm512_max_ps(x, _mm512_set1_ps(-126.0));
+    let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+    let r = _mm512_sub_ps(x, n);
+    let mut power = _mm512_set1_ps(SERIES[0]);
+    for coefficient in &SERIES[1..] {
+        power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(*coefficient));
+    }
+    _mm512_scalef_ps(power, n)
 }
 
 /// # Safety

@@ -30,8 +30,10 @@ mod pack;
 mod product;
 
 pub(crate) use self::{
+    block::{BLOCK, Strip},
     convolution::Convolution3x3,
     factors::{Factors, Means},
-    kernel::Tiles,
-    product::{Packed, multiply, multiply_packed},
+    kernel::{Configured, Tiles},
+    pack::Side,
+    product::{Packed, block_product, multiply},
 };

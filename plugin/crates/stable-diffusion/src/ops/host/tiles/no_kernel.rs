@@ -1,6 +1,7 @@
 //! What stands for the instructions where there are none: a proof that nobody has.
 
-use super::block::{Right, Sums};
+use super::super::gemm::{MatrixMut, Write};
+use super::block::{Right, Strip};
 
 /// Proof that this processor multiplies tiles.
 #[derive(Debug, Clone, Copy)]
@@ -8,14 +9,14 @@ pub(crate) enum Tiles {}
 
 /// Tiles that are ready.
 #[derive(Debug)]
-pub(super) enum Configured {}
+pub(crate) enum Configured {}
 
 impl Tiles {
     pub(crate) fn get() -> Option<Self> {
         None
     }
 
-    pub(super) fn configured<R>(self, _work: impl FnOnce(&Configured) -> R) -> R {
+    pub(crate) fn configured<R>(self, _work: impl FnOnce(&Configured) -> R) -> R {
         match self {}
     }
 
@@ -32,8 +33,40 @@ impl Tiles {
     }
 }
 
+impl Tiles {
+    pub(crate) fn exponentials<const P: usize>(
+        self,
+        _: &[f32],
+        _: usize,
+        _: f32,
+        _: &[f32],
+        _: &mut [f32],
+        _: &mut [u32],
+    ) {
+        match self {}
+    }
+
+    pub(crate) fn score_gradients<const P: usize>(
+        self,
+        _: Strip<'_>,
+        _: f32,
+        _: &mut [u32],
+        _: [usize; 2],
+    ) {
+        match self {}
+    }
+}
+
 impl Configured {
-    pub(super) fn block<const P: usize>(&self, _: &[u32], _: Right<'_>, _: &[usize], _: &mut Sums) {
+    pub(super) fn block<const P: usize>(
+        &self,
+        _: &[u32],
+        _: Right<'_>,
+        _: &[usize],
+        _: Write,
+        _: &mut MatrixMut<'_>,
+        _: [usize; 2],
+    ) {
         match *self {}
     }
 }

@@ -14,7 +14,7 @@ const LINES: usize = 16;
 
 /// How the words of a tile lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Side {
+pub(crate) enum Side {
     /// `[row][k / 2]`
     Left,
     /// `[k / 2][column]`

@@ -1,5 +1,7 @@
 //! Matrix products by tiles.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::super::{
@@ -9,7 +11,7 @@ use super::super::{
 };
 use super::Factors;
 use super::block::{BLOCK, Right, STEP, Sums};
-use super::kernel::Tiles;
+use super::kernel::{Configured, Tiles};
 use super::pack::{Side, pack, pack_alone, packed_len, step_words};
 
 /// Words of the right factor that a thread goes over again and again: half of a second-level cache.
@@ -30,6 +32,7 @@ pub(crate) fn multiply(
 ) {
     match factors {
         Factors::Rounded => product::<1>(tiles, dst, write, lhs, rhs, finish),
+        Factors::Paired => product::<2>(tiles, dst, write, lhs, rhs, finish),
         Factors::Exact => product::<3>(tiles, dst, write, lhs, rhs, finish),
     }
 }
@@ -62,15 +65,13 @@ fn product<const P: usize>(
             let items = dst.tiles([ITEM_ROWS, columns]);
             items.into_par_iter().for_each(|mut item| {
                 tiles.configured(|tiles| {
-                    let mut sums = Sums([0.0; BLOCK * BLOCK]);
                     let start = |line: usize| line / BLOCK * block_words;
                     for row in (0..item.rows.len()).step_by(BLOCK) {
                         let left = &left[start(item.rows.start + row)..];
                         for column in (0..item.cols.len()).step_by(BLOCK) {
                             let right = &right[start(item.cols.start + column)..];
-                            let right = Right::packed(right);
-                            tiles.block::<P>(left, right, &steps, &mut sums);
-                            put(&sums, write, 1.0, [row, column], &mut item.values);
+                            let dst = (&mut item.values, [row, column]);
+                            block::<P>(tiles, left, right, &steps, write, dst);
                         }
                     }
                 });
@@ -80,13 +81,15 @@ fn product<const P: usize>(
     });
 }
 
-/// A factor that is multiplied more than once.
+/// A factor that is multiplied more than once, or a part of one.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Packed<'a> {
     factors: Factors,
     side: Side,
     n_lines: usize,
+    /// Steps of k that are multiplied, and those that a block has.
     n_steps: usize,
+    block_steps: usize,
     words: &'a [u32],
 }
 
@@ -96,7 +99,7 @@ impl<'a> Packed<'a> {
         packed_len(factors.n_parts(), n_lines, k)
     }
 
-    /// A left factor, on the calling thread; `words` has its length.
+    /// A left factor, packed on the calling thread; `words` has its length.
     pub(crate) fn left(
         tiles: Tiles,
         factors: Factors,
@@ -125,68 +128,115 @@ impl<'a> Packed<'a> {
     ) -> Self {
         match factors {
             Factors::Rounded => pack_alone::<1>(tiles, side, lines, words),
+            Factors::Paired => pack_alone::<2>(tiles, side, lines, words),
             Factors::Exact => pack_alone::<3>(tiles, side, lines, words),
         }
-        let [n_lines, k] = lines.dims();
+        Self::of_words(factors, side, lines.dims(), words)
+    }
+
+    /// A factor that `words` hold already.
+    pub(crate) fn of_words(
+        factors: Factors,
+        side: Side,
+        [n_lines, k]: [usize; 2],
+        words: &'a [u32],
+    ) -> Self {
         let n_steps = k.div_ceil(STEP);
         Self {
             factors,
             side,
             n_lines,
             n_steps,
+            block_steps: n_steps,
             words,
         }
     }
 
-    fn block(&self, line: usize) -> &'a [u32] {
-        &self.words[line / BLOCK * self.n_steps * step_words(self.factors.n_parts())..]
-    }
-}
-
-/// dst (+)= scale · lhs · rhs on the calling thread; rows of `dst` are contiguous.
-pub(crate) fn multiply_packed(
-    tiles: Tiles,
-    dst: MatrixMut<'_>,
-    write: Write,
-    scale: f32,
-    lhs: Packed<'_>,
-    rhs: Packed<'_>,
-) {
-    assert!(
-        lhs.side == Side::Left && rhs.side == Side::Right && lhs.factors == rhs.factors,
-        "a left factor times a right one of its kind"
-    );
-    assert!(lhs.n_steps == rhs.n_steps && dst.dims() == [lhs.n_lines, rhs.n_lines]);
-    match lhs.factors {
-        Factors::Rounded => product_packed::<1>(tiles, dst, write, scale, lhs, rhs),
-        Factors::Exact => product_packed::<3>(tiles, dst, write, scale, lhs, rhs),
-    }
-}
-
-fn product_packed<const P: usize>(
-    tiles: Tiles,
-    mut dst: MatrixMut<'_>,
-    write: Write,
-    scale: f32,
-    lhs: Packed<'_>,
-    rhs: Packed<'_>,
-) {
-    let steps: Vec<usize> = (0..lhs.n_steps).map(|step| step * step_words(P)).collect();
-    let [m, n] = dst.dims();
-    tiles.configured(|tiles| {
-        let mut sums = Sums([0.0; BLOCK * BLOCK]);
-        for row in (0..m).step_by(BLOCK) {
-            for column in (0..n).step_by(BLOCK) {
-                let right = Right::packed(rhs.block(column));
-                tiles.block::<P>(lhs.block(row), right, &steps, &mut sums);
-                put(&sums, write, scale, [row, column], &mut dst);
-            }
+    /// The lines from one on, the first of a block.
+    pub(crate) fn from_line(self, line: usize) -> Self {
+        assert!(line.is_multiple_of(BLOCK) && line < self.n_lines);
+        Self {
+            n_lines: self.n_lines - line,
+            words: self.block(line),
+            ..self
         }
-    });
+    }
+
+    /// Some of k, from the first of a step on; the last step is taken whole.
+    pub(crate) fn depth(self, range: Range<usize>) -> Self {
+        let steps = range.start / STEP..range.end.div_ceil(STEP);
+        assert!(range.start.is_multiple_of(STEP) && steps.end <= self.n_steps);
+        Self {
+            n_steps: steps.len(),
+            words: &self.words[steps.start * step_words(self.factors.n_parts())..],
+            ..self
+        }
+    }
+
+    fn block(&self, line: usize) -> &'a [u32] {
+        &self.words[line / BLOCK * self.block_steps * step_words(self.factors.n_parts())..]
+    }
+}
+
+/// dst (+)= lhs · rhs, the block of 32 rows and columns that begins `at` a row and a column, of the first lines of factors
+/// of P parts.
+pub(crate) fn block_product<const P: usize>(
+    tiles: &Configured,
+    write: Write,
+    dst: &mut MatrixMut<'_>,
+    at: [usize; 2],
+    lhs: Packed<'_>,
+    rhs: Packed<'_>,
+) {
+    let n_steps = lhs.n_steps;
+    assert!(
+        lhs.side == Side::Left && rhs.side == Side::Right && n_steps == rhs.n_steps,
+        "a left factor times a right one of its depth"
+    );
+    assert!(lhs.factors == rhs.factors && lhs.factors.n_parts() == P);
+    let right = Right::packed(rhs.words);
+    match const { steps_of::<P>() }.get(..n_steps) {
+        Some(steps) => tiles.block::<P>(lhs.words, right, steps, write, dst, at),
+        None => {
+            let steps: Vec<usize> = (0..n_steps).map(|step| step * step_words(P)).collect();
+            tiles.block::<P>(lhs.words, right, &steps, write, dst, at);
+        }
+    }
+}
+
+/// Where the steps of a block begin; most have no more.
+const fn steps_of<const P: usize>() -> [usize; 32] {
+    let mut steps = [0; 32];
+    let mut step = 0;
+    while step < steps.len() {
+        steps[step] = step * step_words(P);
+        step += 1;
+    }
+    steps
+}
+
+/// dst (+)= left · right, as much of a block as the destination has from a row and a column on.
+fn block<const P: usize>(
+    tiles: &Configured,
+    left: &[u32],
+    right: &[u32],
+    steps: &[usize],
+    write: Write,
+    (dst, at): (&mut MatrixMut<'_>, [usize; 2]),
+) {
+    let (right, [n_rows, n_columns]) = (Right::packed(right), dst.dims());
+    let is_whole = at[0] + BLOCK <= n_rows && at[1] + BLOCK <= n_columns;
+    if is_whole {
+        return tiles.block::<P>(left, right, steps, write, dst, at);
+    }
+    let mut sums = Sums([0.0; BLOCK * BLOCK]);
+    let mut whole = MatrixMut::new(&mut sums.0, [BLOCK, BLOCK]);
+    tiles.block::<P>(left, right, steps, Write::Replace, &mut whole, [0, 0]);
+    put(&sums, write, at, dst);
 }
 
 /// Takes over as much of a block as the destination has.
-fn put(sums: &Sums, write: Write, scale: f32, [row, column]: [usize; 2], dst: &mut MatrixMut<'_>) {
+fn put(sums: &Sums, write: Write, [row, column]: [usize; 2], dst: &mut MatrixMut<'_>) {
     let [n_rows, _] = dst.dims();
     let n_rows = (n_rows - row).min(BLOCK);
     vectorize(
@@ -199,12 +249,12 @@ fn put(sums: &Sums, write: Write, scale: f32, [row, column]: [usize; 2], dst: &m
                 match write {
                     Write::Replace => {
                         for (dst, sum) in dst.iter_mut().zip(sums) {
-                            *dst = scale * sum;
+                            *dst = *sum;
                         }
                     }
                     Write::Add => {
                         for (dst, sum) in dst.iter_mut().zip(sums) {
-                            *dst += scale * sum;
+                            *dst += sum;
                         }
                     }
                 }
@@ -258,7 +308,11 @@ mod tests {
             let lefts = [Matrix::new(&a, [m, k]), Matrix::new(&a_turned, [k, m]).t()];
             let rights = [Matrix::new(&b, [k, n]), Matrix::new(&b_turned, [n, k]).t()];
             for (lhs, rhs) in lefts.into_iter().flat_map(|l| rights.map(|r| (l, r))) {
-                for (factors, tolerance) in [(Factors::Exact, 2e-6), (Factors::Rounded, 2e-2)] {
+                for (factors, tolerance) in [
+                    (Factors::Exact, 2e-6),
+                    (Factors::Paired, 2e-5),
+                    (Factors::Rounded, 2e-2),
+                ] {
                     let mut y = vec![1.0; m * n];
                     let dst = MatrixMut::new(&mut y, [m, n]);
                     multiply(tiles, factors, dst, Write::Replace, lhs, rhs, |_| {});
@@ -268,17 +322,36 @@ mod tests {
                         "{dims:?} {factors:?}: {error}"
                     );
 
-                    let mut packed = vec![1.0; m * n];
-                    let (mut left, mut right) = (
-                        vec![7; Packed::len(factors, [m, k])],
-                        vec![7; Packed::len(factors, [n, k])],
-                    );
-                    let lhs = Packed::left(tiles, factors, lhs, &mut left);
-                    let rhs = Packed::right(tiles, factors, rhs, &mut right);
-                    let dst = MatrixMut::new(&mut packed, [m, n]);
-                    multiply_packed(tiles, dst, Write::Add, 2.0, lhs, rhs);
-                    for (packed, y) in packed.iter().zip(&y) {
-                        assert!((packed - (1.0 + 2.0 * y)).abs() < 1e-5, "{dims:?}");
+                    let whole = [m, n].map(|n| n.next_multiple_of(BLOCK));
+                    let mut packed = vec![1.0; whole[0] * whole[1]];
+                    let mut words =
+                        [[m, k], [n, k]].map(|dims| vec![7; Packed::len(factors, dims)]);
+                    let [left, right] = &mut words;
+                    let lhs = Packed::left(tiles, factors, lhs, left);
+                    let rhs = Packed::right(tiles, factors, rhs, right);
+                    let mut dst = MatrixMut::new(&mut packed, whole);
+                    tiles.configured(|tiles| {
+                        for at in (0..m)
+                            .step_by(BLOCK)
+                            .flat_map(|row| (0..n).step_by(BLOCK).map(move |column| [row, column]))
+                        {
+                            let (lhs, rhs) = (lhs.from_line(at[0]), rhs.from_line(at[1]));
+                            match factors {
+                                Factors::Rounded => {
+                                    block_product::<1>(tiles, Write::Add, &mut dst, at, lhs, rhs)
+                                }
+                                Factors::Paired => {
+                                    block_product::<2>(tiles, Write::Add, &mut dst, at, lhs, rhs)
+                                }
+                                Factors::Exact => {
+                                    block_product::<3>(tiles, Write::Add, &mut dst, at, lhs, rhs)
+                                }
+                            }
+                        }
+                    });
+                    for (i, y) in y.iter().enumerate() {
+                        let packed = packed[i / n * whole[1] + i % n];
+                        assert!((packed - (1.0 + y)).abs() < 1e-5, "{dims:?}");
                     }
                 }
             }

@@ -1,0 +1,104 @@
+//! Milliseconds of single operations at the sizes that Stable Diffusion 1.5 has at 512x512, forward and to the input's
+//! gradient, weights being frozen.
+//!
+//! `cargo run --release -p stable-diffusion --example operation_cost -- [f32|bf16]`
+//! `RAYON_NUM_THREADS` sets the threads.
+#![expect(clippy::print_stdout, reason = "the figures are the program's output")]
+
+use std::{error::Error, time::Instant};
+
+use candle_core::{Device, Tensor, Var};
+use stable_diffusion::{
+    ops::{self, Mask, Padding, Precision},
+    rng::Rng,
+};
+
+/// Each time is the least of so many.
+const N_TIMES: usize = 3;
+
+type Operation = Box<dyn Fn(&Tensor) -> stable_diffusion::Result<Tensor>>;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let precision = match std::env::args().nth(1).as_deref() {
+        None | Some("f32") => Precision::F32,
+        Some("bf16") => Precision::Bf16,
+        Some(other) => return Err(format!("f32 or bf16, not {other}").into()),
+    };
+    for (name, dims, operation) in operations()? {
+        let x = Var::from_tensor(&normal(&dims)?)?;
+        let mut least = [f64::INFINITY; 2];
+        for _ in 0..N_TIMES {
+            let start = Instant::now();
+            let y = precision.within(|| operation(&x))?;
+            let forward = start.elapsed().as_secs_f64();
+            y.sum_all()?.backward()?;
+            let backward = start.elapsed().as_secs_f64() - forward;
+            least = [least[0].min(forward), least[1].min(backward)];
+        }
+        let [forward, backward] = least.map(|seconds| 1e3 * seconds);
+        println!("{name:40} forward {forward:8.2} ms, backward {backward:8.2} ms");
+    }
+    Ok(())
+}
+
+fn operations() -> Result<Vec<(String, Vec<usize>, Operation)>, Box<dyn Error>> {
+    let mut all: Vec<(String, Vec<usize>, Operation)> = Vec::new();
+    for (width, side) in [(320, 64), (640, 32), (1280, 16), (1280, 8)] {
+        let n = side * side;
+        all.push((
+            format!("self-attention {n}x{width}"),
+            vec![1, n, width],
+            Box::new(|x| ops::attention(x, x, x, 8, Mask::None)),
+        ));
+        let context = normal(&[1, 77, width])?;
+        all.push((
+            format!("cross-attention {n}x{width}"),
+            vec![1, n, width],
+            Box::new(move |x| ops::attention(x, &context, &context, 8, Mask::None)),
+        ));
+        for n_out in [width, 8 * width] {
+            let weight = (normal(&[n_out, width])? * 0.05)?;
+            all.push((
+                format!("linear {n}x{width} to {n_out}"),
+                vec![1, n, width],
+                Box::new(move |x| ops::linear(x, &weight, None)),
+            ));
+        }
+        for n_in in [width, 2 * width] {
+            let weight = (normal(&[width, n_in, 3, 3])? * 0.05)?;
+            let padding = Padding::around(1);
+            all.push((
+                format!("convolution {side}x{side}, {n_in} to {width}"),
+                vec![1, n_in, side, side],
+                Box::new(move |x| ops::conv2d(x, &weight, None, 1, padding)),
+            ));
+        }
+        let [scale, shift] = [normal(&[width])?, normal(&[width])?];
+        let (group_scale, group_shift) = (scale.clone(), shift.clone());
+        all.push((
+            format!("group norm and SiLU {width}x{side}x{side}"),
+            vec![1, width, side, side],
+            Box::new(move |x| ops::group_norm_silu(x, &group_scale, &group_shift, 32, 1e-5)),
+        ));
+        all.push((
+            format!("layer norm {n}x{width}"),
+            vec![1, n, width],
+            Box::new(move |x| ops::layer_norm(x, &scale, &shift, 1e-5)),
+        ));
+        all.push((
+            format!("GEGLU {n}x{}", 8 * width),
+            vec![1, n, 8 * width],
+            Box::new(ops::geglu),
+        ));
+        all.push((
+            format!("sum {n}x{width}"),
+            vec![1, n, width],
+            Box::new(|x| Ok((x + x)?)),
+        ));
+    }
+    Ok(all)
+}
+
+fn normal(dims: &[usize]) -> stable_diffusion::Result<Tensor> {
+    Rng::new(0, "operation cost", 0).normal(dims, &Device::Cpu)
+}
