@@ -91,14 +91,24 @@ impl Convolution3x3 {
         let mut y = vec![0.0; n_samples * self.n_out * n_pixels];
         let plane = Plane::of(self.size);
         let n_together = most_steps(P).min(self.n_steps());
-        let left_words = self.n_out.div_ceil(BLOCK) * block_words(P, n_together);
+        let left_words = match self.packs_ahead() {
+            true => self.n_out.div_ceil(BLOCK) * block_words(P, n_together),
+            false => 0,
+        };
         let right_words = n_together * STEP / 2 * P * plane.len;
         with_words(left_words + right_words, |words| {
             let (left, right) = words.split_at_mut(left_words);
             for first in (0..self.n_steps()).step_by(most_steps(P)) {
                 let steps = first..self.n_steps().min(first + most_steps(P));
-                let left = &mut left[..self.n_out.div_ceil(BLOCK) * block_words(P, steps.len())];
-                self.pack_weight::<P>(direction, weight, steps.clone(), left);
+                let pack = |block: usize, words: &mut [u32]| {
+                    self.pack_weight::<P>(direction, weight, steps.clone(), block, words);
+                };
+                if self.packs_ahead() {
+                    let blocks = left.par_chunks_exact_mut(block_words(P, steps.len()));
+                    blocks
+                        .enumerate()
+                        .for_each(|(block, words)| pack(block, words));
+                }
                 let samples = y.chunks_exact_mut(self.n_out * n_pixels);
                 for (sample, (y, x)) in samples
                     .zip(x.chunks_exact(self.n_in * n_pixels))
@@ -107,7 +117,17 @@ impl Convolution3x3 {
                     let right = &mut right[..steps.len() * STEP / 2 * P * plane.len];
                     self.pack_picture::<P>(&plane, x, steps.start * STEP / 2, right);
                     let shift = |channel| (first == 0).then(|| shift(sample, channel));
-                    self.multiply::<P>(&plane, [left, right], steps.len(), y, shift);
+                    let with_weight = |block: usize, work: &mut dyn FnMut(&[u32])| {
+                        let len = block_words(P, steps.len());
+                        if self.packs_ahead() {
+                            return work(&left[block * len..][..len]);
+                        }
+                        with_words(len, |words| {
+                            pack(block, words);
+                            work(words);
+                        });
+                    };
+                    self.multiply::<P>(&plane, with_weight, right, steps.len(), y, shift);
                 }
             }
         });
@@ -119,28 +139,35 @@ impl Convolution3x3 {
         self.n_in.div_ceil(STEP)
     }
 
-    /// Block by block of 32 output channels, 32 input channels by 32 of these steps, tap by tap.
+    /// Whether a block of the weight is multiplied more than once: else it is packed where that is done.
+    fn packs_ahead(&self) -> bool {
+        self.rows_per_item() < self.size[0]
+    }
+
+    fn rows_per_item(&self) -> usize {
+        ITEM_PIXELS.div_ceil(self.size[1]).min(self.size[0])
+    }
+
+    /// A block of 32 output channels, 32 input channels by 32 of these steps, tap by tap.
     fn pack_weight<const P: usize>(
         &self,
         direction: Direction,
         weight: &[f32],
         steps: Range<usize>,
+        block: usize,
         words: &mut [u32],
     ) {
-        let blocks = words.par_chunks_exact_mut(block_words(P, steps.len()));
-        blocks.enumerate().for_each(|(block, words)| {
-            let words = words.chunks_exact_mut(TAPS * step_words(P));
-            for (step, words) in steps.clone().zip(words) {
-                let lines = self.taps_of(direction, weight, [block * BLOCK, step * STEP]);
-                let taps = words.chunks_exact_mut(step_words(P));
-                for (lines, words) in lines.iter().zip(taps) {
-                    for (half, lines) in lines.chunks_exact(BLOCK / 2 * STEP).enumerate() {
-                        let words = &mut words[half * TILE..];
-                        pack_lines::<P>(self.tiles, Side::Left, lines, STEP, words);
-                    }
+        let words = words.chunks_exact_mut(TAPS * step_words(P));
+        for (step, words) in steps.zip(words) {
+            let lines = self.taps_of(direction, weight, [block * BLOCK, step * STEP]);
+            let taps = words.chunks_exact_mut(step_words(P));
+            for (lines, words) in lines.iter().zip(taps) {
+                for (half, lines) in lines.chunks_exact(BLOCK / 2 * STEP).enumerate() {
+                    let words = &mut words[half * TILE..];
+                    pack_lines::<P>(self.tiles, Side::Left, lines, STEP, words);
                 }
             }
-        });
+        }
     }
 
     /// `[tap][row][k]` of 32 output and 32 input channels; zeros beyond the last.
@@ -216,7 +243,8 @@ impl Convolution3x3 {
     fn multiply<const P: usize>(
         &self,
         plane: &Plane,
-        [left, right]: [&[u32]; 2],
+        with_weight: impl Fn(usize, &mut dyn FnMut(&[u32])) + Sync,
+        right: &[u32],
         n_steps: usize,
         y: &mut [f32],
         shift: impl Fn(usize) -> Option<f32> + Sync,
@@ -229,42 +257,53 @@ impl Convolution3x3 {
                 taps.map(move |tap| step * STEP / 2 * row_words + tap)
             })
             .collect();
-        let rows_per_item = ITEM_PIXELS.div_ceil(width).min(height);
         let dst = MatrixMut::new(y, [self.n_out, height * width]);
-        let mut items = dst.tiles([BLOCK, rows_per_item * width]);
+        let mut items = dst.tiles([BLOCK, self.rows_per_item() * width]);
         // Pixels that are in the cache are multiplied with all of the weight.
         items.sort_by_key(|item| item.cols.start);
         items.into_par_iter().for_each(|mut item: Tile<'_>| {
-            let left = &left[item.rows.start / BLOCK * block_words(P, n_steps)..];
-            let shifts: Vec<Option<f32>> = item.rows.clone().map(&shift).collect();
-            let first_row = item.cols.start / width;
-            let n_positions = item.cols.len() / width * plane.pitch;
-            self.tiles.configured(|tiles| {
-                let mut sums = Sums([0.0; BLOCK * BLOCK]);
-                for start in (0..n_positions).step_by(BLOCK) {
-                    let right = Right {
-                        words: &right[first_row * plane.pitch + start..],
-                        row: row_words,
-                        second: 16,
-                        part: plane.len,
-                    };
-                    let mut block = MatrixMut::new(&mut sums.0, [BLOCK, BLOCK]);
-                    tiles.block::<P>(left, right, &steps, Write::Replace, &mut block, [0, 0]);
-                    let positions = start..n_positions.min(start + BLOCK);
-                    for (at, pixels) in plane.pixels_of(positions, width) {
-                        for (row, shift) in shifts.iter().enumerate() {
-                            let sums = &sums.0[row * BLOCK + at..];
-                            let dst = item.values.row_mut(row)[pixels.clone()].iter_mut();
-                            match shift {
-                                Some(shift) => {
-                                    dst.zip(sums).for_each(|(dst, sum)| *dst = sum + shift);
-                                }
-                                None => dst.zip(sums).for_each(|(dst, sum)| *dst += sum),
-                            }
+            with_weight(item.rows.start / BLOCK, &mut |left| {
+                self.multiply_item::<P>(plane, left, right, &steps, &mut item, &shift);
+            });
+        });
+    }
+
+    fn multiply_item<const P: usize>(
+        &self,
+        plane: &Plane,
+        left: &[u32],
+        right: &[u32],
+        steps: &[usize],
+        item: &mut Tile<'_>,
+        shift: impl Fn(usize) -> Option<f32>,
+    ) {
+        let [_, width] = self.size;
+        let shifts: Vec<Option<f32>> = item.rows.clone().map(shift).collect();
+        let first_row = item.cols.start / width;
+        let n_positions = item.cols.len() / width * plane.pitch;
+        self.tiles.configured(|tiles| {
+            let mut sums = Sums([0.0; BLOCK * BLOCK]);
+            for start in (0..n_positions).step_by(BLOCK) {
+                let right = Right {
+                    words: &right[first_row * plane.pitch + start..],
+                    row: P * plane.len,
+                    second: 16,
+                    part: plane.len,
+                };
+                let mut block = MatrixMut::new(&mut sums.0, [BLOCK, BLOCK]);
+                tiles.block::<P>(left, right, steps, Write::Replace, &mut block, [0, 0]);
+                let positions = start..n_positions.min(start + BLOCK);
+                for (at, pixels) in plane.pixels_of(positions, width) {
+                    for (row, shift) in shifts.iter().enumerate() {
+                        let sums = &sums.0[row * BLOCK + at..];
+                        let dst = item.values.row_mut(row)[pixels.clone()].iter_mut();
+                        match shift {
+                            Some(shift) => dst.zip(sums).for_each(|(dst, sum)| *dst = sum + shift),
+                            None => dst.zip(sums).for_each(|(dst, sum)| *dst += sum),
                         }
                     }
                 }
-            });
+            }
         });
     }
 }

@@ -297,32 +297,46 @@ kernel!(
 // ---------------------------------------------------------------- f32 into words
 
 impl Tiles {
-    /// Words of neighbors: of row i of `values`, `[16, 32]` with this distance of rows, to row i of a tile. `words` holds a
-    /// tile for every part, the largest first, with a distance of `part`.
+    /// Words of neighbors: of row i of `values`, `[16, 32]` with this distance of rows, to row i of a tile, or to its column
+    /// i if it is `turned`. `words` holds a tile for every part, the largest first, with a distance of `part`.
     pub(super) fn neighbors<const P: usize>(
         self,
         values: &[f32],
         distance: usize,
         words: &mut [u32],
         part: usize,
+        turned: bool,
     ) {
         assert!(values.len() >= 15 * distance + STEP && words.len() >= (P - 1) * part + TILE);
         // SAFETY: `Tiles` proves that the processor has these instructions; every row lies in its slice.
-        unsafe { neighbors::<P>(values, distance, words, part) }
+        unsafe {
+            if turned {
+                neighbors_turned::<P>(values, distance, words, part);
+            } else {
+                neighbors::<P>(values, distance, words, part);
+            }
+        }
     }
 
-    /// Words across rows: of rows 2 i and 2 i + 1 of `values`, `[32, 16]` with this distance of rows, to row i; the rest
-    /// as in [`Self::neighbors`].
+    /// Words across rows: of rows 2 i and 2 i + 1 of `values`, `[32, 16]` with this distance of rows, to row i or column i;
+    /// the rest as in [`Self::neighbors`].
     pub(super) fn across<const P: usize>(
         self,
         values: &[f32],
         distance: usize,
         words: &mut [u32],
         part: usize,
+        turned: bool,
     ) {
         assert!(values.len() >= 31 * distance + 16 && words.len() >= (P - 1) * part + TILE);
         // SAFETY: `Tiles` proves that the processor has these instructions; every row lies in its slice.
-        unsafe { across::<P>(values, distance, words, part) }
+        unsafe {
+            if turned {
+                across_turned::<P>(values, distance, words, part);
+            } else {
+                across::<P>(values, distance, words, part);
+            }
+        }
     }
 
     /// Words across two rows of any length, each part into a slice of its own.
@@ -535,6 +549,108 @@ unsafe fn across<const P: usize>(values: &[f32], distance: usize, words: &mut [u
             }
         }
     }
+}
+
+/// # Safety
+/// As in [`Tiles::neighbors`].
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn neighbors_turned<const P: usize>(
+    values: &[f32],
+    distance: usize,
+    words: &mut [u32],
+    part: usize,
+) {
+    let mut tiles = [[_mm512_setzero_si512(); 16]; P];
+    for i in 0..16 {
+        // SAFETY: by the caller.
+        let parts = unsafe {
+            let row = values.as_ptr().add(i * distance);
+            parts::<P>(_mm512_loadu_ps(row), _mm512_loadu_ps(row.add(16)))
+        };
+        for (tile, part) in tiles.iter_mut().zip(parts) {
+            tile[i] = part;
+        }
+    }
+    // SAFETY: by the caller.
+    unsafe { store_turned(tiles, words, part) }
+}
+
+/// # Safety
+/// As in [`Tiles::across`].
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn across_turned<const P: usize>(
+    values: &[f32],
+    distance: usize,
+    words: &mut [u32],
+    part: usize,
+) {
+    let mut tiles = [[_mm512_setzero_si512(); 16]; P];
+    for i in 0..16 {
+        // SAFETY: by the caller.
+        let parts = unsafe {
+            let row = values.as_ptr().add(2 * i * distance);
+            parts::<P>(_mm512_loadu_ps(row), _mm512_loadu_ps(row.add(distance)))
+        };
+        for (tile, part) in tiles.iter_mut().zip(parts) {
+            tile[i] = interleaved(part);
+        }
+    }
+    // SAFETY: by the caller.
+    unsafe { store_turned(tiles, words, part) }
+}
+
+/// Row i of every tile becomes its column i.
+///
+/// # Safety
+/// `words` has a tile for every part, with a distance of `part`.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn store_turned<const P: usize>(tiles: [[__m512i; 16]; P], words: &mut [u32], part: usize) {
+    for (p, tile) in tiles.into_iter().enumerate() {
+        for (i, row) in turned(tile).into_iter().enumerate() {
+            // SAFETY: by the caller.
+            unsafe {
+                let words = words.as_mut_ptr().add(p * part + 16 * i);
+                _mm512_storeu_si512(words.cast(), row);
+            }
+        }
+    }
+}
+
+/// The transposed tile: pairs of words, pairs of pairs, then quarters of registers change places.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn turned(rows: [__m512i; 16]) -> [__m512i; 16] {
+    let mut pairs = rows;
+    for i in 0..8 {
+        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    // fours[4 g + c]: in every quarter column c of that quarter, of rows 4 g to 4 g + 3.
+    let mut fours = pairs;
+    for g in 0..4 {
+        fours[4 * g] = _mm512_unpacklo_epi64(pairs[4 * g], pairs[4 * g + 2]);
+        fours[4 * g + 1] = _mm512_unpackhi_epi64(pairs[4 * g], pairs[4 * g + 2]);
+        fours[4 * g + 2] = _mm512_unpacklo_epi64(pairs[4 * g + 1], pairs[4 * g + 3]);
+        fours[4 * g + 3] = _mm512_unpackhi_epi64(pairs[4 * g + 1], pairs[4 * g + 3]);
+    }
+    let mut columns = fours;
+    for c in 0..4 {
+        let [a, b, x, y] = [fours[c], fours[4 + c], fours[8 + c], fours[12 + c]];
+        // Even quarters of both, then odd ones.
+        let [even, even_below] = [
+            _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b),
+            _mm512_shuffle_i32x4::<0b10_00_10_00>(x, y),
+        ];
+        let [odd, odd_below] = [
+            _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b),
+            _mm512_shuffle_i32x4::<0b11_01_11_01>(x, y),
+        ];
+        columns[c] = _mm512_shuffle_i32x4::<0b10_00_10_00>(even, even_below);
+        columns[8 + c] = _mm512_shuffle_i32x4::<0b11_01_11_01>(even, even_below);
+        columns[4 + c] = _mm512_shuffle_i32x4::<0b10_00_10_00>(odd, odd_below);
+        columns[12 + c] = _mm512_shuffle_i32x4::<0b11_01_11_01>(odd, odd_below);
+    }
+    columns
 }
 
 /// # Safety

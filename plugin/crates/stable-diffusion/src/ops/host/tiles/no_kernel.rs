@@ -20,11 +20,25 @@ impl Tiles {
         match self {}
     }
 
-    pub(super) fn neighbors<const P: usize>(self, _: &[f32], _: usize, _: &mut [u32], _: usize) {
+    pub(super) fn neighbors<const P: usize>(
+        self,
+        _: &[f32],
+        _: usize,
+        _: &mut [u32],
+        _: usize,
+        _: bool,
+    ) {
         match self {}
     }
 
-    pub(super) fn across<const P: usize>(self, _: &[f32], _: usize, _: &mut [u32], _: usize) {
+    pub(super) fn across<const P: usize>(
+        self,
+        _: &[f32],
+        _: usize,
+        _: &mut [u32],
+        _: usize,
+        _: bool,
+    ) {
         match self {}
     }
 

@@ -87,9 +87,7 @@ fn pack_tile<const P: usize>(
         }
         if line_stride == 1 {
             let values = &lines.data()[at(0, 0)..];
-            return turned_unless::<P>(side == Side::Right, words, |words, part| {
-                tiles.across::<P>(values, k_stride, words, part);
-            });
+            return tiles.across::<P>(values, k_stride, words, 2 * TILE, side == Side::Left);
         }
     }
     let mut copy = [0.0; LINES * STEP];
@@ -109,29 +107,5 @@ pub(super) fn pack_lines<const P: usize>(
     distance: usize,
     words: &mut [u32],
 ) {
-    turned_unless::<P>(side == Side::Left, words, |words, part| {
-        tiles.neighbors::<P>(lines, distance, words, part);
-    });
-}
-
-/// Fills tiles, which are turned afterwards unless they lie as they should.
-fn turned_unless<const P: usize>(
-    lies_well: bool,
-    words: &mut [u32],
-    fill: impl FnOnce(&mut [u32], usize),
-) {
-    const MOST_PARTS: usize = 3;
-    const { assert!(P <= MOST_PARTS) };
-    if lies_well {
-        return fill(words, 2 * TILE);
-    }
-    let mut turned = [0; MOST_PARTS * TILE];
-    fill(&mut turned, TILE);
-    for (part, words) in turned.chunks_exact(TILE).zip(words.chunks_mut(2 * TILE)) {
-        for (row, words) in words[..TILE].chunks_exact_mut(LINES).enumerate() {
-            for (word, column) in words.iter_mut().zip(part[row..].iter().step_by(LINES)) {
-                *word = *column;
-            }
-        }
-    }
+    tiles.neighbors::<P>(lines, distance, words, 2 * TILE, side == Side::Right);
 }

@@ -14,10 +14,16 @@ use super::block::{BLOCK, Right, STEP, Sums};
 use super::kernel::{Configured, Tiles};
 use super::pack::{Side, pack, pack_alone, packed_len, step_words};
 
-/// Words of the right factor that a thread goes over again and again: half of a second-level cache.
+/// Words of both factors that a thread goes over again and again: together they fit a second-level cache.
+const LEFT_WORDS: usize = 3 << 16;
 const RIGHT_WORDS: usize = 1 << 17;
 /// Rows of one work item.
 const ITEM_ROWS: usize = 8 * BLOCK;
+
+/// k that is multiplied at a time.
+const fn depth(n_parts: usize) -> usize {
+    2 * LEFT_WORDS / ITEM_ROWS / n_parts / STEP * STEP
+}
 
 /// dst (+)= lhs · rhs over all threads; rows of `dst` are contiguous. `finish` sees every part of it once its values are
 /// final, while they are still in the cache. The same shapes give the same bits, whatever the number of threads.
@@ -39,7 +45,7 @@ pub(crate) fn multiply(
 
 fn product<const P: usize>(
     tiles: Tiles,
-    dst: MatrixMut<'_>,
+    mut dst: MatrixMut<'_>,
     write: Write,
     lhs: Matrix<'_>,
     rhs: Matrix<'_>,
@@ -47,35 +53,73 @@ fn product<const P: usize>(
 ) {
     let ([m, n], k) = (dst.dims(), lhs.dims()[1]);
     assert!(
-        lhs.dims() == [m, k] && rhs.dims() == [k, n],
+        k > 0 && lhs.dims() == [m, k] && rhs.dims() == [k, n],
         "product {:?} x {:?} into {:?}",
         lhs.dims(),
         rhs.dims(),
         dst.dims()
     );
+    for start in (0..k).step_by(depth(P)) {
+        let range = start..k.min(start + depth(P));
+        let write = if start == 0 { write } else { Write::Add };
+        let is_last = range.end == k;
+        let finish = |tile: &mut Tile<'_>| {
+            if is_last {
+                finish(tile);
+            }
+        };
+        let (lhs, rhs) = (lhs.cols(range.clone()), rhs.rows(range));
+        part_of_product::<P>(tiles, dst.reborrow(), write, lhs, rhs, finish);
+    }
+}
+
+/// [`product`] of factors that are packed whole.
+fn part_of_product<const P: usize>(
+    tiles: Tiles,
+    dst: MatrixMut<'_>,
+    write: Write,
+    lhs: Matrix<'_>,
+    rhs: Matrix<'_>,
+    finish: impl Fn(&mut Tile<'_>) + Sync,
+) {
+    let ([m, n], k) = (dst.dims(), lhs.dims()[1]);
     let n_steps = k.div_ceil(STEP);
     let block_words = n_steps * step_words(P);
     let steps: Vec<usize> = (0..n_steps).map(|step| step * step_words(P)).collect();
+    let columns = (RIGHT_WORDS / block_words).max(1) * BLOCK;
+    let run = |mut item: Tile<'_>, left: &[u32], right: &[u32]| {
+        tiles.configured(|tiles| {
+            for row in (0..item.rows.len()).step_by(BLOCK) {
+                let left = &left[(item.rows.start + row) / BLOCK * block_words..];
+                for column in (0..item.cols.len()).step_by(BLOCK) {
+                    let right = &right[column / BLOCK * block_words..];
+                    let dst = (&mut item.values, [row, column]);
+                    block::<P>(tiles, left, right, &steps, write, dst);
+                }
+            }
+        });
+        finish(&mut item);
+    };
     with_words(packed_len(P, m, k), |left| {
-        with_words(packed_len(P, n, k), |right| {
-            pack::<P>(tiles, Side::Left, lhs, left);
-            pack::<P>(tiles, Side::Right, rhs.t(), right);
-            let (left, right) = (&*left, &*right);
-            let columns = (RIGHT_WORDS / block_words).max(1) * BLOCK;
-            let items = dst.tiles([ITEM_ROWS, columns]);
-            items.into_par_iter().for_each(|mut item| {
-                tiles.configured(|tiles| {
-                    let start = |line: usize| line / BLOCK * block_words;
-                    for row in (0..item.rows.len()).step_by(BLOCK) {
-                        let left = &left[start(item.rows.start + row)..];
-                        for column in (0..item.cols.len()).step_by(BLOCK) {
-                            let right = &right[start(item.cols.start + column)..];
-                            let dst = (&mut item.values, [row, column]);
-                            block::<P>(tiles, left, right, &steps, write, dst);
-                        }
-                    }
+        pack::<P>(tiles, Side::Left, lhs, left);
+        let left = &*left;
+        let items = dst.tiles([ITEM_ROWS, columns]).into_par_iter();
+        if m <= ITEM_ROWS {
+            // Columns are multiplied once: where they are packed they are in the cache.
+            return items.for_each(|item| {
+                with_words(packed_len(P, item.cols.len(), k), |right| {
+                    let lines = rhs.t().rows(item.cols.clone());
+                    pack_alone::<P>(tiles, Side::Right, lines, right);
+                    run(item, left, right);
                 });
-                finish(&mut item);
+            });
+        }
+        with_words(packed_len(P, n, k), |right| {
+            pack::<P>(tiles, Side::Right, rhs.t(), right);
+            let right = &*right;
+            items.for_each(|item| {
+                let start = item.cols.start / BLOCK * block_words;
+                run(item, left, &right[start..]);
             });
         });
     });
