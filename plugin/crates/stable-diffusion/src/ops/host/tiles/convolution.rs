@@ -159,12 +159,46 @@ impl Convolution3x3 {
     ) {
         let words = words.chunks_exact_mut(TAPS * step_words(P));
         for (step, words) in steps.zip(words) {
-            let lines = self.taps_of(direction, weight, [block * BLOCK, step * STEP]);
+            let at = [block * BLOCK, step * STEP];
+            if at[0] + BLOCK <= self.n_out && at[1] + STEP <= self.n_in {
+                self.pack_taps::<P>(direction, weight, at, words);
+                continue;
+            }
+            let lines = self.taps_of(direction, weight, at);
             let taps = words.chunks_exact_mut(step_words(P));
             for (lines, words) in lines.iter().zip(taps) {
                 for (half, lines) in lines.chunks_exact(BLOCK / 2 * STEP).enumerate() {
                     let words = &mut words[half * TILE..];
                     pack_lines::<P>(self.tiles, Side::Left, lines, STEP, words);
+                }
+            }
+        }
+    }
+
+    /// 32 output channels and as many input channels, tap by tap.
+    fn pack_taps<const P: usize>(
+        &self,
+        direction: Direction,
+        weight: &[f32],
+        [row, k]: [usize; 2],
+        words: &mut [u32],
+    ) {
+        for (tap, words) in words.chunks_exact_mut(step_words(P)).enumerate() {
+            for half in 0..2 {
+                let (row, words) = (row + half * BLOCK / 2, &mut words[half * TILE..]);
+                match direction {
+                    Direction::Forward => {
+                        let taps = &weight[(row * self.n_in + k) * TAPS + tap..];
+                        let distance = self.n_in * TAPS;
+                        self.tiles
+                            .neighbors::<P, TAPS>(taps, distance, words, 2 * TILE, false);
+                    }
+                    Direction::Backward => {
+                        let taps = &weight[(k * self.n_out + row) * TAPS + TAPS - 1 - tap..];
+                        let distance = self.n_out * TAPS;
+                        self.tiles
+                            .across::<P, TAPS>(taps, distance, words, 2 * TILE, true);
+                    }
                 }
             }
         }

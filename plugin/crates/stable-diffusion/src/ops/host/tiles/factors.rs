@@ -35,7 +35,7 @@ impl Factors {
     /// Pixels from which on that holds for a 3x3 convolution.
     fn least_pixels(self) -> usize {
         match self {
-            Self::Rounded => 128,
+            Self::Rounded => 48,
             Self::Paired | Self::Exact => 200,
         }
     }

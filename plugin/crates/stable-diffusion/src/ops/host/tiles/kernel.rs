@@ -297,9 +297,9 @@ kernel!(
 // ---------------------------------------------------------------- f32 into words
 
 impl Tiles {
-    /// Words of neighbors: of row i of `values`, `[16, 32]` with this distance of rows, to row i of a tile, or to its column
-    /// i if it is `turned`. `words` holds a tile for every part, the largest first, with a distance of `part`.
-    pub(super) fn neighbors<const P: usize>(
+    /// Words of neighbors: of row i of `values`, `[16, 32]` with this distance of rows and numbers so far `APART`, to row i of
+    /// a tile, or to its column i if it is `turned`. `words` holds a tile for every part, the largest first, with a distance of `part`.
+    pub(super) fn neighbors<const P: usize, const APART: usize>(
         self,
         values: &[f32],
         distance: usize,
@@ -307,20 +307,21 @@ impl Tiles {
         part: usize,
         turned: bool,
     ) {
-        assert!(values.len() >= 15 * distance + STEP && words.len() >= (P - 1) * part + TILE);
+        assert!(values.len() > 15 * distance + (STEP - 1) * APART);
+        assert!(words.len() >= (P - 1) * part + TILE);
         // SAFETY: `Tiles` proves that the processor has these instructions; every row lies in its slice.
         unsafe {
             if turned {
-                neighbors_turned::<P>(values, distance, words, part);
+                neighbors_turned::<P, APART>(values, distance, words, part);
             } else {
-                neighbors::<P>(values, distance, words, part);
+                neighbors::<P, APART>(values, distance, words, part);
             }
         }
     }
 
     /// Words across rows: of rows 2 i and 2 i + 1 of `values`, `[32, 16]` with this distance of rows, to row i or column i;
     /// the rest as in [`Self::neighbors`].
-    pub(super) fn across<const P: usize>(
+    pub(super) fn across<const P: usize, const APART: usize>(
         self,
         values: &[f32],
         distance: usize,
@@ -328,13 +329,14 @@ impl Tiles {
         part: usize,
         turned: bool,
     ) {
-        assert!(values.len() >= 31 * distance + 16 && words.len() >= (P - 1) * part + TILE);
+        assert!(values.len() > 31 * distance + 15 * APART);
+        assert!(words.len() >= (P - 1) * part + TILE);
         // SAFETY: `Tiles` proves that the processor has these instructions; every row lies in its slice.
         unsafe {
             if turned {
-                across_turned::<P>(values, distance, words, part);
+                across_turned::<P, APART>(values, distance, words, part);
             } else {
-                across::<P>(values, distance, words, part);
+                across::<P, APART>(values, distance, words, part);
             }
         }
     }
@@ -515,7 +517,7 @@ fn exp2(x: __m512) -> __m512 {
 /// # Safety
 /// As in [`Tiles::neighbors`].
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn neighbors<const P: usize>(
+unsafe fn neighbors<const P: usize, const APART: usize>(
     values: &[f32],
     distance: usize,
     words: &mut [u32],
@@ -525,7 +527,7 @@ unsafe fn neighbors<const P: usize>(
         // SAFETY: by the caller.
         unsafe {
             let row = values.as_ptr().add(i * distance);
-            let parts = parts::<P>(_mm512_loadu_ps(row), _mm512_loadu_ps(row.add(16)));
+            let parts = parts::<P>(sixteen::<APART>(row), sixteen::<APART>(row.add(16 * APART)));
             for (p, numbers) in parts.into_iter().enumerate() {
                 let words = words.as_mut_ptr().add(p * part + 16 * i);
                 _mm512_storeu_si512(words.cast(), numbers);
@@ -537,12 +539,17 @@ unsafe fn neighbors<const P: usize>(
 /// # Safety
 /// As in [`Tiles::across`].
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn across<const P: usize>(values: &[f32], distance: usize, words: &mut [u32], part: usize) {
+unsafe fn across<const P: usize, const APART: usize>(
+    values: &[f32],
+    distance: usize,
+    words: &mut [u32],
+    part: usize,
+) {
     for i in 0..16 {
         // SAFETY: by the caller.
         unsafe {
             let row = values.as_ptr().add(2 * i * distance);
-            let parts = parts::<P>(_mm512_loadu_ps(row), _mm512_loadu_ps(row.add(distance)));
+            let parts = parts::<P>(sixteen::<APART>(row), sixteen::<APART>(row.add(distance)));
             for (p, numbers) in parts.into_iter().enumerate() {
                 let words = words.as_mut_ptr().add(p * part + 16 * i);
                 _mm512_storeu_si512(words.cast(), interleaved(numbers));
@@ -554,7 +561,7 @@ unsafe fn across<const P: usize>(values: &[f32], distance: usize, words: &mut [u
 /// # Safety
 /// As in [`Tiles::neighbors`].
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn neighbors_turned<const P: usize>(
+unsafe fn neighbors_turned<const P: usize, const APART: usize>(
     values: &[f32],
     distance: usize,
     words: &mut [u32],
@@ -565,7 +572,7 @@ unsafe fn neighbors_turned<const P: usize>(
         // SAFETY: by the caller.
         let parts = unsafe {
             let row = values.as_ptr().add(i * distance);
-            parts::<P>(_mm512_loadu_ps(row), _mm512_loadu_ps(row.add(16)))
+            parts::<P>(sixteen::<APART>(row), sixteen::<APART>(row.add(16 * APART)))
         };
         for (tile, part) in tiles.iter_mut().zip(parts) {
             tile[i] = part;
@@ -578,7 +585,7 @@ unsafe fn neighbors_turned<const P: usize>(
 /// # Safety
 /// As in [`Tiles::across`].
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn across_turned<const P: usize>(
+unsafe fn across_turned<const P: usize, const APART: usize>(
     values: &[f32],
     distance: usize,
     words: &mut [u32],
@@ -589,7 +596,7 @@ unsafe fn across_turned<const P: usize>(
         // SAFETY: by the caller.
         let parts = unsafe {
             let row = values.as_ptr().add(2 * i * distance);
-            parts::<P>(_mm512_loadu_ps(row), _mm512_loadu_ps(row.add(distance)))
+            parts::<P>(sixteen::<APART>(row), sixteen::<APART>(row.add(distance)))
         };
         for (tile, part) in tiles.iter_mut().zip(parts) {
             tile[i] = interleaved(part);
@@ -669,6 +676,24 @@ unsafe fn across_rows<const P: usize>([first, second]: [&[f32]; 2], mut words: [
                 _mm512_mask_storeu_epi32(words, mask, interleaved(part));
             }
         }
+    }
+}
+
+/// Numbers that lie so far apart.
+///
+/// # Safety
+/// All of them are there.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn sixteen<const APART: usize>(from: *const f32) -> __m512 {
+    // SAFETY: by the caller.
+    unsafe {
+        if APART == 1 {
+            return _mm512_loadu_ps(from);
+        }
+        let count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        let places = _mm512_mullo_epi32(count, _mm512_set1_epi32(APART as i32));
+        _mm512_i32gather_ps::<4>(places, from)
     }
 }
 

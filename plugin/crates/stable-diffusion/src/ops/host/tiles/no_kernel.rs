@@ -20,7 +20,7 @@ impl Tiles {
         match self {}
     }
 
-    pub(super) fn neighbors<const P: usize>(
+    pub(super) fn neighbors<const P: usize, const APART: usize>(
         self,
         _: &[f32],
         _: usize,
@@ -31,7 +31,7 @@ impl Tiles {
         match self {}
     }
 
-    pub(super) fn across<const P: usize>(
+    pub(super) fn across<const P: usize, const APART: usize>(
         self,
         _: &[f32],
         _: usize,

@@ -87,7 +87,7 @@ fn pack_tile<const P: usize>(
         }
         if line_stride == 1 {
             let values = &lines.data()[at(0, 0)..];
-            return tiles.across::<P>(values, k_stride, words, 2 * TILE, side == Side::Left);
+            return tiles.across::<P, 1>(values, k_stride, words, 2 * TILE, side == Side::Left);
         }
     }
     let mut copy = [0.0; LINES * STEP];
@@ -107,5 +107,5 @@ pub(super) fn pack_lines<const P: usize>(
     distance: usize,
     words: &mut [u32],
 ) {
-    tiles.neighbors::<P>(lines, distance, words, 2 * TILE, side == Side::Right);
+    tiles.neighbors::<P, 1>(lines, distance, words, 2 * TILE, side == Side::Right);
 }
