@@ -476,6 +476,100 @@ fn rounded_factors_give_nearly_the_same() {
     }
 }
 
+/// Operations of half precision, the parameters of which are as what they are multiplied with or f32, as those that are
+/// trained are; the oracle has the same rounded numbers in f32.
+#[test]
+fn half_precision_keeps_to_its_bits() {
+    for (half, tolerance) in [(DType::BF16, 2e-2), (DType::F16, 2.5e-3)] {
+        for case in half_cases() {
+            for parameters in [half, DType::F32] {
+                let name = format!("{half:?} with parameters {parameters:?}: {}", case.name);
+                let operands = case.operands().into_iter().enumerate();
+                let operands: Vec<(Tensor, Tensor)> = operands
+                    .map(|(index, tensor)| {
+                        let own = if index == 0 || case.name.contains("attention") {
+                            half
+                        } else {
+                            parameters
+                        };
+                        let variable = |tensor: Tensor| Var::from_tensor(&tensor).unwrap();
+                        let rounded = variable(tensor.to_dtype(own).unwrap());
+                        let oracle = variable(rounded.to_dtype(DType::F32).unwrap().detach());
+                        (rounded.into_inner(), oracle.into_inner())
+                    })
+                    .collect();
+                let (rounded, oracle): (Vec<_>, Vec<_>) = operands.into_iter().unzip();
+                let y = (case.kernel)(&rounded).unwrap();
+                let expected = (case.oracle)(&oracle).unwrap();
+                assert_eq!(y.dtype(), half, "{name}");
+                let f32_of = |tensor: &Tensor| tensor.to_dtype(DType::F32).unwrap();
+                assert_close(&name, "value", &f32_of(&y), &expected, tolerance);
+                let weights = random(y.dims(), 99).to_dtype(half).unwrap();
+                let gradients_of = |y: &Tensor| {
+                    let loss = (f32_of(y) * f32_of(&weights)).unwrap();
+                    loss.sum_all().unwrap().backward().unwrap()
+                };
+                let (found, expected) = (gradients_of(&y), gradients_of(&expected));
+                for (index, (own, oracle)) in rounded.iter().zip(&oracle).enumerate() {
+                    let gradient = found.get(own).unwrap();
+                    assert_eq!(gradient.dtype(), own.dtype(), "{name}: gradient {index}");
+                    let what = format!("gradient {index}");
+                    let expected = expected.get(oracle).unwrap();
+                    assert_close(&name, &what, &f32_of(gradient), expected, tolerance);
+                }
+            }
+        }
+    }
+}
+
+fn half_cases() -> Vec<Case> {
+    let around = Padding::around(1);
+    vec![
+        case(
+            "linear",
+            &[&[2, 9, 24], &[17, 24], &[17]],
+            |t| ops::linear(&t[0], &t[1], Some(&t[2])),
+            |t| composed::linear(&t[0], &t[1], Some(&t[2])),
+        ),
+        case(
+            "convolution with a bias per sample",
+            &[&[2, 5, 7, 6], &[4, 5, 3, 3], &[2, 4]],
+            move |t| ops::conv2d(&t[0], &t[1], Some(&t[2]), 1, around),
+            move |t| composed::conv2d(&t[0], &t[1], Some(&t[2]), 1, around),
+        ),
+        case(
+            "halving convolution",
+            &[&[1, 3, 8, 8], &[4, 3, 3, 3], &[4]],
+            move |t| ops::conv2d(&t[0], &t[1], Some(&t[2]), 2, around),
+            move |t| composed::conv2d(&t[0], &t[1], Some(&t[2]), 2, around),
+        ),
+        case(
+            "group norm and SiLU",
+            &[&[2, 8, 5, 5], &[8], &[8]],
+            |t| ops::group_norm_silu(&t[0], &t[1], &t[2], 2, 1e-5),
+            |t| composed::silu(&composed::group_norm(&t[0], &t[1], &t[2], 2, 1e-5)?),
+        ),
+        case(
+            "layer norm",
+            &[&[2, 9, 16], &[16], &[16]],
+            |t| ops::layer_norm(&t[0], &t[1], &t[2], 1e-5),
+            |t| composed::layer_norm(&t[0], &t[1], &t[2], 1e-5),
+        ),
+        case(
+            "GEGLU",
+            &[&[2, 9, 16]],
+            |t| ops::geglu(&t[0]),
+            |t| composed::geglu(&t[0]),
+        ),
+        case(
+            "attention",
+            &[&[2, 9, 16], &[2, 7, 16], &[2, 7, 16]],
+            |t| ops::attention(&t[0], &t[1], &t[2], 2, Mask::None),
+            |t| Ok(composed::attention(&t[0], &t[1], &t[2], 2, Mask::None)?.0),
+        ),
+    ]
+}
+
 #[test]
 fn scores_of_any_size_stay_finite() {
     for backend in BACKENDS {

@@ -1,8 +1,8 @@
 //! 2-D convolution. Its backward is convolutions and products too: candle's has one thread per output.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 
-use super::function::{Function, only, sum_to};
+use super::function::{Function, in_type_of, only, sum_to};
 use crate::ops::Padding;
 
 /// Operands x, W and perhaps b `[out]` or `[B, out]`.
@@ -36,9 +36,9 @@ impl Conv {
     fn convolved(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         let Padding { before, after } = self.padding;
         if before == after {
-            return x.conv2d(weight, before, self.stride, 1, 1);
+            return convolution(x, weight, before, self.stride);
         }
-        self.padded(x)?.conv2d(weight, 0, self.stride, 1, 1)
+        convolution(&self.padded(x)?, weight, 0, self.stride)
     }
 
     fn padded(&self, x: &Tensor) -> Result<Tensor> {
@@ -64,7 +64,7 @@ impl Conv {
             let right = wanted as isize - spread.dim(axis)? as isize - left;
             spread = pad_or_crop(&spread, axis, left, right)?;
         }
-        spread.contiguous()?.conv2d(&turned, 0, 1, 1, 1)
+        convolution(&spread.contiguous()?, &turned, 0, 1)
     }
 
     /// A product per place of the kernel.
@@ -91,8 +91,10 @@ impl Function for Conv {
     const NAME: &'static str = "conv2d";
 
     fn forward(&self, operands: &[Tensor]) -> Result<Tensor> {
-        let y = self.convolved(&operands[0].contiguous()?, &operands[1].contiguous()?)?;
-        match operands.get(2) {
+        let x = operands[0].contiguous()?;
+        let y = self.convolved(&x, &in_type_of(&x, &operands[1])?.contiguous()?)?;
+        let bias = operands.get(2).map(|bias| in_type_of(&x, bias));
+        match bias.transpose()? {
             Some(bias) if bias.rank() == 2 => y.broadcast_add(&bias.unsqueeze(2)?.unsqueeze(3)?),
             Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?),
             None => Ok(y),
@@ -108,15 +110,25 @@ impl Function for Conv {
         let [x, weight, ..] = operands else {
             return Ok(Vec::new());
         };
-        let dy = dy.contiguous()?;
+        let (dy, weight) = (dy.contiguous()?, in_type_of(x, weight)?);
         let gradient = |operand: usize| match operand {
-            0 => self.input_gradient(x, weight, &dy),
-            1 => self.weight_gradient(x, weight, &dy),
+            0 => self.input_gradient(x, &weight, &dy),
+            1 => self.weight_gradient(x, &weight, &dy),
             _ if operands[2].rank() == 2 => dy.flatten_from(2)?.sum(2),
             _ => sum_to(&dy, 1),
         };
         only(wanted, gradient)
     }
+}
+
+/// candle's; on a CPU it has none for bf16.
+fn convolution(x: &Tensor, weight: &Tensor, padding: usize, stride: usize) -> Result<Tensor> {
+    if x.device().is_cpu() && x.dtype() == DType::BF16 {
+        let [x, weight] = [x.to_dtype(DType::F32)?, weight.to_dtype(DType::F32)?];
+        let y = x.conv2d(&weight, padding, stride, 1, 1)?;
+        return y.to_dtype(DType::BF16);
+    }
+    x.conv2d(weight, padding, stride, 1, 1)
 }
 
 /// Zeros between neighbors along an axis, so that they are `stride` apart.

@@ -12,7 +12,8 @@ use candle_core::{
     bail,
 };
 
-/// What the node does. Operands are detached: nothing that is computed from them has a graph.
+/// What the node does. Operands are detached: nothing that is computed from them has a graph. The first one's type is the
+/// type of the value; gradients are brought into the types of their operands.
 pub(super) trait Function: Send + Sync + 'static {
     const NAME: &'static str;
 
@@ -62,6 +63,11 @@ pub(super) fn only(
         .collect()
 }
 
+/// A parameter in the type of what it is multiplied with.
+pub(super) fn in_type_of(x: &Tensor, parameter: &Tensor) -> Result<Tensor> {
+    parameter.to_dtype(x.dtype())
+}
+
 /// Σ over all dimensions but one.
 pub(super) fn sum_to(x: &Tensor, dim: usize) -> Result<Tensor> {
     let n = x.dim(dim)?;
@@ -84,9 +90,15 @@ impl<F: Function> Node<F> {
         let all = self
             .function
             .backward(&self.operands, &dy.detach(), &self.wanted)?;
-        let mut gradients = all.into_iter().zip(&self.wanted);
-        let mut next = || gradients.find_map(|(gradient, &wanted)| wanted.then_some(gradient))?;
-        Ok(std::array::from_fn(|_| next()))
+        let mut gradients = Vec::with_capacity(N);
+        let operands = all.into_iter().zip(&self.wanted).zip(&self.operands);
+        for ((gradient, _), operand) in operands.filter(|((_, wanted), _)| **wanted) {
+            // A parameter may have another type than what it is multiplied with.
+            let gradient = gradient.map(|g| g.to_dtype(operand.dtype())).transpose()?;
+            gradients.push(gradient);
+        }
+        let mut gradients = gradients.into_iter();
+        Ok(std::array::from_fn(|_| gradients.next().flatten()))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::function::{Function, only};
+use super::function::{Function, in_type_of, only};
 use crate::ops::{composed, weight_dims};
 
 /// Operands x, W and perhaps b.
@@ -12,7 +12,9 @@ impl Function for Linear {
     const NAME: &'static str = "linear";
 
     fn forward(&self, operands: &[Tensor]) -> Result<Tensor> {
-        composed::linear(&operands[0], &operands[1], operands.get(2))
+        let x = &operands[0];
+        let bias = operands.get(2).map(|bias| in_type_of(x, bias));
+        composed::linear(x, &in_type_of(x, &operands[1])?, bias.transpose()?.as_ref())
     }
 
     fn backward(
@@ -25,6 +27,7 @@ impl Function for Linear {
             return Ok(Vec::new());
         };
         let (n_out, n_in) = weight_dims(weight)?;
+        let weight = in_type_of(x, weight)?;
         let dy = dy.contiguous()?.reshape(((), n_out))?;
         let gradient = |operand: usize| match operand {
             0 => dy
