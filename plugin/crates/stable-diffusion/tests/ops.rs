@@ -451,6 +451,32 @@ fn large_cases() -> Vec<Case> {
             |t| ops::attention(&t[0], &t[1], &t[2], 2, Mask::None),
             |t| Ok(composed::attention(&t[0], &t[1], &t[2], 2, Mask::None)?.0),
         ),
+        // More keys than a block has, and heads that are no whole tiles.
+        case(
+            "attention over many keys",
+            &[&[1, 37, 80], &[1, 1047, 80], &[1, 1047, 80]],
+            |t| ops::attention(&t[0], &t[1], &t[2], 2, Mask::None),
+            |t| Ok(composed::attention(&t[0], &t[1], &t[2], 2, Mask::None)?.0),
+        ),
+        case(
+            "large observed attention",
+            &[&[1, 70, 64], &context, &context],
+            |t| {
+                let (out, seen) = ops::observed_attention(&t[0], &t[1], &t[2], 2, &[0, 299, 31])?;
+                Ok(Tensor::cat(&[out.flatten_all()?, seen.flatten_all()?], 0)?)
+            },
+            |t| {
+                let (out, map) = composed::attention(&t[0], &t[1], &t[2], 2, Mask::None)?;
+                let seen = map.index_select(&Tensor::new(&[0u32, 299, 31], map.device())?, 3)?;
+                Tensor::cat(&[out.flatten_all()?, seen.contiguous()?.flatten_all()?], 0)
+            },
+        ),
+        case(
+            "large causal attention",
+            &[&[1, 300, 32], &[1, 300, 32], &[1, 300, 32]],
+            |t| ops::attention(&t[0], &t[1], &t[2], 1, Mask::Causal),
+            |t| Ok(composed::attention(&t[0], &t[1], &t[2], 1, Mask::Causal)?.0),
+        ),
     ]
 }
 
@@ -472,6 +498,46 @@ fn rounded_factors_give_nearly_the_same() {
         for (found, expected) in gradients.iter().zip(&expected_gradients) {
             let (found, expected) = (found.as_ref().unwrap(), expected.as_ref().unwrap());
             assert_close(name, "gradient", found, expected, 3e-2);
+        }
+    }
+}
+
+/// Frozen weights of products may lie in memory as bf16: the same bits as the same numbers in f32 give.
+#[test]
+fn frozen_weights_may_be_bf16_in_memory() {
+    let around = Padding::around(1);
+    let projection: fn(&Tensor, &Tensor) -> Result<Tensor> = |x, w| ops::linear(x, w, None);
+    let planes: fn(&Tensor, &Tensor) -> Result<Tensor> =
+        |x, w| ops::linear_to_channels(x, w, None, [20, 16]);
+    let convolution =
+        move |stride| move |x: &Tensor, w: &Tensor| ops::conv2d(x, w, None, stride, around);
+    let cases: [(
+        &[usize],
+        &[usize],
+        &dyn Fn(&Tensor, &Tensor) -> Result<Tensor>,
+    ); 8] = [
+        (&[3, 24], &[17, 24], &projection),
+        (&[600, 64], &[320, 64], &projection),
+        (&[250, 700], &[320, 700], &projection),
+        (&[1, 320, 64], &[320, 64], &planes),
+        (&[2, 5, 7, 6], &[4, 5, 3, 3], &convolution(1)),
+        (&[1, 64, 24, 24], &[96, 64, 3, 3], &convolution(1)),
+        (&[1, 40, 24, 24], &[33, 40, 3, 3], &convolution(1)),
+        (&[1, 32, 40, 40], &[64, 32, 3, 3], &convolution(2)),
+    ];
+    for precision in [Precision::F32, Precision::Bf16] {
+        for (x, weight, operation) in cases {
+            let half = random(weight, 1).to_dtype(DType::BF16).unwrap();
+            let x = Var::from_tensor(&random(x, 0)).unwrap();
+            let run = |weight: &Tensor| -> [Vec<f32>; 2] {
+                let y = precision.within(|| operation(&x, weight)).unwrap();
+                let loss = (&y * random(y.dims(), 99)).unwrap().sum_all().unwrap();
+                let gradients = loss.backward().unwrap();
+                [&y, gradients.get(&x).unwrap()]
+                    .map(|tensor| tensor.flatten_all().unwrap().to_vec1().unwrap())
+            };
+            let expected = run(&half.to_dtype(DType::F32).unwrap());
+            assert!(run(&half) == expected, "{precision:?} {x:?} {weight:?}");
         }
     }
 }

@@ -15,7 +15,7 @@ use candle_core::{DType, Tensor};
 /// | no graph outlives its step | `tests/memory.rs` |
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backend {
-    /// Kernels of this crate, for f32 in memory; the same bits for any number of threads.
+    /// Kernels of this crate, for f32 in memory, weights of products in bf16 too; the same bits for any number of threads.
     Host,
     /// candle's operations in nodes of their own, for every device and type. On a CPU it is slow, and tested.
     Device,
@@ -33,6 +33,15 @@ impl Backend {
             Some(chosen) => chosen,
             None if tensors.into_iter().all(on_host) => Self::Host,
             None => Self::Device,
+        }
+    }
+
+    /// As [`Self::of`]; the weight of a product may be bf16 in memory.
+    pub(crate) fn of_product(x: &Tensor, weight: &Tensor) -> Self {
+        match Self::of([x]) {
+            Self::Host if weight.device().is_cpu() && weight.dtype() == DType::BF16 => Self::Host,
+            Self::Host => Self::of([weight]),
+            Self::Device => Self::Device,
         }
     }
 

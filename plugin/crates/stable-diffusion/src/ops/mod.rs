@@ -76,7 +76,7 @@ enum After {
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (_, n_in) = weight_dims(weight)?;
     expect_width("linear", x.dims().last().copied().unwrap_or(0), n_in)?;
-    Ok(match Backend::of([x, weight]) {
+    Ok(match Backend::of_product(x, weight) {
         Backend::Host => host::linear(x, weight, bias),
         Backend::Device => device::linear(x, weight, bias),
     }?)
@@ -89,7 +89,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
 pub fn linear_from_channels(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let (_, n_in) = weight_dims(weight)?;
     expect_width("1x1 convolution", x.dims4()?.1, n_in)?;
-    Ok(match Backend::of([x, weight]) {
+    Ok(match Backend::of_product(x, weight) {
         Backend::Host => host::linear_from_channels(x, weight, bias),
         Backend::Device => device::linear_from_channels(x, weight, bias),
     }?)
@@ -107,7 +107,7 @@ pub fn linear_to_channels(
 ) -> Result<Tensor> {
     let (_, n_in) = weight_dims(weight)?;
     expect_width("linear", x.dims3()?.2, n_in)?;
-    Ok(match Backend::of([x, weight]) {
+    Ok(match Backend::of_product(x, weight) {
         Backend::Host => host::linear_to_channels(x, weight, bias, size),
         Backend::Device => device::linear_to_channels(x, weight, bias, size),
     }?)
@@ -137,7 +137,7 @@ pub fn conv2d(
         );
         return Err(crate::Error::argument("bias", reason));
     }
-    Ok(match Backend::of([x, weight]) {
+    Ok(match Backend::of_product(x, weight) {
         Backend::Host => host::conv2d(x, weight, bias, stride, padding),
         Backend::Device => device::conv2d(x, weight, bias, stride, padding),
     }?)

@@ -8,6 +8,7 @@ use super::{
     gemm::{Matrix, MatrixMut, Write, gemm, parallel_gemm},
     layer::Layer,
     memory::with_scratch,
+    numbers::Numbers,
     projection::{channel_sums, shift},
     simd::items_per_thread,
     tiles::{Convolution3x3, Means},
@@ -234,26 +235,9 @@ impl Conv {
             bias[sample * self.n_out + out]
         }
     }
-}
 
-impl Layer for Conv {
-    const NAME: &'static str = "conv2d";
-
-    fn output_shape(&self) -> Shape {
-        Shape::from((self.n_samples, self.n_out, self.output[0], self.output[1]))
-    }
-
-    fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
-        let shift_of = |sample: usize, out: usize| match bias {
-            [] => 0.0,
-            bias => self.bias_of(bias, sample, out),
-        };
-        if let Some(convolution) = self.by_tiles(self.n_in, self.n_out) {
-            return convolution.forward(x, weight, shift_of);
-        }
-        if let Some(winograd) = self.winograd() {
-            return winograd.convolved(x, weight, shift_of);
-        }
+    /// The convolution with windows that every thread gathers for itself, some pixels at a time.
+    fn convolved_by_parts(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
         let (n_pixels, window) = (self.n_outputs(), self.window());
         let weight = Matrix::new(weight, [self.n_out, window]);
         let mut y = vec![0.0; self.n_samples * self.n_out * n_pixels];
@@ -261,22 +245,6 @@ impl Layer for Conv {
             .chunks_exact_mut(self.n_out * n_pixels)
             .zip(x.chunks_exact(self.n_in * self.n_inputs()))
             .enumerate();
-        if n_pixels <= SHARED_LIMIT {
-            for (sample, (y, x)) in samples {
-                with_scratch(window * n_pixels, |columns| {
-                    self.gather_shared(x, &(0..n_pixels), columns);
-                    let columns = Matrix::new(columns, [window, n_pixels]);
-                    let dst = MatrixMut::new(y, [self.n_out, n_pixels]);
-                    parallel_gemm(self.means, dst, Write::Replace, weight, columns, |tile| {
-                        for (row, out) in tile.rows.clone().enumerate().filter(|_| !bias.is_empty())
-                        {
-                            shift(tile.values.row_mut(row), self.bias_of(bias, sample, out));
-                        }
-                    });
-                });
-            }
-            return y;
-        }
         let tiles: Vec<_> = samples
             .flat_map(|(sample, (y, x))| {
                 let tiles =
@@ -297,10 +265,8 @@ impl Layer for Conv {
         y
     }
 
-    fn input_gradient(&self, _x: &[f32], weight: &[f32], _bias: &[f32], dy: &[f32]) -> Vec<f32> {
-        if let Some(convolution) = self.by_tiles(self.n_out, self.n_in) {
-            return convolution.backward(dy, weight);
-        }
+    /// The input's gradient, channel by channel.
+    fn input_gradient_by_parts(&self, weight: &[f32], dy: &[f32]) -> Vec<f32> {
         let (n_pixels, area) = (self.n_outputs(), self.kernel_area());
         let weight = Matrix::new(weight, [self.n_out, self.window()]);
         let mut dx = vec![0.0; self.n_samples * self.n_in * self.n_inputs()];
@@ -333,8 +299,71 @@ impl Layer for Conv {
         });
         dx
     }
+}
 
-    fn weight_gradient(&self, x: &[f32], _weight: &[f32], _bias: &[f32], dy: &[f32]) -> Vec<f32> {
+impl Layer for Conv {
+    const NAME: &'static str = "conv2d";
+
+    fn output_shape(&self) -> Shape {
+        Shape::from((self.n_samples, self.n_out, self.output[0], self.output[1]))
+    }
+
+    fn forward(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32]) -> Vec<f32> {
+        let shift_of = |sample: usize, out: usize| match bias {
+            [] => 0.0,
+            bias => self.bias_of(bias, sample, out),
+        };
+        if let Some(convolution) = self.by_tiles(self.n_in, self.n_out) {
+            return convolution.forward(x, weight, shift_of);
+        }
+        if let Some(winograd) = self.winograd() {
+            return weight.with_f32(|weight| winograd.convolved(x, weight, shift_of));
+        }
+        let (n_pixels, window) = (self.n_outputs(), self.window());
+        if n_pixels > SHARED_LIMIT {
+            return weight.with_f32(|weight| self.convolved_by_parts(x, weight, bias));
+        }
+        let weight = weight.matrix([self.n_out, window]);
+        let mut y = vec![0.0; self.n_samples * self.n_out * n_pixels];
+        let samples = y
+            .chunks_exact_mut(self.n_out * n_pixels)
+            .zip(x.chunks_exact(self.n_in * self.n_inputs()))
+            .enumerate();
+        for (sample, (y, x)) in samples {
+            with_scratch(window * n_pixels, |columns| {
+                self.gather_shared(x, &(0..n_pixels), columns);
+                let columns = Matrix::new(columns, [window, n_pixels]);
+                let dst = MatrixMut::new(y, [self.n_out, n_pixels]);
+                parallel_gemm(self.means, dst, Write::Replace, weight, columns, |tile| {
+                    for (row, out) in tile.rows.clone().enumerate().filter(|_| !bias.is_empty()) {
+                        shift(tile.values.row_mut(row), self.bias_of(bias, sample, out));
+                    }
+                });
+            });
+        }
+        y
+    }
+
+    fn input_gradient(
+        &self,
+        _x: &[f32],
+        weight: Numbers<'_>,
+        _bias: &[f32],
+        dy: &[f32],
+    ) -> Vec<f32> {
+        if let Some(convolution) = self.by_tiles(self.n_out, self.n_in) {
+            return convolution.backward(dy, weight);
+        }
+        weight.with_f32(|weight| self.input_gradient_by_parts(weight, dy))
+    }
+
+    fn weight_gradient(
+        &self,
+        x: &[f32],
+        _weight: Numbers<'_>,
+        _bias: &[f32],
+        dy: &[f32],
+    ) -> Vec<f32> {
         let (n_pixels, window) = (self.n_outputs(), self.window());
         let mut dw = vec![0.0; self.n_out * window];
         let samples = x
@@ -362,7 +391,13 @@ impl Layer for Conv {
         dw
     }
 
-    fn bias_gradient(&self, _x: &[f32], _weight: &[f32], bias: &[f32], dy: &[f32]) -> Vec<f32> {
+    fn bias_gradient(
+        &self,
+        _x: &[f32],
+        _weight: Numbers<'_>,
+        bias: &[f32],
+        dy: &[f32],
+    ) -> Vec<f32> {
         channel_sums(dy, self.n_out, self.n_outputs(), bias.len())
     }
 }

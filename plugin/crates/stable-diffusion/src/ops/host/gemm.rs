@@ -13,6 +13,7 @@ use std::{marker::PhantomData, ops::Range};
 use rayon::prelude::*;
 
 use super::memory::with_scratch;
+use super::numbers::Operand;
 use super::tiles::{Means, multiply};
 
 /// What a product does with the values already in its destination.
@@ -26,20 +27,20 @@ pub(crate) enum Write {
 
 /// A read-only strided view `[rows, cols]`.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Matrix<'a> {
-    data: &'a [f32],
+pub(crate) struct Matrix<'a, T = f32> {
+    data: &'a [T],
     dims: [usize; 2],
     strides: [usize; 2],
 }
 
-impl<'a> Matrix<'a> {
+impl<'a, T> Matrix<'a, T> {
     /// A contiguous row-major matrix. Panics when `data` is too short.
-    pub(crate) fn new(data: &'a [f32], dims: [usize; 2]) -> Self {
+    pub(crate) fn new(data: &'a [T], dims: [usize; 2]) -> Self {
         Self::strided(data, dims, [dims[1], 1])
     }
 
     /// A view with explicit strides, in elements. Panics when an element lies outside `data`.
-    pub(crate) fn strided(data: &'a [f32], dims: [usize; 2], strides: [usize; 2]) -> Self {
+    pub(crate) fn strided(data: &'a [T], dims: [usize; 2], strides: [usize; 2]) -> Self {
         assert_within(data.len(), dims, strides);
         Self {
             data,
@@ -57,8 +58,18 @@ impl<'a> Matrix<'a> {
     }
 
     /// The slice that the view begins in, from its first element.
-    pub(crate) fn data(&self) -> &'a [f32] {
+    pub(crate) fn data(&self) -> &'a [T] {
         self.data
+    }
+
+    /// [`Self::data`] up to its last element.
+    pub(crate) fn used(&self) -> &'a [T] {
+        let [rows, cols] = self.dims;
+        if rows == 0 || cols == 0 {
+            return &[];
+        }
+        let last = (rows - 1) * self.strides[0] + (cols - 1) * self.strides[1];
+        &self.data[..=last]
     }
 
     /// The transposed view.
@@ -268,20 +279,31 @@ pub(crate) fn gemm(dst: MatrixMut<'_>, write: Write, lhs: Matrix<'_>, rhs: Matri
 
 /// dst (+)= lhs · rhs over all threads, in tiles whose grid depends on the shapes alone. `finish` sees every
 /// tile once its values are final, while they are still in the cache.
-pub(crate) fn parallel_gemm(
+pub(crate) fn parallel_gemm<'a>(
     means: Means,
+    dst: MatrixMut<'_>,
+    write: Write,
+    lhs: impl Into<Operand<'a>>,
+    rhs: impl Into<Operand<'a>>,
+    finish: impl Fn(&mut Tile<'_>) + Sync,
+) {
+    let (lhs, rhs) = (lhs.into(), rhs.into());
+    let ([m, n], [_, k]) = (dst.dims, lhs.dims());
+    if let Some((tiles, factors)) = means.for_product([m, n, k])
+        && dst.strides[1] == 1
+    {
+        return multiply(tiles, factors, dst, write, lhs, rhs, finish);
+    }
+    lhs.with_f32(|lhs| rhs.with_f32(|rhs| gemm_by_vectors(dst, write, lhs, rhs, finish)));
+}
+
+fn gemm_by_vectors(
     dst: MatrixMut<'_>,
     write: Write,
     lhs: Matrix<'_>,
     rhs: Matrix<'_>,
     finish: impl Fn(&mut Tile<'_>) + Sync,
 ) {
-    let ([m, n], k) = (dst.dims, lhs.dims[1]);
-    if let Some((tiles, factors)) = means.for_product([m, n, k])
-        && dst.strides[1] == 1
-    {
-        return multiply(tiles, factors, dst, write, lhs, rhs, finish);
-    }
     // The kernel vectorizes along the rows of the destination, and copies `rhs` into another order first unless
     // its rows are contiguous too. For few rows that costs more than the product; the transposed product reads
     // `rhs` as it lies, and its few results are put in their places afterwards.

@@ -7,6 +7,7 @@
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::memory::{Values, output, slice_of, tracked};
+use super::numbers::Numbers;
 
 /// A kernel y = f(x; weight, bias). Absent parameters are empty slices.
 pub(crate) trait Layer: Send + Sync + 'static {
@@ -14,14 +15,15 @@ pub(crate) trait Layer: Send + Sync + 'static {
 
     fn output_shape(&self) -> Shape;
 
-    fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32>;
+    fn forward(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32]) -> Vec<f32>;
 
     /// dL/dx from dL/dy.
-    fn input_gradient(&self, x: &[f32], weight: &[f32], bias: &[f32], dy: &[f32]) -> Vec<f32>;
+    fn input_gradient(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32], dy: &[f32]) -> Vec<f32>;
 
-    fn weight_gradient(&self, x: &[f32], weight: &[f32], bias: &[f32], dy: &[f32]) -> Vec<f32>;
+    fn weight_gradient(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32], dy: &[f32])
+    -> Vec<f32>;
 
-    fn bias_gradient(&self, x: &[f32], weight: &[f32], bias: &[f32], dy: &[f32]) -> Vec<f32>;
+    fn bias_gradient(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32], dy: &[f32]) -> Vec<f32>;
 }
 
 /// Applies a layer. Keeps nothing when neither input nor parameters are tracked; computes gradients of exactly
@@ -66,7 +68,7 @@ impl<L: Layer> CustomOp1 for Frozen<L> {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (weight, bias) = (Values::of(&self.weight)?, Values::of(&self.bias)?);
         let x = slice_of(x, layout)?;
-        let y = self.layer.forward(x, weight.as_slice()?, bias.as_slice()?);
+        let y = self.layer.forward(x, weight.numbers()?, bias.as_slice()?);
         Ok(output(y, self.layer.output_shape()))
     }
 
@@ -97,7 +99,7 @@ impl<L: Layer> CustomOp3 for Trained<L> {
         let x = slice_of(x, x_layout)?;
         let y = self.0.forward(
             x,
-            slice_of(weight, weight_layout)?,
+            Numbers::F32(slice_of(weight, weight_layout)?),
             slice_of(bias, bias_layout)?,
         );
         Ok(output(y, self.0.output_shape()))
@@ -143,7 +145,7 @@ impl<'a> Operands<'a> {
     fn gradient(
         &self,
         of: &Tensor,
-        compute: impl FnOnce(&[f32], &[f32], &[f32], &[f32]) -> Vec<f32>,
+        compute: impl FnOnce(&[f32], Numbers<'_>, &[f32], &[f32]) -> Vec<f32>,
     ) -> Result<Option<Tensor>> {
         if !tracked(Some(of)) {
             return Ok(None);
@@ -151,7 +153,7 @@ impl<'a> Operands<'a> {
         let dy = Values::of(&self.dy)?;
         let values = compute(
             self.x.as_slice()?,
-            self.weight.as_slice()?,
+            self.weight.numbers()?,
             self.bias.as_slice()?,
             dy.as_slice()?,
         );

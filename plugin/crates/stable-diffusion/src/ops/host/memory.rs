@@ -5,12 +5,14 @@ use std::{cell::RefCell, ops::Deref};
 
 use candle_core::{CpuStorage, Error, Layout, Result, Shape, Storage, Tensor};
 
+use super::numbers::Numbers;
+
 /// Whether a gradient can reach this tensor.
 pub(crate) fn tracked(tensor: Option<&Tensor>) -> bool {
     tensor.is_some_and(Tensor::track_op)
 }
 
-/// The values of a contiguous f32 tensor in memory, locked for reading.
+/// The values of a contiguous tensor in memory, f32 but for some weights, locked for reading.
 pub(crate) struct Values<'a> {
     // A guard of the lock that candle uses; naming its type would need candle's version of that crate.
     storage: Box<dyn Deref<Target = Storage> + 'a>,
@@ -27,6 +29,16 @@ impl<'a> Values<'a> {
             start,
             len: end - start,
         })
+    }
+
+    /// Of a weight.
+    pub(crate) fn numbers(&self) -> Result<Numbers<'_>> {
+        match &**self.storage {
+            Storage::Cpu(CpuStorage::BF16(values)) => {
+                Ok(Numbers::Bf16(&values[self.start..self.start + self.len]))
+            }
+            _ => Ok(Numbers::F32(self.as_slice()?)),
+        }
     }
 
     pub(crate) fn as_slice(&self) -> Result<&[f32]> {

@@ -2,6 +2,7 @@
 
 mod gemm;
 mod memory;
+mod numbers;
 mod simd;
 mod tiles;
 

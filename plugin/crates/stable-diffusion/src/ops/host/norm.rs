@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use super::{
     layer::Layer,
+    numbers::Numbers,
     simd::{items_per_thread, sigmoid, sum_by, sum_zip_by, vectorize},
 };
 use crate::ops::After;
@@ -136,7 +137,8 @@ impl Layer for GroupNorm {
         self.shape.clone()
     }
 
-    fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
+    fn forward(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32]) -> Vec<f32> {
+        let weight = weight.f32();
         let len = self.group_len();
         let mut y = vec![0.0; x.len()];
         y.par_chunks_mut(len)
@@ -176,7 +178,8 @@ impl Layer for GroupNorm {
     }
 
     // With d = dL/dy·γ and n values per group: dx = rstd·(d - mean(d) - x̂·mean(d·x̂)).
-    fn input_gradient(&self, x: &[f32], weight: &[f32], bias: &[f32], dy: &[f32]) -> Vec<f32> {
+    fn input_gradient(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32], dy: &[f32]) -> Vec<f32> {
+        let weight = weight.f32();
         let len = self.group_len();
         let mut dx = vec![0.0; x.len()];
         let groups = dx
@@ -213,12 +216,18 @@ impl Layer for GroupNorm {
         dx
     }
 
-    fn weight_gradient(&self, x: &[f32], weight: &[f32], bias: &[f32], dy: &[f32]) -> Vec<f32> {
-        self.sum_samples(&self.affine_sums(x, weight, bias, dy), |sums| sums.1)
+    fn weight_gradient(
+        &self,
+        x: &[f32],
+        weight: Numbers<'_>,
+        bias: &[f32],
+        dy: &[f32],
+    ) -> Vec<f32> {
+        self.sum_samples(&self.affine_sums(x, weight.f32(), bias, dy), |sums| sums.1)
     }
 
-    fn bias_gradient(&self, x: &[f32], weight: &[f32], bias: &[f32], dy: &[f32]) -> Vec<f32> {
-        self.sum_samples(&self.affine_sums(x, weight, bias, dy), |sums| sums.0)
+    fn bias_gradient(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32], dy: &[f32]) -> Vec<f32> {
+        self.sum_samples(&self.affine_sums(x, weight.f32(), bias, dy), |sums| sums.0)
     }
 }
 
@@ -278,7 +287,8 @@ impl Layer for LayerNorm {
         self.shape.clone()
     }
 
-    fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
+    fn forward(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32]) -> Vec<f32> {
+        let weight = weight.f32();
         let (len, width) = (ROWS * self.width, self.width);
         let mut y = vec![0.0; x.len()];
         y.par_chunks_mut(len)
@@ -301,7 +311,14 @@ impl Layer for LayerNorm {
         y
     }
 
-    fn input_gradient(&self, x: &[f32], weight: &[f32], _bias: &[f32], dy: &[f32]) -> Vec<f32> {
+    fn input_gradient(
+        &self,
+        x: &[f32],
+        weight: Numbers<'_>,
+        _bias: &[f32],
+        dy: &[f32],
+    ) -> Vec<f32> {
+        let weight = weight.f32();
         let (len, width) = (ROWS * self.width, self.width);
         let mut dx = vec![0.0; x.len()];
         let chunks = dx
@@ -333,11 +350,23 @@ impl Layer for LayerNorm {
         dx
     }
 
-    fn weight_gradient(&self, x: &[f32], _weight: &[f32], _bias: &[f32], dy: &[f32]) -> Vec<f32> {
+    fn weight_gradient(
+        &self,
+        x: &[f32],
+        _weight: Numbers<'_>,
+        _bias: &[f32],
+        dy: &[f32],
+    ) -> Vec<f32> {
         self.column_sums(x, dy, |dy, normalized| dy * normalized)
     }
 
-    fn bias_gradient(&self, x: &[f32], _weight: &[f32], _bias: &[f32], dy: &[f32]) -> Vec<f32> {
+    fn bias_gradient(
+        &self,
+        x: &[f32],
+        _weight: Numbers<'_>,
+        _bias: &[f32],
+        dy: &[f32],
+    ) -> Vec<f32> {
         self.column_sums(x, dy, |dy, _| dy)
     }
 }

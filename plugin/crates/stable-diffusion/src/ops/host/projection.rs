@@ -5,6 +5,7 @@ use candle_core::{Result, Shape, Tensor, bail};
 use super::{
     gemm::{Matrix, MatrixMut, Write, parallel_gemm},
     layer::Layer,
+    numbers::Numbers,
     simd::{sum_by, vectorize},
     tiles::Means,
 };
@@ -142,10 +143,10 @@ impl Layer for Projection {
         self.output_shape.clone()
     }
 
-    fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
+    fn forward(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32]) -> Vec<f32> {
         let len = self.n_positions * self.n_out;
         let mut y = vec![0.0; self.n_samples * len];
-        let weight = Matrix::new(weight, [self.n_out, self.n_in]);
+        let weight = weight.matrix([self.n_out, self.n_in]);
         for (sample, y) in y.chunks_exact_mut(len.max(1)).enumerate() {
             let x = self.view(x, sample, self.n_in, self.input);
             // Rows of the destination are contiguous: positions or channels.
@@ -176,10 +177,16 @@ impl Layer for Projection {
         y
     }
 
-    fn input_gradient(&self, _x: &[f32], weight: &[f32], _bias: &[f32], dy: &[f32]) -> Vec<f32> {
+    fn input_gradient(
+        &self,
+        _x: &[f32],
+        weight: Numbers<'_>,
+        _bias: &[f32],
+        dy: &[f32],
+    ) -> Vec<f32> {
         let len = self.n_positions * self.n_in;
         let mut dx = vec![0.0; self.n_samples * len];
-        let weight = Matrix::new(weight, [self.n_out, self.n_in]);
+        let weight = weight.matrix([self.n_out, self.n_in]);
         for (sample, dx) in dx.chunks_exact_mut(len.max(1)).enumerate() {
             let dy = self.view(dy, sample, self.n_out, self.output);
             match self.input {
@@ -196,11 +203,23 @@ impl Layer for Projection {
         dx
     }
 
-    fn weight_gradient(&self, x: &[f32], _weight: &[f32], _bias: &[f32], dy: &[f32]) -> Vec<f32> {
+    fn weight_gradient(
+        &self,
+        x: &[f32],
+        _weight: Numbers<'_>,
+        _bias: &[f32],
+        dy: &[f32],
+    ) -> Vec<f32> {
         self.accumulate_weight_gradient(x, dy)
     }
 
-    fn bias_gradient(&self, _x: &[f32], _weight: &[f32], _bias: &[f32], dy: &[f32]) -> Vec<f32> {
+    fn bias_gradient(
+        &self,
+        _x: &[f32],
+        _weight: Numbers<'_>,
+        _bias: &[f32],
+        dy: &[f32],
+    ) -> Vec<f32> {
         match self.output {
             Arrangement::Tokens => {
                 let mut sums = vec![0.0f64; self.n_out];

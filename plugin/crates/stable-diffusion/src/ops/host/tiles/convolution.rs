@@ -6,11 +6,13 @@
 
 use std::ops::Range;
 
+use half::bf16;
 use rayon::prelude::*;
 
 use super::super::{
     gemm::{MatrixMut, Tile, Write},
     memory::with_words,
+    numbers::{Number, Numbers},
 };
 use super::Factors;
 use super::block::{BLOCK, Right, STEP, Sums, TILE};
@@ -53,7 +55,7 @@ impl Convolution3x3 {
     pub(crate) fn forward(
         &self,
         x: &[f32],
-        weight: &[f32],
+        weight: Numbers<'_>,
         shift: impl Fn(usize, usize) -> f32 + Sync,
     ) -> Vec<f32> {
         self.run(Direction::Forward, x, weight, shift)
@@ -61,7 +63,7 @@ impl Convolution3x3 {
 
     /// Gradients `[B, in, H, W]`, here those of the output, to those of the input `[B, out, H, W]`; the weight is `[in, out,
     /// 3, 3]`.
-    pub(crate) fn backward(&self, dy: &[f32], weight: &[f32]) -> Vec<f32> {
+    pub(crate) fn backward(&self, dy: &[f32], weight: Numbers<'_>) -> Vec<f32> {
         self.run(Direction::Backward, dy, weight, |_, _| 0.0)
     }
 
@@ -69,7 +71,7 @@ impl Convolution3x3 {
         &self,
         direction: Direction,
         x: &[f32],
-        weight: &[f32],
+        weight: Numbers<'_>,
         shift: impl Fn(usize, usize) -> f32 + Sync,
     ) -> Vec<f32> {
         match self.factors {
@@ -83,7 +85,7 @@ impl Convolution3x3 {
         &self,
         direction: Direction,
         x: &[f32],
-        weight: &[f32],
+        weight: Numbers<'_>,
         shift: impl Fn(usize, usize) -> f32 + Sync,
     ) -> Vec<f32> {
         let n_pixels = self.size[0] * self.size[1];
@@ -101,7 +103,15 @@ impl Convolution3x3 {
             for first in (0..self.n_steps()).step_by(most_steps(P)) {
                 let steps = first..self.n_steps().min(first + most_steps(P));
                 let pack = |block: usize, words: &mut [u32]| {
-                    self.pack_weight::<P>(direction, weight, steps.clone(), block, words);
+                    let steps = steps.clone();
+                    match weight {
+                        Numbers::F32(weight) => {
+                            self.pack_weight::<P, f32>(direction, weight, steps, block, words);
+                        }
+                        Numbers::Bf16(weight) => {
+                            self.pack_weight::<P, bf16>(direction, weight, steps, block, words);
+                        }
+                    }
                 };
                 if self.packs_ahead() {
                     let blocks = left.par_chunks_exact_mut(block_words(P, steps.len()));
@@ -149,10 +159,10 @@ impl Convolution3x3 {
     }
 
     /// A block of 32 output channels, 32 input channels by 32 of these steps, tap by tap.
-    fn pack_weight<const P: usize>(
+    fn pack_weight<const P: usize, T: Number>(
         &self,
         direction: Direction,
-        weight: &[f32],
+        weight: &[T],
         steps: Range<usize>,
         block: usize,
         words: &mut [u32],
@@ -160,8 +170,11 @@ impl Convolution3x3 {
         let words = words.chunks_exact_mut(TAPS * step_words(P));
         for (step, words) in steps.zip(words) {
             let at = [block * BLOCK, step * STEP];
-            if at[0] + BLOCK <= self.n_out && at[1] + STEP <= self.n_in {
-                self.pack_taps::<P>(direction, weight, at, words);
+            let ends = [at[0] + BLOCK, at[1] + STEP];
+            let is_whole = ends[0] <= self.n_out && ends[1] <= self.n_in;
+            // Numbers that are gathered may be read with their neighbors.
+            if is_whole && (T::IS_F32 || ends != [self.n_out, self.n_in]) {
+                self.pack_taps::<P, T>(direction, weight, at, words);
                 continue;
             }
             let lines = self.taps_of(direction, weight, at);
@@ -169,17 +182,17 @@ impl Convolution3x3 {
             for (lines, words) in lines.iter().zip(taps) {
                 for (half, lines) in lines.chunks_exact(BLOCK / 2 * STEP).enumerate() {
                     let words = &mut words[half * TILE..];
-                    pack_lines::<P>(self.tiles, Side::Left, lines, STEP, words);
+                    pack_lines::<P, f32>(self.tiles, Side::Left, lines, STEP, words);
                 }
             }
         }
     }
 
     /// 32 output channels and as many input channels, tap by tap.
-    fn pack_taps<const P: usize>(
+    fn pack_taps<const P: usize, T: Number>(
         &self,
         direction: Direction,
-        weight: &[f32],
+        weight: &[T],
         [row, k]: [usize; 2],
         words: &mut [u32],
     ) {
@@ -191,13 +204,13 @@ impl Convolution3x3 {
                         let taps = &weight[(row * self.n_in + k) * TAPS + tap..];
                         let distance = self.n_in * TAPS;
                         self.tiles
-                            .neighbors::<P, TAPS>(taps, distance, words, 2 * TILE, false);
+                            .neighbors::<P, TAPS, T>(taps, distance, words, 2 * TILE, false);
                     }
                     Direction::Backward => {
                         let taps = &weight[(k * self.n_out + row) * TAPS + TAPS - 1 - tap..];
                         let distance = self.n_out * TAPS;
                         self.tiles
-                            .across::<P, TAPS>(taps, distance, words, 2 * TILE, true);
+                            .across::<P, TAPS, T>(taps, distance, words, 2 * TILE, true);
                     }
                 }
             }
@@ -205,10 +218,10 @@ impl Convolution3x3 {
     }
 
     /// `[tap][row][k]` of 32 output and 32 input channels; zeros beyond the last.
-    fn taps_of(
+    fn taps_of<T: Number>(
         &self,
         direction: Direction,
-        weight: &[f32],
+        weight: &[T],
         [row, k]: [usize; 2],
     ) -> [[f32; BLOCK * STEP]; TAPS] {
         let mut lines = [[0.0; BLOCK * STEP]; TAPS];
@@ -220,7 +233,7 @@ impl Convolution3x3 {
                     let weights = &weight[((row + i) * self.n_in + k) * TAPS..][..n_k * TAPS];
                     for (j, taps) in weights.as_chunks::<TAPS>().0.iter().enumerate() {
                         for (lines, &value) in lines.iter_mut().zip(taps) {
-                            lines[i * STEP + j] = value;
+                            lines[i * STEP + j] = value.to_f32();
                         }
                     }
                 }
@@ -230,7 +243,7 @@ impl Convolution3x3 {
                     let weights = &weight[((k + j) * self.n_out + row) * TAPS..][..n_rows * TAPS];
                     for (i, taps) in weights.as_chunks::<TAPS>().0.iter().enumerate() {
                         for (lines, &value) in lines.iter_mut().rev().zip(taps) {
-                            lines[i * STEP + j] = value;
+                            lines[i * STEP + j] = value.to_f32();
                         }
                     }
                 }
@@ -452,7 +465,7 @@ mod tests {
                 let x = numbers(2 * n_in * size[0] * size[1], 31);
                 let weight = numbers(n_out * n_in * TAPS, 43);
                 let mut expected = naive(&x, &weight, size, n_in);
-                let found = convolution.forward(&x, &weight, |_, _| 0.0);
+                let found = convolution.forward(&x, Numbers::F32(&weight), |_, _| 0.0);
                 let error = worst(&found, &expected);
                 assert!(error < tolerance, "{size:?} {factors:?}: {error}");
 
@@ -463,7 +476,7 @@ mod tests {
                         .iter_mut()
                         .for_each(|v| *v += shift(i / n_out, i % n_out));
                 }
-                let found = convolution.forward(&x, &weight, shift);
+                let found = convolution.forward(&x, Numbers::F32(&weight), shift);
                 assert!(worst(&found, &expected) < tolerance);
 
                 // The gradient of the input is a convolution with the weight turned around.
@@ -483,7 +496,7 @@ mod tests {
                 };
                 let dy = numbers(2 * n_out * size[0] * size[1], 29);
                 let expected = naive(&dy, &turned, size, n_out);
-                let error = worst(&backward.backward(&dy, &weight), &expected);
+                let error = worst(&backward.backward(&dy, Numbers::F32(&weight)), &expected);
                 assert!(error < tolerance, "{size:?} {factors:?}: {error}");
             }
         }

@@ -9,6 +9,7 @@ use std::arch::{asm, x86_64::*};
 use std::sync::OnceLock;
 
 use super::super::gemm::{MatrixMut, Write};
+use super::super::numbers::Number;
 use super::block::{BLOCK, Right, STEP, Strip, TILE};
 use super::pack::{packed_len, step_words};
 
@@ -299,44 +300,44 @@ kernel!(
 impl Tiles {
     /// Words of neighbors: of row i of `values`, `[16, 32]` with this distance of rows and numbers so far `APART`, to row i of
     /// a tile, or to its column i if it is `turned`. `words` holds a tile for every part, the largest first, with a distance of `part`.
-    pub(super) fn neighbors<const P: usize, const APART: usize>(
+    pub(super) fn neighbors<const P: usize, const APART: usize, T: Number>(
         self,
-        values: &[f32],
+        values: &[T],
         distance: usize,
         words: &mut [u32],
         part: usize,
         turned: bool,
     ) {
-        assert!(values.len() > 15 * distance + (STEP - 1) * APART);
+        assert!(values.len() > 15 * distance + (STEP - 1) * APART + beyond::<APART, T>());
         assert!(words.len() >= (P - 1) * part + TILE);
         // SAFETY: `Tiles` proves that the processor has these instructions; every row lies in its slice.
         unsafe {
             if turned {
-                neighbors_turned::<P, APART>(values, distance, words, part);
+                neighbors_turned::<P, APART, T>(values, distance, words, part);
             } else {
-                neighbors::<P, APART>(values, distance, words, part);
+                neighbors::<P, APART, T>(values, distance, words, part);
             }
         }
     }
 
     /// Words across rows: of rows 2 i and 2 i + 1 of `values`, `[32, 16]` with this distance of rows, to row i or column i;
     /// the rest as in [`Self::neighbors`].
-    pub(super) fn across<const P: usize, const APART: usize>(
+    pub(super) fn across<const P: usize, const APART: usize, T: Number>(
         self,
-        values: &[f32],
+        values: &[T],
         distance: usize,
         words: &mut [u32],
         part: usize,
         turned: bool,
     ) {
-        assert!(values.len() > 31 * distance + 15 * APART);
+        assert!(values.len() > 31 * distance + 15 * APART + beyond::<APART, T>());
         assert!(words.len() >= (P - 1) * part + TILE);
         // SAFETY: `Tiles` proves that the processor has these instructions; every row lies in its slice.
         unsafe {
             if turned {
-                across_turned::<P, APART>(values, distance, words, part);
+                across_turned::<P, APART, T>(values, distance, words, part);
             } else {
-                across::<P, APART>(values, distance, words, part);
+                across::<P, APART, T>(values, distance, words, part);
             }
         }
     }
@@ -517,8 +518,8 @@ fn exp2(x: __m512) -> __m512 {
 /// # Safety
 /// As in [`Tiles::neighbors`].
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn neighbors<const P: usize, const APART: usize>(
-    values: &[f32],
+unsafe fn neighbors<const P: usize, const APART: usize, T: Number>(
+    values: &[T],
     distance: usize,
     words: &mut [u32],
     part: usize,
@@ -527,7 +528,10 @@ unsafe fn neighbors<const P: usize, const APART: usize>(
         // SAFETY: by the caller.
         unsafe {
             let row = values.as_ptr().add(i * distance);
-            let parts = parts::<P>(sixteen::<APART>(row), sixteen::<APART>(row.add(16 * APART)));
+            let parts = parts::<P>(
+                sixteen::<APART, T>(row),
+                sixteen::<APART, T>(row.add(16 * APART)),
+            );
             for (p, numbers) in parts.into_iter().enumerate() {
                 let words = words.as_mut_ptr().add(p * part + 16 * i);
                 _mm512_storeu_si512(words.cast(), numbers);
@@ -539,8 +543,8 @@ unsafe fn neighbors<const P: usize, const APART: usize>(
 /// # Safety
 /// As in [`Tiles::across`].
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn across<const P: usize, const APART: usize>(
-    values: &[f32],
+unsafe fn across<const P: usize, const APART: usize, T: Number>(
+    values: &[T],
     distance: usize,
     words: &mut [u32],
     part: usize,
@@ -549,7 +553,10 @@ unsafe fn across<const P: usize, const APART: usize>(
         // SAFETY: by the caller.
         unsafe {
             let row = values.as_ptr().add(2 * i * distance);
-            let parts = parts::<P>(sixteen::<APART>(row), sixteen::<APART>(row.add(distance)));
+            let parts = parts::<P>(
+                sixteen::<APART, T>(row),
+                sixteen::<APART, T>(row.add(distance)),
+            );
             for (p, numbers) in parts.into_iter().enumerate() {
                 let words = words.as_mut_ptr().add(p * part + 16 * i);
                 _mm512_storeu_si512(words.cast(), interleaved(numbers));
@@ -561,8 +568,8 @@ unsafe fn across<const P: usize, const APART: usize>(
 /// # Safety
 /// As in [`Tiles::neighbors`].
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn neighbors_turned<const P: usize, const APART: usize>(
-    values: &[f32],
+unsafe fn neighbors_turned<const P: usize, const APART: usize, T: Number>(
+    values: &[T],
     distance: usize,
     words: &mut [u32],
     part: usize,
@@ -572,7 +579,10 @@ unsafe fn neighbors_turned<const P: usize, const APART: usize>(
         // SAFETY: by the caller.
         let parts = unsafe {
             let row = values.as_ptr().add(i * distance);
-            parts::<P>(sixteen::<APART>(row), sixteen::<APART>(row.add(16 * APART)))
+            parts::<P>(
+                sixteen::<APART, T>(row),
+                sixteen::<APART, T>(row.add(16 * APART)),
+            )
         };
         for (tile, part) in tiles.iter_mut().zip(parts) {
             tile[i] = part;
@@ -585,8 +595,8 @@ unsafe fn neighbors_turned<const P: usize, const APART: usize>(
 /// # Safety
 /// As in [`Tiles::across`].
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn across_turned<const P: usize, const APART: usize>(
-    values: &[f32],
+unsafe fn across_turned<const P: usize, const APART: usize, T: Number>(
+    values: &[T],
     distance: usize,
     words: &mut [u32],
     part: usize,
@@ -596,7 +606,10 @@ unsafe fn across_turned<const P: usize, const APART: usize>(
         // SAFETY: by the caller.
         let parts = unsafe {
             let row = values.as_ptr().add(2 * i * distance);
-            parts::<P>(sixteen::<APART>(row), sixteen::<APART>(row.add(distance)))
+            parts::<P>(
+                sixteen::<APART, T>(row),
+                sixteen::<APART, T>(row.add(distance)),
+            )
         };
         for (tile, part) in tiles.iter_mut().zip(parts) {
             tile[i] = interleaved(part);
@@ -679,21 +692,36 @@ unsafe fn across_rows<const P: usize>([first, second]: [&[f32]; 2], mut words: [
     }
 }
 
+/// How many numbers behind the last one are read with it.
+const fn beyond<const APART: usize, T: Number>() -> usize {
+    if APART > 1 && !T::IS_F32 { 1 } else { 0 }
+}
+
 /// Numbers that lie so far apart.
 ///
 /// # Safety
-/// All of them are there.
+/// All of them are there; another one too, if they are bf16 and apart.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn sixteen<const APART: usize>(from: *const f32) -> __m512 {
-    // SAFETY: by the caller.
+unsafe fn sixteen<const APART: usize, T: Number>(from: *const T) -> __m512 {
+    // SAFETY: by the caller; `Number` is f32 or bf16.
     unsafe {
         if APART == 1 {
-            return _mm512_loadu_ps(from);
+            return match T::IS_F32 {
+                true => _mm512_loadu_ps(from.cast()),
+                false => widened(_mm256_loadu_si256(from.cast())),
+            };
         }
         let count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         let places = _mm512_mullo_epi32(count, _mm512_set1_epi32(APART as i32));
-        _mm512_i32gather_ps::<4>(places, from)
+        match T::IS_F32 {
+            true => _mm512_i32gather_ps::<4>(places, from.cast()),
+            false => {
+                // Each with its neighbor, which is shifted out.
+                let pairs = _mm512_i32gather_epi32::<2>(places, from.cast());
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs))
+            }
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! What stands for the instructions where there are none: a proof that nobody has.
 
 use super::super::gemm::{MatrixMut, Write};
+use super::super::numbers::Number;
 use super::block::{Right, Strip};
 
 /// Proof that this processor multiplies tiles.
@@ -20,9 +21,9 @@ impl Tiles {
         match self {}
     }
 
-    pub(super) fn neighbors<const P: usize, const APART: usize>(
+    pub(super) fn neighbors<const P: usize, const APART: usize, T: Number>(
         self,
-        _: &[f32],
+        _: &[T],
         _: usize,
         _: &mut [u32],
         _: usize,
@@ -31,9 +32,9 @@ impl Tiles {
         match self {}
     }
 
-    pub(super) fn across<const P: usize, const APART: usize>(
+    pub(super) fn across<const P: usize, const APART: usize, T: Number>(
         self,
-        _: &[f32],
+        _: &[T],
         _: usize,
         _: &mut [u32],
         _: usize,

@@ -6,6 +6,7 @@
 use rayon::prelude::*;
 
 use super::super::gemm::Matrix;
+use super::super::numbers::Number;
 use super::block::{BLOCK, STEP, TILE};
 use super::kernel::Tiles;
 
@@ -32,47 +33,52 @@ pub(super) fn packed_len(n_parts: usize, n_lines: usize, k: usize) -> usize {
 }
 
 /// Packs a factor `[rows or columns, k]`; what is missing to whole blocks is zero.
-pub(super) fn pack<const P: usize>(tiles: Tiles, side: Side, lines: Matrix<'_>, words: &mut [u32]) {
+pub(super) fn pack<const P: usize, T: Number>(
+    tiles: Tiles,
+    side: Side,
+    lines: Matrix<'_, T>,
+    words: &mut [u32],
+) {
     let [_, k] = lines.dims();
     let block_words = k.div_ceil(STEP) * step_words(P);
     let blocks = words.par_chunks_exact_mut(block_words).enumerate();
-    blocks.for_each(|(block, words)| pack_block::<P>(tiles, side, lines, block, words));
+    blocks.for_each(|(block, words)| pack_block::<P, T>(tiles, side, lines, block, words));
 }
 
 /// [`pack`] on the calling thread.
-pub(super) fn pack_alone<const P: usize>(
+pub(super) fn pack_alone<const P: usize, T: Number>(
     tiles: Tiles,
     side: Side,
-    lines: Matrix<'_>,
+    lines: Matrix<'_, T>,
     words: &mut [u32],
 ) {
     let [_, k] = lines.dims();
     let blocks = words.chunks_exact_mut(k.div_ceil(STEP) * step_words(P));
     for (block, words) in blocks.enumerate() {
-        pack_block::<P>(tiles, side, lines, block, words);
+        pack_block::<P, T>(tiles, side, lines, block, words);
     }
 }
 
-fn pack_block<const P: usize>(
+fn pack_block<const P: usize, T: Number>(
     tiles: Tiles,
     side: Side,
-    lines: Matrix<'_>,
+    lines: Matrix<'_, T>,
     block: usize,
     words: &mut [u32],
 ) {
     for (step, words) in words.chunks_exact_mut(step_words(P)).enumerate() {
         for half in 0..2 {
             let at = [block * BLOCK + half * LINES, step * STEP];
-            pack_tile::<P>(tiles, side, lines, at, &mut words[half * TILE..]);
+            pack_tile::<P, T>(tiles, side, lines, at, &mut words[half * TILE..]);
         }
     }
 }
 
 /// A tile of 16 lines and 32 k for every part; `words` begin with the first of them.
-fn pack_tile<const P: usize>(
+fn pack_tile<const P: usize, T: Number>(
     tiles: Tiles,
     side: Side,
-    lines: Matrix<'_>,
+    lines: Matrix<'_, T>,
     [line, k]: [usize; 2],
     words: &mut [u32],
 ) {
@@ -83,29 +89,29 @@ fn pack_tile<const P: usize>(
     if [n_lines, n_k] == [LINES, STEP] {
         if k_stride == 1 {
             let values = &lines.data()[at(0, 0)..];
-            return pack_lines::<P>(tiles, side, values, line_stride, words);
+            return pack_lines::<P, T>(tiles, side, values, line_stride, words);
         }
         if line_stride == 1 {
             let values = &lines.data()[at(0, 0)..];
-            return tiles.across::<P, 1>(values, k_stride, words, 2 * TILE, side == Side::Left);
+            return tiles.across::<P, 1, T>(values, k_stride, words, 2 * TILE, side == Side::Left);
         }
     }
     let mut copy = [0.0; LINES * STEP];
     for (i, copy) in copy.chunks_exact_mut(STEP).enumerate().take(n_lines) {
         for (j, copy) in copy.iter_mut().enumerate().take(n_k) {
-            *copy = lines.data()[at(i, j)];
+            *copy = lines.data()[at(i, j)].to_f32();
         }
     }
-    pack_lines::<P>(tiles, side, &copy, STEP, words);
+    pack_lines::<P, f32>(tiles, side, &copy, STEP, words);
 }
 
 /// [`pack_tile`] of lines of neighboring numbers with this distance.
-pub(super) fn pack_lines<const P: usize>(
+pub(super) fn pack_lines<const P: usize, T: Number>(
     tiles: Tiles,
     side: Side,
-    lines: &[f32],
+    lines: &[T],
     distance: usize,
     words: &mut [u32],
 ) {
-    tiles.neighbors::<P, 1>(lines, distance, words, 2 * TILE, side == Side::Right);
+    tiles.neighbors::<P, 1, T>(lines, distance, words, 2 * TILE, side == Side::Right);
 }

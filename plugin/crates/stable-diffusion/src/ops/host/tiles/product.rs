@@ -2,8 +2,10 @@
 
 use std::ops::Range;
 
+use half::bf16;
 use rayon::prelude::*;
 
+use super::super::numbers::Operand;
 use super::super::{
     gemm::{Matrix, MatrixMut, Tile, Write},
     memory::with_words,
@@ -32,8 +34,8 @@ pub(crate) fn multiply(
     factors: Factors,
     dst: MatrixMut<'_>,
     write: Write,
-    lhs: Matrix<'_>,
-    rhs: Matrix<'_>,
+    lhs: Operand<'_>,
+    rhs: Operand<'_>,
     finish: impl Fn(&mut Tile<'_>) + Sync,
 ) {
     match factors {
@@ -47,8 +49,8 @@ fn product<const P: usize>(
     tiles: Tiles,
     mut dst: MatrixMut<'_>,
     write: Write,
-    lhs: Matrix<'_>,
-    rhs: Matrix<'_>,
+    lhs: Operand<'_>,
+    rhs: Operand<'_>,
     finish: impl Fn(&mut Tile<'_>) + Sync,
 ) {
     let ([m, n], k) = (dst.dims(), lhs.dims()[1]);
@@ -78,8 +80,8 @@ fn part_of_product<const P: usize>(
     tiles: Tiles,
     dst: MatrixMut<'_>,
     write: Write,
-    lhs: Matrix<'_>,
-    rhs: Matrix<'_>,
+    lhs: Operand<'_>,
+    rhs: Operand<'_>,
     finish: impl Fn(&mut Tile<'_>) + Sync,
 ) {
     let ([m, n], k) = (dst.dims(), lhs.dims()[1]);
@@ -101,7 +103,7 @@ fn part_of_product<const P: usize>(
         finish(&mut item);
     };
     with_words(packed_len(P, m, k), |left| {
-        pack::<P>(tiles, Side::Left, lhs, left);
+        pack_operand::<P>(tiles, Side::Left, lhs, left);
         let left = &*left;
         let items = dst.tiles([ITEM_ROWS, columns]).into_par_iter();
         if m <= ITEM_ROWS {
@@ -109,13 +111,13 @@ fn part_of_product<const P: usize>(
             return items.for_each(|item| {
                 with_words(packed_len(P, item.cols.len(), k), |right| {
                     let lines = rhs.t().rows(item.cols.clone());
-                    pack_alone::<P>(tiles, Side::Right, lines, right);
+                    pack_operand_alone::<P>(tiles, Side::Right, lines, right);
                     run(item, left, right);
                 });
             });
         }
         with_words(packed_len(P, n, k), |right| {
-            pack::<P>(tiles, Side::Right, rhs.t(), right);
+            pack_operand::<P>(tiles, Side::Right, rhs.t(), right);
             let right = &*right;
             items.for_each(|item| {
                 let start = item.cols.start / BLOCK * block_words;
@@ -123,6 +125,27 @@ fn part_of_product<const P: usize>(
             });
         });
     });
+}
+
+/// [`pack`] of numbers of either kind.
+fn pack_operand<const P: usize>(tiles: Tiles, side: Side, lines: Operand<'_>, words: &mut [u32]) {
+    match lines {
+        Operand::F32(lines) => pack::<P, f32>(tiles, side, lines, words),
+        Operand::Bf16(lines) => pack::<P, bf16>(tiles, side, lines, words),
+    }
+}
+
+/// [`pack_alone`] of numbers of either kind.
+fn pack_operand_alone<const P: usize>(
+    tiles: Tiles,
+    side: Side,
+    lines: Operand<'_>,
+    words: &mut [u32],
+) {
+    match lines {
+        Operand::F32(lines) => pack_alone::<P, f32>(tiles, side, lines, words),
+        Operand::Bf16(lines) => pack_alone::<P, bf16>(tiles, side, lines, words),
+    }
 }
 
 /// A factor that is multiplied more than once, or a part of one.
@@ -171,9 +194,9 @@ impl<'a> Packed<'a> {
         words: &'a mut [u32],
     ) -> Self {
         match factors {
-            Factors::Rounded => pack_alone::<1>(tiles, side, lines, words),
-            Factors::Paired => pack_alone::<2>(tiles, side, lines, words),
-            Factors::Exact => pack_alone::<3>(tiles, side, lines, words),
+            Factors::Rounded => pack_alone::<1, f32>(tiles, side, lines, words),
+            Factors::Paired => pack_alone::<2, f32>(tiles, side, lines, words),
+            Factors::Exact => pack_alone::<3, f32>(tiles, side, lines, words),
         }
         Self::of_words(factors, side, lines.dims(), words)
     }
@@ -359,7 +382,15 @@ mod tests {
                 ] {
                     let mut y = vec![1.0; m * n];
                     let dst = MatrixMut::new(&mut y, [m, n]);
-                    multiply(tiles, factors, dst, Write::Replace, lhs, rhs, |_| {});
+                    multiply(
+                        tiles,
+                        factors,
+                        dst,
+                        Write::Replace,
+                        lhs.into(),
+                        rhs.into(),
+                        |_| {},
+                    );
                     let [error, largest] = errors(&y, &a, &b, dims);
                     assert!(
                         error <= tolerance * largest.max(1.0),
