@@ -28,7 +28,7 @@ impl Factors {
     fn least_lines(self) -> usize {
         match self {
             Self::Rounded => 48,
-            Self::Paired | Self::Exact => 200,
+            Self::Paired | Self::Exact => 64,
         }
     }
 
@@ -36,7 +36,7 @@ impl Factors {
     fn least_pixels(self) -> usize {
         match self {
             Self::Rounded => 48,
-            Self::Paired | Self::Exact => 200,
+            Self::Paired | Self::Exact => 64,
         }
     }
 }
