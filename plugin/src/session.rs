@@ -29,8 +29,7 @@ pub(crate) fn checkpoint_source(name: &str) -> CheckpointSource {
 /// it: a host that drops its values has the memory back.
 static LAST: Mutex<Option<(String, WeakModel)>> = Mutex::new(None);
 
-/// Loads a checkpoint, with the VAE of another path if one is named, factors of this precision, and steps that keep this
-/// much, or returns the one that is loaded already.
+/// Loads a checkpoint, with the VAE of another path if one is named, in this precision, and with steps that keep this much, or returns the one that is loaded already.
 ///
 /// # Errors
 /// The file is missing, truncated, or no Stable Diffusion 1.x / 2.x checkpoint.
@@ -41,39 +40,30 @@ pub(crate) fn load_model(
     memory: Memory,
 ) -> Result<ModelValue, NodeError> {
     let (name, vae) = (name.trim(), vae.trim());
-    let key = format!("{name}\n{vae}\n{}", fingerprint(name, vae));
+    let key = format!("{name}\n{vae}\n{precision:?}\n{}", fingerprint(name, vae));
     let mut last = LAST.lock();
     if let Some((loaded, model)) = &*last
         && *loaded == key
         && let Some(model) = model.upgrade()
     {
-        let unet = &model.model.unet;
-        if (unet.precision(), unet.memory()) == (precision, memory) {
+        if model.model.unet.memory() == memory {
             return Ok(model);
         }
         // Shares the weights of the other one.
-        return adjusted(&model.model, precision, memory).map(ModelValue::new);
+        return with_memory((*model.model).clone(), memory).map(ModelValue::new);
     }
     let other_vae = (!vae.is_empty()).then(|| Path::new(vae));
     let loaded = DiffusionModel::load_with_vae(&checkpoint_source(name), other_vae, device()?);
     let loaded = loaded.map_err(|error| error.during(|| format!("the loading of {name}")));
+    let loaded = loaded.and_then(|model| model.with_precision(precision));
     let model = loaded.map_err(|error| from_model("checkpoint", &error))?;
-    let model = ModelValue::new(adjusted(&model, precision, memory)?);
+    let model = ModelValue::new(with_memory(model, memory)?);
     *last = Some((key, model.downgrade()));
     Ok(model)
 }
 
-fn adjusted(
-    model: &DiffusionModel,
-    precision: Precision,
-    memory: Memory,
-) -> Result<DiffusionModel, NodeError> {
-    if precision != Precision::F32 && !model.device.is_cpu() {
-        let message = "precision: bf16 is for a CPU so far; on this device choose f32 or auto";
-        return Err(NodeError::invalid_input("precision", message));
-    }
-    let model = model.clone().with_precision(precision);
-    let model = model.and_then(|model| model.with_memory(memory));
+fn with_memory(model: DiffusionModel, memory: Memory) -> Result<DiffusionModel, NodeError> {
+    let model = model.with_memory(memory);
     model.map_err(|error| from_model("checkpoint", &error))
 }
 

@@ -1,11 +1,13 @@
 //! LoadDiffusionModel: a checkpoint becomes a model.
 
+use candle_core::Device;
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use stable_diffusion::memory::Memory;
 use stable_diffusion::ops::Precision;
 
+use crate::device::device;
 use crate::session;
 use crate::values::model_value;
 
@@ -23,8 +25,10 @@ pub(crate) struct Parameters {
     /// Path of another VAE for the model: a `.safetensors` file or a diffusers directory; empty for the checkpoint's own.
     #[serde(default)]
     vae: String,
-    /// Precision of the factors in the U-Net's products; sums are f32 in any case. `bf16` rounds them to 8 bits where the
-    /// processor multiplies tiles of them (Intel AMX), for about twice the speed, and is f32 elsewhere; `auto` is f32.
+    /// What the U-Net's frozen weights are in memory, and the factors of its products; sums, statistics, losses and whatever
+    /// is trained are f32 in any case. `bf16` has 8 bits and takes half the memory; processors with matrix tiles (Intel AMX)
+    /// are about twice as fast with it. `f16` has 11 bits and is for GPUs only. `auto` is f32 on a processor, bf16 on CUDA,
+    /// f16 on Metal.
     #[serde(default)]
     precision: PrecisionChoice,
     /// What a step of learning keeps until its gradients are computed. `fast` keeps everything; `lean` computes the parts of
@@ -44,15 +48,21 @@ pub(crate) enum PrecisionChoice {
     Auto,
     /// 24 bits.
     F32,
-    /// 8 bits.
+    /// 8 bits, and the range of f32.
     Bf16,
+    /// 11 bits, and a small range.
+    F16,
 }
 
-impl From<PrecisionChoice> for Precision {
-    fn from(choice: PrecisionChoice) -> Self {
-        match choice {
-            PrecisionChoice::Auto | PrecisionChoice::F32 => Self::F32,
-            PrecisionChoice::Bf16 => Self::Bf16,
+impl PrecisionChoice {
+    fn on(self, device: &Device) -> Precision {
+        match self {
+            Self::F32 => Precision::F32,
+            Self::Bf16 => Precision::Bf16,
+            Self::F16 => Precision::F16,
+            Self::Auto if device.is_cuda() => Precision::Bf16,
+            Self::Auto if device.is_metal() => Precision::F16,
+            Self::Auto => Precision::F32,
         }
     }
 }
@@ -109,7 +119,7 @@ impl Node for LoadDiffusionModel {
         host: &Host,
     ) -> Result<Outputs, NodeError> {
         host.progress("loading", 0, 1, &parameters.checkpoint);
-        let (precision, memory) = (parameters.precision.into(), parameters.memory.into());
+        let (precision, memory) = (parameters.precision.on(device()?), parameters.memory.into());
         let (checkpoint, vae) = (&parameters.checkpoint, &parameters.vae);
         let model = session::load_model(checkpoint, vae, precision, memory)?;
         host.progress("loading", 1, 1, &parameters.checkpoint);

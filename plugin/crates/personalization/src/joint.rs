@@ -92,8 +92,8 @@ pub fn joint_stage(
             config: m_step,
         };
         let mut step = || {
-            let objective = context.objective(rows.as_tensor(), &draw)?;
-            let (gradients, losses) = objective.gradients(&vars, (STAGE, done))?;
+            let at = (STAGE, done);
+            let (gradients, losses) = context.gradients(rows.as_tensor(), &draw, &vars, at)?;
             let scale = clipping(&gradients, m_step.max_gradient_norm)?;
             optimizer.step(&vars, gradients, &scale, &rates, m_step)?;
             Ok(losses)
@@ -164,9 +164,7 @@ impl Trained {
         if let JointScope::Lora { rank } = config.scope {
             let lora = LoraAdapter::new(&weights, rank, alpha_of(rank), seed)?;
             let variables = lora.variables();
-            let unet = UNet::new(base.config(), &weights, Some(&lora))?
-                .with_precision(base.precision())
-                .with_memory(base.memory());
+            let unet = UNet::new(base.config(), &weights, Some(&lora))?.like(base);
             return Ok(Self {
                 unet: Arc::new(unet),
                 lora: Some(lora),
@@ -175,9 +173,7 @@ impl Trained {
         }
         let is_trained = |name: &str| config.scope == JointScope::Full || is_key_or_value(name);
         let (weights, variables) = weights.trainable(is_trained)?;
-        let unet = UNet::new(base.config(), &weights, None)?
-            .with_precision(base.precision())
-            .with_memory(base.memory());
+        let unet = UNet::new(base.config(), &weights, None)?.like(base);
         Ok(Self {
             unet: Arc::new(unet),
             lora: None,
@@ -189,9 +185,7 @@ impl Trained {
     fn finish(self, model: &DiffusionModel) -> Result<DiffusionModel> {
         let lora = self.lora.map(|lora| lora.detach()).transpose()?;
         let weights = self.unet.weights().detach();
-        let unet = UNet::new(self.unet.config(), &weights, lora.as_ref())?
-            .with_precision(self.unet.precision())
-            .with_memory(self.unet.memory());
+        let unet = UNet::new(self.unet.config(), &weights, lora.as_ref())?.like(&self.unet);
         Ok(DiffusionModel {
             unet: Arc::new(unet),
             is_tuned: model.is_tuned || model.lora.is_some() || lora.is_none(),

@@ -12,6 +12,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Tensor, Var};
+use stable_diffusion::ops::Precision;
 use stable_diffusion::rng::Rng;
 use stable_diffusion::tokenizer::Tokenizer;
 use stable_diffusion::unet::{Backward, LayerAttention, Watch};
@@ -102,16 +103,22 @@ impl Objective<'_> {
     /// Gradients, zeros for variables that it does not depend on, and the losses. The graph ends here, and the device is
     /// waited for once.
     ///
-    /// `at` is the stage and the step, from 1, that a loss which is not finite is reported for.
-    pub(crate) fn gradients(
+    /// `at` is the stage and the step, from 1, that a loss which is not finite is reported for. The loss is `scale` times as
+    /// large on its way back.
+    fn gradients(
         self,
         variables: &[&Var],
+        scale: f64,
         (stage, step): (&'static str, usize),
     ) -> Result<(Vec<Tensor>, Losses)> {
         let wanted: Vec<&Tensor> = variables.iter().map(|var| var.as_tensor()).collect();
-        let found = self.backward.gradients(&self.total, &wanted)?;
+        let found = match scale {
+            1.0 => self.backward.gradients(&self.total, &wanted)?,
+            scale => self.backward.gradients(&(&self.total * scale)?, &wanted)?,
+        };
         let gradient = |(found, variable): (Option<Tensor>, &Tensor)| match found {
-            Some(gradient) => Ok(gradient),
+            Some(gradient) if scale == 1.0 => Ok(gradient),
+            Some(gradient) => Ok((gradient * scale.recip())?.detach()),
             None => Ok(variable.zeros_like()?.detach()),
         };
         let gradients = found.into_iter().zip(wanted);
@@ -132,6 +139,25 @@ impl Objective<'_> {
     }
 }
 
+/// By what the loss is multiplied on its way back, and what is tried before: f16 loses gradients that are too small, and has
+/// no room for large ones. A step that starts anew with each needs no state, so that a run is resumed exactly.
+fn loss_scales(precision: Precision) -> (f64, &'static [f64]) {
+    match precision {
+        Precision::F32 | Precision::Bf16 => (1.0, &[]),
+        Precision::F16 => (1.0, &[16384.0, 1024.0, 64.0]),
+    }
+}
+
+/// Whether all of the numbers are; the device is waited for once.
+fn are_finite(tensors: &[Tensor]) -> Result<bool> {
+    let sums = tensors.iter().map(|tensor| Ok(tensor.abs()?.sum_all()?));
+    let sums = sums.collect::<Result<Vec<_>>>()?;
+    Ok(Tensor::stack(&sums, 0)?
+        .sum_all()?
+        .to_scalar::<f32>()?
+        .is_finite())
+}
+
 /// What the losses of a step are computed with.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct LossContext<'a> {
@@ -146,8 +172,29 @@ pub(crate) struct LossContext<'a> {
 }
 
 impl<'a> LossContext<'a> {
+    /// Gradients of this draw's L with respect to `rows` and whatever else is among `variables`, and the losses; see
+    /// [`Objective::gradients`].
+    pub(crate) fn gradients(
+        &self,
+        rows: &Tensor,
+        draw: &Draw,
+        variables: &[&Var],
+        at: (&'static str, usize),
+    ) -> Result<(Vec<Tensor>, Losses)> {
+        let (last, larger) = loss_scales(self.unet.precision());
+        for &scale in larger {
+            let (gradients, losses) = self
+                .objective(rows, draw)?
+                .gradients(variables, scale, at)?;
+            if are_finite(&gradients)? {
+                return Ok((gradients, losses));
+            }
+        }
+        self.objective(rows, draw)?.gradients(variables, last, at)
+    }
+
     /// L of this draw, differentiable in `rows` `[C·V, D]` and in whatever of the U-Net is a variable.
-    pub(crate) fn objective(&self, rows: &Tensor, draw: &Draw) -> Result<Objective<'a>> {
+    fn objective(&self, rows: &Tensor, draw: &Draw) -> Result<Objective<'a>> {
         let picture = &self.scene.scene.pictures()[draw.picture];
         let concepts: Vec<usize> = draw.subset.iter().map(|&i| picture.concepts[i]).collect();
         let prompt = self
@@ -327,8 +374,8 @@ fn token_step(
         tokenizer,
         config,
     };
-    let objective = context.objective(rows.as_tensor(), draw)?;
-    let (gradients, losses) = objective.gradients(&[&rows], (stage, learned.step + 1))?;
+    let at = (stage, learned.step + 1);
+    let (gradients, losses) = context.gradients(rows.as_tensor(), draw, &[&rows], at)?;
     let scale = clipping(&gradients, config.max_gradient_norm)?;
     let rates = [config.learning_rate];
     let mut optimizer = learned.optimizer.clone();

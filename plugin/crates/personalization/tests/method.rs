@@ -8,7 +8,7 @@
 
 use std::ops::ControlFlow;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use personalization::config::{EmConfig, ExtractionConfig, JointConfig, JointScope};
 use personalization::loss::{cross_attention_loss, masked_diffusion_loss};
 use personalization::{
@@ -17,6 +17,7 @@ use personalization::{
     joint_stage, m_step,
 };
 use stable_diffusion::memory::Memory;
+use stable_diffusion::ops::{Backend, Precision};
 use stable_diffusion::{CheckpointSource, DiffusionModel};
 
 fn model() -> DiffusionModel {
@@ -402,6 +403,81 @@ fn the_joint_stage_changes_its_own_weights_and_no_others() {
             .flat_map(|lora| lora.factors.values())
             .filter(|factors| bits(&factors.up).iter().any(|&v| v != 0));
         assert_eq!(moved.count() > 0, matches!(scope, JointScope::Lora { .. }));
+    }
+}
+
+/// With f16 the loss is scaled on its way back; what is trained is f32 in any case.
+#[test]
+fn half_precision_learns_as_f32_does() {
+    let config = short();
+    let learn = |backend: Backend, precision: Precision| {
+        backend.within(|| {
+            let model = model().with_precision(precision).unwrap();
+            let scene = scene(&model);
+            let outcome = run(&model, &scene, &config);
+            let prepared = PreparedScene::new(&model, &scene).unwrap();
+            let tuned = [JointScope::KeyValue, JointScope::Lora { rank: 2 }].map(|scope| {
+                let joint = JointConfig {
+                    steps: 2,
+                    scope,
+                    ..JointConfig::break_a_scene()
+                };
+                let (tuned, learned) = joint_stage(
+                    &model,
+                    &prepared,
+                    &outcome.masks,
+                    &outcome.learned,
+                    &joint,
+                    &config.m_step,
+                    None,
+                    &mut Silent,
+                )
+                .unwrap();
+                for (name, weight) in &tuned.unet.weights().0 {
+                    if scope == JointScope::KeyValue && name.contains("attn2.to_k.weight") {
+                        assert_eq!(weight.dtype(), DType::F32, "{name} was trained");
+                    }
+                }
+                learned.rows
+            });
+            [
+                &[outcome.learned.initial_rows, outcome.learned.rows],
+                &tuned[..],
+            ]
+            .concat()
+        })
+    };
+    let largest = |a: &Tensor, b: &Tensor| -> f32 {
+        let difference = (a - b).unwrap().abs().unwrap().flatten_all().unwrap();
+        difference.max(0).unwrap().to_scalar().unwrap()
+    };
+    let expected = learn(Backend::Host, Precision::F32);
+    for (backend, precision) in [
+        (Backend::Host, Precision::Bf16),
+        (Backend::Device, Precision::Bf16),
+        (Backend::Device, Precision::F16),
+    ] {
+        let found = learn(backend, precision);
+        for (stage, (found, expected_rows)) in found.iter().zip(&expected).enumerate().skip(1) {
+            assert_eq!(found.dtype(), DType::F32);
+            let moved = largest(expected_rows, &expected[0]);
+            let error = largest(found, expected_rows);
+            // Adam's first steps have the sign of a gradient: one near zero may go the other way.
+            assert!(
+                error.is_finite() && error <= 2.0 * moved,
+                "{precision:?} {stage}: {error} of {moved}"
+            );
+            let mean = |rows: &Tensor| -> f32 {
+                let step = (rows - &expected[0]).unwrap();
+                let along = (step * (expected_rows - &expected[0]).unwrap()).unwrap();
+                along.sum_all().unwrap().to_scalar().unwrap()
+            };
+            let agreement = mean(found) / mean(expected_rows);
+            assert!(
+                agreement > 0.8,
+                "{precision:?} on {backend:?}, {stage}: {agreement}"
+            );
+        }
     }
 }
 

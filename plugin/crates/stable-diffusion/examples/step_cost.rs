@@ -46,7 +46,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let weights = WeightMap::random(0, |w| UNet::build(&config.unet, w))?;
     let unet = UNet::new(&config.unet, &weights, None)?
-        .with_precision(precision)
+        .with_precision(precision)?
         .with_memory(memory);
     drop(weights);
     let text = WeightMap::random(1, |w| TextEncoder::new(&config.text_encoder, w).map(drop))?

@@ -18,8 +18,8 @@
 
 pub mod error;
 
-pub mod memory;
 pub mod device;
+pub mod memory;
 
 pub mod config;
 pub mod weights;

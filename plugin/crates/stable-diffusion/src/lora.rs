@@ -169,7 +169,7 @@ impl LoraAdapter {
         for (path, factors) in &self.factors {
             if let Some(weight) = merged.0.get_mut(&format!("{path}.weight")) {
                 let change = (factors.up.detach().matmul(&factors.down.detach())? * self.scale())?;
-                *weight = (weight.detach() + change)?;
+                *weight = added(weight, &change)?;
             }
         }
         Ok(merged)
@@ -212,4 +212,10 @@ fn is_adapted(path: &str) -> bool {
         && ADAPTED
             .iter()
             .any(|name| path.strip_suffix(name).is_some_and(|p| p.ends_with('.')))
+}
+
+/// A weight and a change of it, in f32, as the weight's type.
+pub(crate) fn added(weight: &Tensor, change: &Tensor) -> Result<Tensor> {
+    let sum = (weight.detach().to_dtype(DType::F32)? + change.to_dtype(DType::F32)?)?;
+    Ok(sum.to_dtype(weight.dtype())?)
 }

@@ -26,6 +26,7 @@ use serde_json::Value;
 
 use crate::config::UNetConfig;
 use crate::error::{Error, Result};
+use crate::lora::added;
 use crate::model::read_optional;
 use crate::single_file::unet_name;
 use crate::weights::{TensorFile, WeightMap};
@@ -303,7 +304,7 @@ impl LoraFile {
             let reason = format!("a change {:?} does not fit {name}", change.dims());
             return Err(Error::unreadable(self.file.name(), reason));
         };
-        *weight = (weight.detach() + (change * strength)?)?;
+        *weight = added(weight, &(change * strength)?)?;
         Ok(())
     }
 }

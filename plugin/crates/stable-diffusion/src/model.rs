@@ -104,17 +104,19 @@ impl DiffusionModel {
         }
     }
 
-    /// This model with a denoiser whose factors are of this precision.
+    /// This model with a denoiser in this precision.
     ///
     /// # Errors
-    /// [`Error::Tensor`] when the tensor library fails.
+    /// [`Error::Argument`] for f16 on a CPU, [`Error::Tensor`] when the tensor library fails.
     pub fn with_precision(self, precision: Precision) -> Result<Self> {
-        let unet = UNet::new(&self.config.unet, self.unet.weights(), self.lora.as_ref())?;
+        let unet = match Arc::try_unwrap(self.unet) {
+            Ok(unet) => unet,
+            Err(shared) => {
+                UNet::new(&self.config.unet, shared.weights(), self.lora.as_ref())?.like(&shared)
+            }
+        };
         Ok(Self {
-            unet: Arc::new(
-                unet.with_precision(precision)
-                    .with_memory(self.unet.memory()),
-            ),
+            unet: Arc::new(unet.with_precision(precision)?),
             ..self
         })
     }
@@ -126,7 +128,7 @@ impl DiffusionModel {
     /// [`Error::Tensor`] when the tensor library fails.
     pub fn with_memory(self, memory: Memory) -> Result<Self> {
         let unet = UNet::new(&self.config.unet, self.unet.weights(), self.lora.as_ref())?
-            .with_precision(self.unet.precision())
+            .like(&self.unet)
             .with_memory(memory);
         let tile = (memory == Memory::Lean).then(|| self.latent_size());
         Ok(Self {
@@ -332,8 +334,8 @@ impl DiffusionModel {
         Ok(Self {
             unet: Arc::new(
                 UNet::new(&self.config.unet, weights, None)?
-                    .with_precision(self.unet.precision())
-                    .with_memory(self.unet.memory()),
+                    .like(&self.unet)
+                    .with_precision(self.unet.precision())?,
             ),
             lora: None,
             is_tuned: true,

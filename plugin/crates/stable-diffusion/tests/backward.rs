@@ -174,7 +174,7 @@ fn rounded_factors_stay_rounded() {
     let context = Var::from_tensor(&random(&[1, 10, 24], 2)).unwrap();
     let step = |memory| {
         let (unet, variables) = network(Scope::Nothing, memory);
-        let network = (unet.with_precision(Precision::Bf16), variables);
+        let network = (unet.with_precision(Precision::Bf16).unwrap(), variables);
         step(&network, &context, Watch::All(&[4]), true)
     };
     let (fast, lean) = (step(Memory::Fast), step(Memory::Lean));

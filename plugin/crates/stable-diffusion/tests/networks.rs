@@ -4,12 +4,13 @@
 
 mod small;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use small::{distance, random};
 use stable_diffusion::{
     Error,
     config::VaeConfig,
-    ops::Backend,
+    memory::Memory,
+    ops::{Backend, Precision},
     text_encoder::TextEncoder,
     unet::{Stage, UNet, Watch},
     vae::Vae,
@@ -257,6 +258,59 @@ fn gradients_reach_the_context_and_no_frozen_weight_here() {
         !without.track_op(),
         "a pass without gradients keeps its graph"
     );
+}
+
+/// Of f32, in half precision: what comes out is f32 and near, what is trained keeps its type, and weights take half.
+#[test]
+fn half_precision_is_near() {
+    for (backend, precision, tolerance) in [
+        (Backend::Host, Precision::Bf16, 0.03),
+        (Backend::Device, Precision::Bf16, 0.05),
+        (Backend::Device, Precision::F16, 0.01),
+    ] {
+        backend.within(|| half_precision_is_near_here(backend, precision, tolerance));
+    }
+    let error = small::unet().with_precision(Precision::F16).unwrap_err();
+    assert!(error.to_string().contains("choose bf16"), "{error}");
+}
+
+fn half_precision_is_near_here(backend: Backend, precision: Precision, tolerance: f32) {
+    let latents = random(&[2, 4, 16, 16], 1);
+    let run = |unet: &UNet| {
+        let context = Var::from_tensor(&random(&[1, 10, 24], 2)).unwrap();
+        let watch = Watch::Layers(&[13], &[4]);
+        let (observed, backward) = unet
+            .forward_for_gradients(&latents, &[3.0, 700.0], &context, watch)
+            .unwrap();
+        let seen = &observed.attention[0].probabilities;
+        let square = |x: &Tensor| x.sqr().unwrap().sum_all().unwrap();
+        let loss = (square(&observed.prediction) + square(seen)).unwrap();
+        let gradients = backward.gradients(&loss, &[&context]).unwrap();
+        let gradient = gradients.into_iter().next().unwrap().unwrap();
+        [observed.prediction.detach(), seen.detach(), gradient]
+    };
+    let expected = run(&small::unet());
+    for memory in [Memory::Fast, Memory::Lean] {
+        let unet = small::unet().with_precision(precision).unwrap();
+        let unet = unet.with_memory(memory);
+        let halves = unet
+            .weights()
+            .0
+            .iter()
+            .filter(|(_, w)| w.dtype() == precision.dtype());
+        let n_matrices = unet.weights().0.values().filter(|w| w.rank() >= 2).count();
+        match backend {
+            Backend::Host => assert_eq!(halves.count(), n_matrices),
+            Backend::Device => assert_eq!(halves.count(), unet.weights().0.len()),
+        }
+        for (found, expected) in run(&unet).iter().zip(&expected) {
+            assert_eq!(found.dtype(), DType::F32);
+            let largest = distance(expected, &expected.zeros_like().unwrap());
+            let error = distance(found, expected) / largest;
+            assert!(error > 0.0, "{precision:?} on {backend:?} rounds nothing");
+            assert!(error < tolerance, "{precision:?} on {backend:?}: {error}");
+        }
+    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ mod observation;
 mod parts;
 mod transformer;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use self::{
     blocks::{DownLevel, Middle, UpLevel},
@@ -25,7 +25,7 @@ use crate::{
     layers::{Conv3x3, GroupNorm, Linear},
     lora::LoraAdapter,
     memory::{Memory, bytes_of, foresee, is_much},
-    ops::{self, Precision},
+    ops::{self, Backend, Precision},
     weights::{WeightMap, Weights},
 };
 
@@ -39,7 +39,10 @@ pub struct UNet {
     weights: WeightMap,
     layers: Vec<CrossAttentionLayer>,
     network: Network,
+    lora: Option<LoraAdapter>,
     precision: Precision,
+    /// Of what is between the parts: that of `precision` on a device.
+    activations: DType,
     memory: Memory,
 }
 
@@ -63,18 +66,53 @@ impl UNet {
             weights: weights.clone(),
             layers,
             network,
+            lora: lora.cloned(),
             precision: Precision::F32,
+            activations: DType::F32,
             memory: Memory::default(),
         })
     }
 
-    /// With factors of this precision, f32 at first.
-    #[must_use]
-    pub fn with_precision(self, precision: Precision) -> Self {
-        Self { precision, ..self }
+    /// In this precision, f32 at first: frozen weights are converted, variables are not.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for f16 on a CPU, [`Error::Tensor`] when the tensor library fails.
+    pub fn with_precision(self, precision: Precision) -> Result<Self> {
+        let Self {
+            config,
+            weights,
+            lora,
+            memory,
+            network,
+            ..
+        } = self;
+        // It holds the same tensors: a weight that is converted is freed.
+        drop(network);
+        let weights = weights.in_precision(precision)?;
+        let rebuilt = Self::new(&config, &weights, lora.as_ref())?;
+        Ok(rebuilt.computing_in(precision).with_memory(memory))
     }
 
-    /// Of what its factors are.
+    /// Computing as `other` does; the weights stay as they are.
+    #[must_use]
+    pub fn like(self, other: &Self) -> Self {
+        self.computing_in(other.precision).with_memory(other.memory)
+    }
+
+    fn computing_in(self, precision: Precision) -> Self {
+        let mut weights = self.weights.0.values();
+        let activations = match weights.next().map(|w| Backend::of_product(w, w)) {
+            Some(Backend::Device) => precision.dtype(),
+            _ => DType::F32,
+        };
+        Self {
+            precision,
+            activations,
+            ..self
+        }
+    }
+
+    /// Of what its weights and factors are.
     pub fn precision(&self) -> Precision {
         self.precision
     }
@@ -153,19 +191,20 @@ impl UNet {
         watch: Watch<'_>,
     ) -> Result<Observed> {
         self.check(latents, timesteps, context, watch)?;
+        let [latents, context] = self.as_activations([latents, context])?;
         let mut pass = Pass {
-            context,
+            context: &context,
             watch,
             attention: Vec::new(),
         };
         let forward = || {
             let parts = self.network.parts();
             self.network
-                .forward(&parts, &self.config, latents, timesteps, &mut pass)
+                .forward(&parts, &self.config, &latents, timesteps, &mut pass)
         };
         let prediction = self.precision.within(forward)?;
         Ok(Observed {
-            prediction,
+            prediction: prediction.to_dtype(DType::F32)?,
             attention: pass.attention,
         })
     }
@@ -187,10 +226,16 @@ impl UNet {
             return Ok((observed, Backward::kept()));
         }
         self.check(latents, timesteps, context, watch)?;
-        self.precision.within(|| {
-            let time = self.network.time(&self.config, latents, timesteps)?;
-            backward::forward(self, latents, time, context, watch)
-        })
+        let [latents, context] = self.as_activations([latents, context])?;
+        let (observed, backward) = self.precision.within(|| {
+            let time = self.network.time(&self.config, &latents, timesteps)?;
+            backward::forward(self, &latents, time, &context, watch)
+        })?;
+        let observed = Observed {
+            prediction: observed.prediction.to_dtype(DType::F32)?,
+            ..observed
+        };
+        Ok((observed, backward))
     }
 
     /// The plane that the `n_up`-th up level gives, `[B, C, h', w']`: what the network sees in the picture, coarse for
@@ -214,20 +259,26 @@ impl UNet {
                 format!("{n_up} of {n_levels} levels"),
             ));
         }
+        let [latents, context] = self.as_activations([latents, context])?;
         let mut pass = Pass {
-            context,
+            context: &context,
             watch,
             attention: Vec::new(),
         };
         let rise = || {
             let parts = self.network.parts_up_to(n_up);
             self.network
-                .forward(&parts, &self.config, latents, timesteps, &mut pass)
+                .forward(&parts, &self.config, &latents, timesteps, &mut pass)
         };
-        self.precision.within(rise)
+        Ok(self.precision.within(rise)?.to_dtype(DType::F32)?)
     }
 
-    /// About what a step that keeps everything holds of its pass, in bytes of f32; a test counts them.
+    fn as_activations(&self, inputs: [&Tensor; 2]) -> Result<[Tensor; 2]> {
+        let [latents, context] = inputs.map(|input| input.to_dtype(self.activations));
+        Ok([latents?, context?])
+    }
+
+    /// About what a step that keeps everything holds of its pass, in bytes; a test counts them.
     pub fn kept_bytes(&self, n_samples: usize, latent: [usize; 2]) -> u64 {
         /// Planes of a residual block: what it is given and joined with, both norms, convolutions, and sums.
         const RESIDUAL: usize = 8;
@@ -255,6 +306,7 @@ impl UNet {
             .enumerate()
             .map(of_level)
             .fold(0, u64::saturating_add)
+            / (DType::F32.size_in_bytes() / self.activations.size_in_bytes()) as u64
     }
 
     /// Whether parts are computed once more on the way back.

@@ -18,7 +18,8 @@ pub(crate) use tensor_file::refuse_pickle;
 pub use tensor_writer::{encode_tensors, save_tensors};
 pub use whole_file::write_whole;
 
-use crate::error::{CheckpointError, Misshapen, Result};
+use crate::error::{CheckpointError, Error, Misshapen, Result};
+use crate::ops::{Backend, Precision};
 use crate::rng::Rng;
 
 /// Prefix that the text encoder's tensors have in Stable Diffusion's files and in transformers
@@ -39,7 +40,8 @@ pub(crate) fn is_unused(name: &str) -> bool {
         || name.starts_with("vision_model.")
 }
 
-/// The tensors of one component (U-Net, VAE, text encoder) by their name in diffusers' layout, f32.
+/// The tensors of one component (U-Net, VAE, text encoder) by their name in diffusers' layout; f32, or of the type of a
+/// [`Precision`].
 #[derive(Debug, Clone, Default)]
 pub struct WeightMap(pub BTreeMap<String, Tensor>);
 
@@ -55,6 +57,34 @@ impl WeightMap {
         Ok(Self(tensors.collect::<Result<_>>()?))
     }
 
+    /// The same weights in this precision; variables stay what they are. On a CPU that are the matrices and kernels.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for f16 on a CPU, [`Error::Tensor`] when the tensor library fails.
+    pub(crate) fn in_precision(self, precision: Precision) -> Result<Self> {
+        if precision == Precision::F32 {
+            return Ok(self);
+        }
+        let on_host = self
+            .0
+            .values()
+            .any(|w| Backend::of_product(w, w) == Backend::Host);
+        if on_host && precision == Precision::F16 {
+            let reason = "f16 is for GPUs; on a processor choose bf16, f32 or auto";
+            return Err(Error::argument("precision", reason));
+        }
+        // One at a time: those that nobody else holds are freed on the way.
+        let converted = self.0.into_iter().map(|(name, weight)| {
+            let is_kept = weight.is_variable() || (on_host && weight.rank() < 2);
+            let weight = match is_kept {
+                true => weight,
+                false => weight.detach().to_dtype(precision.dtype())?,
+            };
+            Ok((name, weight))
+        });
+        Ok(Self(converted.collect::<Result<_>>()?))
+    }
+
     /// (1 - strength) · these + strength · `other`, for networks of one shape.
     ///
     /// # Errors
@@ -68,8 +98,10 @@ impl WeightMap {
             else {
                 return Ok((name.clone(), weight.clone()));
             };
-            let step = ((goal - weight)? * strength)?;
-            Ok((name.clone(), (weight + step)?.detach()))
+            let [from, to] = [weight.to_dtype(DType::F32)?, goal.to_dtype(DType::F32)?];
+            let step = ((to - &from)? * strength)?;
+            let between = (from + step)?.to_dtype(weight.dtype())?;
+            Ok((name.clone(), between.detach()))
         };
         Ok(Self(self.0.iter().map(between).collect::<Result<_>>()?))
     }
@@ -90,7 +122,7 @@ impl WeightMap {
         Ok(Self(made))
     }
 
-    /// A map in which the weights that `is_trained` names are variables, copies of these, and the variables by name,
+    /// A map in which the weights that `is_trained` names are variables, copies of these in f32, and the variables by name,
     /// in order. The other weights are shared.
     ///
     /// # Errors
@@ -104,7 +136,7 @@ impl WeightMap {
         for (name, weight) in &mut weights.0 {
             if is_trained(name) {
                 // Detached, because a variable made from a variable is the same one.
-                let variable = Var::from_tensor(&weight.detach())?;
+                let variable = Var::from_tensor(&weight.detach().to_dtype(DType::F32)?)?;
                 *weight = variable.as_tensor().clone();
                 variables.push((name.clone(), variable));
             }

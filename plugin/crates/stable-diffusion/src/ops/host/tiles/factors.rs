@@ -54,7 +54,7 @@ impl Means {
         Self {
             tiles: Tiles::get(),
             factors: match Precision::current() {
-                Precision::F32 => Factors::Exact,
+                Precision::F32 | Precision::F16 => Factors::Exact,
                 Precision::Bf16 => Factors::Rounded,
             },
         }
