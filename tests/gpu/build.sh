@@ -68,10 +68,12 @@ export CUDA_HOME=$cuda CUDA_PATH=$cuda CUDARC_CUDA_VERSION=13000 PATH=$cuda/bin:
 if [ "$(cat "$CARGO_TARGET_DIR/compute-cap" 2> /dev/null)" != "$CUDA_COMPUTE_CAP" ] && [ -d "$CARGO_TARGET_DIR/release/build" ]; then
     cargo clean -q --release -p candle-kernels
 fi
+# Before the build: one that was interrupted goes on.
+mkdir -p "$CARGO_TARGET_DIR"
+echo "$CUDA_COMPUTE_CAP" > "$CARGO_TARGET_DIR/compute-cap"
 # The whole workspace, so that all programs share one build of candle.
 nice -n 19 cargo build --workspace --locked --release --features plugin/cuda --message-format=json-render-diagnostics \
     --lib --bin host-demo --example stage_cost --test parity > "$out/built.json"
-echo "$CUDA_COMPUTE_CAP" > "$CARGO_TARGET_DIR/compute-cap"
 
 python3 "$here/collect.py" "$out/pack" < "$out/built.json"
 strip "$out"/pack/*
