@@ -1,5 +1,7 @@
-"""Puts the programs that cargo has built into a folder: `cargo build … --message-format=json-render-diagnostics | python3 collect.py
-FOLDER`. With `--link` nothing is copied."""
+"""Puts the programs that cargo has built into a folder; with `--link` nothing is copied.
+
+    cargo build … --message-format=json-render-diagnostics | python3 collect.py FOLDER [--link]
+"""
 import json
 import pathlib
 import shutil

@@ -12,7 +12,8 @@ minutes go:
            memory left, which is an error, and one after it, which works
 
 PyTorch is that of this Python; PEERS has pure-Python packages that it lacks, as wheels (diffusers). Needs no Rust and no
-network. `--tiny` is for a machine without a GPU: the bundled model's shapes and few steps, so that the program is tried.
+network. `--tiny` is for a machine without a GPU: the bundled model's shapes and few steps, so that the program is tried. Ends with 0 if
+nothing that was tried came out wrong.
 """
 import argparse
 import glob
@@ -28,6 +29,7 @@ import zipfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+PROGRAMS = ["host-demo", "libconceptloom.so", "parity", "stage_cost"]
 WORKS = ["tokens", "e-step", "lora", "sampling", "decode"]
 NAMES = {"tokens": "token-learning step", "e-step": "draw of the E-step", "lora": "joint LoRA step (rank 16)",
          "sampling": "guided sampling step", "decode": "latents to a picture"}
@@ -147,6 +149,11 @@ class Proof:
             "mask_iou": {name.removeprefix("mask IoU of "): {"first": points[0][1], "last": points[-1][1]}
                          for name, points in curves.items()}}
 
+    def holds(self):
+        """Nothing that was tried came out wrong."""
+        parity = self.results.get("parity", {}).values()
+        return all(found["passed"] for found in parity) and self.results.get("memory", {"survived": True})["survived"]
+
     # What is written.
 
     def write(self):
@@ -262,12 +269,16 @@ def main():
     parser.add_argument("--tiny", action="store_true")
     wanted = parser.parse_args()
     wanted.device = os.environ.get("CONCEPTLOOM_DEVICE") or "cuda"
+    missing = [name for name in PROGRAMS if not (wanted.programs / name).exists()]
+    if missing:
+        sys.exit(f"{wanted.programs} has no {', '.join(missing)}; unpack what build.sh packed with unpack.py, and name that folder")
     wanted.out.mkdir(parents=True, exist_ok=True)
     proof = Proof(wanted)
     proof.device()
     for name in ["parity", "demo", "steps"]:
         proof.stage(name, getattr(proof, name))
         proof.write()
+    sys.exit(0 if proof.holds() else 1)
 
 
 main()
