@@ -212,30 +212,72 @@ pub(crate) fn values(input: &str, shared: &SharedTensor) -> Result<Vec<f32>, Nod
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::device;
+
+    /// On the device of this process.
+    fn counted(n: usize) -> Tensor {
+        Tensor::arange(0f32, n as f32, device().unwrap()).unwrap()
+    }
 
     #[test]
     fn a_tensor_comes_back_as_the_very_same_buffer() {
-        let there = Tensor::arange(0f32, 24.0, &Device::Cpu)
-            .unwrap()
-            .reshape((2, 3, 4))
-            .unwrap();
+        let there = counted(24).reshape((2, 3, 4)).unwrap();
         let view = there.narrow(0, 1, 1).unwrap();
         let shared = share(&view).unwrap();
-        assert_eq!(shared.as_f32().unwrap()[0], 12.0);
-        assert_eq!(
-            shared.data_address(),
-            share(&there).unwrap().data_address() + 48
-        );
-        let back = tensor("x", &shared, &Device::Cpu).unwrap();
+        assert_eq!(shared.to_vec().unwrap()[0], 12.0);
+        let whole = share(&there).unwrap().data_address();
+        assert_eq!(shared.data_address(), whole + 48);
+        let back = tensor("x", &shared, device().unwrap()).unwrap();
         assert_eq!(share(&back).unwrap().data_address(), shared.data_address());
     }
 
     #[test]
     fn a_foreign_tensor_is_copied() {
         let shared = SharedTensor::from_vec(vec![1.0, 2.0], &[2]).unwrap();
-        let here = tensor("x", &shared, &Device::Cpu).unwrap();
+        let here = tensor("x", &shared, device().unwrap()).unwrap();
         assert_eq!(here.to_vec1::<f32>().unwrap(), [1.0, 2.0]);
         assert_ne!(share(&here).unwrap().data_address(), shared.data_address());
+    }
+
+    /// What another plugin would hand over: the same memory, whose owner this library does not know.
+    struct Foreign(CandleOwner);
+
+    impl TensorOwner for Foreign {
+        fn wait_on(&self, stream: u64) -> i32 {
+            self.0.wait_on(stream)
+        }
+        fn host_sync(&self) -> i32 {
+            self.0.host_sync()
+        }
+        fn release_after(&self, stream: u64) {
+            self.0.release_after(stream);
+        }
+        fn copy_to_host(&self) -> RResult<RVec<u8>, NodeError> {
+            self.0.copy_to_host()
+        }
+    }
+
+    #[test]
+    fn a_foreign_tensor_on_the_device_has_its_values() {
+        let there = counted(6);
+        let memory = memory(&there).unwrap();
+        let description = TensorDescription {
+            address: memory.address,
+            byte_offset: memory.byte_offset,
+            allocation_bytes: memory.allocation_bytes,
+            device: memory.device,
+            data_type: DataType::F32,
+            shape: vec![2, 3],
+            strides: vec![3, 1],
+            stream: memory.stream,
+        };
+        // SAFETY: the owner holds the tensor whose memory is described.
+        let foreign = unsafe { SharedTensor::from_raw(&description, Foreign(CandleOwner(there))) };
+        let foreign = foreign.unwrap();
+        let here = tensor("x", &foreign, device().unwrap()).unwrap();
+        let rows = here.to_vec2::<f32>().unwrap();
+        assert_eq!(rows, [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]);
+        assert_ne!(share(&here).unwrap().data_address(), foreign.data_address());
     }
 
     #[test]

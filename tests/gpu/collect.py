@@ -15,10 +15,11 @@ for line in sys.stdin:
     if message["reason"] != "compiler-artifact":
         continue
     target, files = message["target"], [message.get("executable")]
-    if target["name"] == "conceptloom":
+    name = target["name"] + ("-unit-tests" if message["profile"]["test"] and target["kind"] != ["test"] else "")
+    if name == "conceptloom":
         files += [file for file in message["filenames"] if file.endswith(".so")]
     for file in filter(None, files):
-        place = folder / ("libconceptloom.so" if file.endswith(".so") else target["name"])
+        place = folder / ("libconceptloom.so" if file.endswith(".so") else name)
         if is_linked:
             place.symlink_to(file)
         else:

@@ -6,6 +6,7 @@ PROGRAMS is what unpack.py unpacked. The device is that of CONCEPTLOOM_DEVICE (d
 minutes go:
 
   parity   every recorded tensor of PyTorch and diffusers, on the CPU and on the device; gradients among them
+  wires    tensors between nodes: the very same memory within the library, values, order and addresses of another's
   demo     the bundled workflow from end to end, with the IoU of its masks
   steps    seconds and peak memory of token-learning steps, draws of the E-step, joint LoRA steps, sampling steps and decoding
            of SD 1.5's shapes at 512 pixels with random weights, beside PyTorch's, in turn (A B A B); and a step without any
@@ -29,7 +30,7 @@ import zipfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PROGRAMS = ["host-demo", "libconceptloom.so", "parity", "stage_cost"]
+PROGRAMS = ["host-demo", "libconceptloom.so", "parity", "stage_cost", "conceptloom-unit-tests"]
 WORKS = ["tokens", "e-step", "lora", "sampling", "decode"]
 NAMES = {"tokens": "token-learning step", "e-step": "draw of the E-step", "lora": "joint LoRA step (rank 16)",
          "sampling": "guided sampling step", "decode": "latents to a picture"}
@@ -101,6 +102,13 @@ class Proof:
             self.results.setdefault("parity", {})[device] = {
                 "passed": done.returncode == 0, "seconds": seconds, "tensors": tables[device]}
 
+    def wires(self):
+        _, done = self.run([self.programs / "conceptloom-unit-tests", "tensor_bridge"], self.wanted.device)
+        n_passed = re.search(r"(\d+) passed", done.stdout)
+        if not n_passed:
+            raise Failed(last_line(done.stderr))
+        self.results["wires"] = {"passed": done.returncode == 0, "tests": int(n_passed[1])}
+
     def steps(self):
         shapes = "sprites" if self.wanted.tiny else "sd15"
         steps, peer_size = (2, 32) if self.wanted.tiny else (10, 64)
@@ -151,8 +159,8 @@ class Proof:
 
     def holds(self):
         """Nothing that was tried came out wrong."""
-        parity = self.results.get("parity", {}).values()
-        return all(found["passed"] for found in parity) and self.results.get("memory", {"survived": True})["survived"]
+        tried = [*self.results.get("parity", {}).values(), self.results.get("wires", {"passed": True})]
+        return all(found["passed"] for found in tried) and self.results.get("memory", {"survived": True})["survived"]
 
     # What is written.
 
@@ -175,6 +183,9 @@ class Proof:
                     yield f"| {name} | {on} | {worst['relative']:.1e} ({worst['tensor']}) | {len(lines)} | {verdict} |"
                 if not found["passed"]:
                     yield f"| all | {on} | | | **the test failed** |"
+        if "wires" in results:
+            verdict = "passed" if results["wires"]["passed"] else "**not all passed**"
+            yield f"\nTensors between nodes: {results['wires']['tests']} tests, {verdict}"
         if results.get("steps"):
             yield "\nSeconds: median (least to most); memory: the most."
             yield "\n| precision | work | | seconds | GiB | ratio of time | of memory |\n| --- | --- | --- | --- | --- | --- | --- |"
@@ -275,7 +286,7 @@ def main():
     wanted.out.mkdir(parents=True, exist_ok=True)
     proof = Proof(wanted)
     proof.device()
-    for name in ["parity", "demo", "steps"]:
+    for name in ["parity", "wires", "demo", "steps"]:
         proof.stage(name, getattr(proof, name))
         proof.write()
     sys.exit(0 if proof.holds() else 1)

@@ -8,8 +8,10 @@ cd "$here/../.."
 work="${CARGO_TARGET_DIR:-$PWD/target}/proof"
 mkdir -p "$work"
 # The selection of the tests' own build, so that nothing is compiled twice.
-cargo build --workspace --release --locked --lib --bins --examples --test parity --message-format=json-render-diagnostics \
-    | python3 "$here/collect.py" "$work/programs" --link
+{
+    cargo build --workspace --release --locked --lib --bins --examples --test parity --message-format=json-render-diagnostics
+    cargo test --workspace --release --locked --lib --no-run --message-format=json-render-diagnostics
+} | python3 "$here/collect.py" "$work/programs" --link
 rm -rf "$work/out"
 CONCEPTLOOM_DEVICE=cpu python3 "$here/prove.py" "$work/programs" --out "$work/out" --tiny --minutes 20
 python3 - "$work/out/proof.json" << 'PYTHON'
@@ -20,6 +22,7 @@ assert proof["device"]["device"] == "cpu", proof["device"]
 parity = proof["parity"]["cpu"]
 assert parity["passed"] and len(parity["tensors"]) > 200, len(parity["tensors"])
 assert any("gradient" in line["tensor"] for line in parity["tensors"]) and not any(line["differs"] for line in parity["tensors"])
+assert proof["wires"]["passed"] and proof["wires"]["tests"] >= 4, proof["wires"]
 for work in "tokens", "e-step", "lora", "sampling", "decode":
     ours = proof["steps"]["f32"][work]["ours"]
     assert len(ours["seconds"]) >= 2 and min(ours["seconds"]) > 0 and ours["peak_bytes"] > 1 << 20, (work, ours)
