@@ -150,6 +150,12 @@ impl Eye<'_> {
             let noisy = schedule.add_noise(&latents, &noise, timesteps)?;
             let t: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
             let observed = model.unet.forward_observed(&noisy, &t, &context, watch)?;
+            let target = schedule.target(&latents, &noise, timesteps)?;
+            let squares = own_contexts
+                .iter()
+                .map(|context| Ok((model.unet.forward(&noisy, &t, context)? - &target)?.sqr()?))
+                .collect::<Result<Vec<_>>>()?;
+            // Only now is anything read: a device has the whole pass to do before it is waited for.
             sums.add(&observed.attention, &self.weights(timesteps))?;
             if let Some(evidence) = &mut evidence {
                 let seen = observed.attention.iter().filter(|layer| {
@@ -159,11 +165,6 @@ impl Eye<'_> {
                     .filter_map(|layer| layer.self_attention.as_ref())
                     .collect();
                 evidence.affinity.add(&seen)?;
-                let target = schedule.target(&latents, &noise, timesteps)?;
-                let squares = own_contexts
-                    .iter()
-                    .map(|context| Ok((model.unet.forward(&noisy, &t, context)? - &target)?.sqr()?))
-                    .collect::<Result<Vec<_>>>()?;
                 evidence.add(&asked, &squares, misfit)?;
             }
             done += n_draws;
