@@ -35,7 +35,7 @@ WORKS = ["tokens", "e-step", "lora", "sampling", "decode"]
 NAMES = {"tokens": "token-learning step", "e-step": "draw of the E-step", "lora": "joint LoRA step (rank 16)",
          "sampling": "guided sampling step", "decode": "latents to a picture"}
 # What stage_cost can be asked for. A precision that it does not have on this device it says so of.
-PRECISIONS = ["f32", "bf16"]
+PRECISIONS = ["f32", "bf16", "f16"]
 PEERS = ["contiguous", "channels_last"]
 # Of the bundled tokenizer, which the random model has.
 VOCABULARY = 930

@@ -16,7 +16,12 @@ use stable_diffusion::{
 /// Each time is the least of so many.
 const N_TIMES: usize = 3;
 
-type Operation = Box<dyn Fn(&Tensor) -> stable_diffusion::Result<Tensor>>;
+/// Its name, the dimensions of its input, and what it does.
+type Operation = (
+    String,
+    Vec<usize>,
+    Box<dyn Fn(&Tensor) -> stable_diffusion::Result<Tensor>>,
+);
 
 fn main() -> Result<(), Box<dyn Error>> {
     let precision = match std::env::args().nth(1).as_deref() {
@@ -41,8 +46,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn operations() -> Result<Vec<(String, Vec<usize>, Operation)>, Box<dyn Error>> {
-    let mut all: Vec<(String, Vec<usize>, Operation)> = Vec::new();
+fn operations() -> Result<Vec<Operation>, Box<dyn Error>> {
+    let mut all: Vec<Operation> = Vec::new();
     for (width, side) in [(320, 64), (640, 32), (1280, 16), (1280, 8)] {
         let n = side * side;
         all.push((

@@ -83,7 +83,7 @@ fn attend<const P: usize>(
                 let range = start..op.n_keys.min(start + FORWARD_KEYS);
                 let n_keys = range.len().next_multiple_of(BLOCK);
                 let scores = &mut scores[..n_keys * width];
-                let keys = keys.from_line(start);
+                let keys = keys.starting_at(start);
                 products::<P>(
                     configured,
                     Write::Replace,
@@ -121,9 +121,9 @@ fn products<const P: usize>(
 ) {
     let mut dst = MatrixMut::new(dst, dims);
     for row in (0..dims[0]).step_by(BLOCK) {
-        let lhs = lhs.from_line(row);
+        let lhs = lhs.starting_at(row);
         for column in (0..dims[1]).step_by(BLOCK) {
-            let rhs = rhs.from_line(column);
+            let rhs = rhs.starting_at(column);
             block_product::<P>(tiles, write, &mut dst, [row, column], lhs, rhs);
         }
     }
@@ -299,16 +299,16 @@ fn backward_keys<const S: usize, const P: usize>(
         tiles.configured(|configured| {
             for query in (0..n_queries).step_by(QUERIES) {
                 let width = QUERIES.min(n_queries - query);
-                let q_lines = queries.q_lines.from_line(query);
-                let dy_lines = queries.dy_lines.from_line(query);
+                let q_lines = queries.q_lines.starting_at(query);
+                let dy_lines = queries.dy_lines.starting_at(query);
                 let (scores, d_scores) =
                     (&mut scores[..BLOCK * width], &mut d_scores[..BLOCK * width]);
                 let strip_len = Packed::len(rest, [BLOCK, width]);
                 for key in (0..n_keys).step_by(BLOCK) {
                     let dims = [BLOCK, width];
-                    let key_lines = key_lines.from_line(key);
+                    let key_lines = key_lines.starting_at(key);
                     products::<S>(configured, Write::Replace, scores, dims, key_lines, q_lines);
-                    let value_lines = value_lines.from_line(key);
+                    let value_lines = value_lines.starting_at(key);
                     products::<P>(
                         configured,
                         Write::Replace,

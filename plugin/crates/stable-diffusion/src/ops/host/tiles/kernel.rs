@@ -479,8 +479,9 @@ unsafe fn score_gradients<const P: usize>(
                     }
                     [d_low, d_high]
                 });
-                for half in 0..2 {
-                    let both = parts::<P>(rows[0][half], rows[1][half]);
+                let [first, second] = rows;
+                for (half, (first, second)) in first.into_iter().zip(second).enumerate() {
+                    let both = parts::<P>(first, second);
                     for (i, part) in both.into_iter().enumerate() {
                         let words = right.add(i * 2 * TILE + half * TILE + 16 * pair);
                         _mm512_storeu_si512(words.cast(), interleaved(part));
@@ -501,7 +502,7 @@ fn exp2(x: __m512) -> __m512 {
         1.333_355_8e-3,
         9.618_129e-3,
         5.550_411e-2,
-        2.402_265_1e-1,
+        2.402_265e-1,
         6.931_472e-1,
         1.0,
     ];

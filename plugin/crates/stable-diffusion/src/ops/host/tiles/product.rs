@@ -220,7 +220,7 @@ impl<'a> Packed<'a> {
     }
 
     /// The lines from one on, the first of a block.
-    pub(crate) fn from_line(self, line: usize) -> Self {
+    pub(crate) fn starting_at(self, line: usize) -> Self {
         assert!(line.is_multiple_of(BLOCK) && line < self.n_lines);
         Self {
             n_lines: self.n_lines - line,
@@ -410,7 +410,7 @@ mod tests {
                             .step_by(BLOCK)
                             .flat_map(|row| (0..n).step_by(BLOCK).map(move |column| [row, column]))
                         {
-                            let (lhs, rhs) = (lhs.from_line(at[0]), rhs.from_line(at[1]));
+                            let (lhs, rhs) = (lhs.starting_at(at[0]), rhs.starting_at(at[1]));
                             match factors {
                                 Factors::Rounded => {
                                     block_product::<1>(tiles, Write::Add, &mut dst, at, lhs, rhs)
