@@ -506,16 +506,12 @@ fn rounded_factors_give_nearly_the_same() {
 #[test]
 fn frozen_weights_may_be_bf16_in_memory() {
     let around = Padding::around(1);
-    let projection: fn(&Tensor, &Tensor) -> Result<Tensor> = |x, w| ops::linear(x, w, None);
-    let planes: fn(&Tensor, &Tensor) -> Result<Tensor> =
-        |x, w| ops::linear_to_channels(x, w, None, [20, 16]);
+    type Product = dyn Fn(&Tensor, &Tensor) -> Result<Tensor>;
+    let projection = |x: &Tensor, w: &Tensor| ops::linear(x, w, None);
+    let planes = |x: &Tensor, w: &Tensor| ops::linear_to_channels(x, w, None, [20, 16]);
     let convolution =
         move |stride| move |x: &Tensor, w: &Tensor| ops::conv2d(x, w, None, stride, around);
-    let cases: [(
-        &[usize],
-        &[usize],
-        &dyn Fn(&Tensor, &Tensor) -> Result<Tensor>,
-    ); 8] = [
+    let cases: [(&[usize], &[usize], &Product); 8] = [
         (&[3, 24], &[17, 24], &projection),
         (&[600, 64], &[320, 64], &projection),
         (&[250, 700], &[320, 700], &projection),

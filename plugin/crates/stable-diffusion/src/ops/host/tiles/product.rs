@@ -411,17 +411,12 @@ mod tests {
                             .flat_map(|row| (0..n).step_by(BLOCK).map(move |column| [row, column]))
                         {
                             let (lhs, rhs) = (lhs.starting_at(at[0]), rhs.starting_at(at[1]));
-                            match factors {
-                                Factors::Rounded => {
-                                    block_product::<1>(tiles, Write::Add, &mut dst, at, lhs, rhs)
-                                }
-                                Factors::Paired => {
-                                    block_product::<2>(tiles, Write::Add, &mut dst, at, lhs, rhs)
-                                }
-                                Factors::Exact => {
-                                    block_product::<3>(tiles, Write::Add, &mut dst, at, lhs, rhs)
-                                }
-                            }
+                            let product = match factors {
+                                Factors::Rounded => block_product::<1>,
+                                Factors::Paired => block_product::<2>,
+                                Factors::Exact => block_product::<3>,
+                            };
+                            product(tiles, Write::Add, &mut dst, at, lhs, rhs);
                         }
                     });
                     for (i, y) in y.iter().enumerate() {
