@@ -53,9 +53,9 @@ pub(crate) fn load_model(
         return with_memory((*model.model).clone(), memory).map(ModelValue::new);
     }
     let other_vae = (!vae.is_empty()).then(|| Path::new(vae));
-    let loaded = DiffusionModel::load_with_vae(&checkpoint_source(name), other_vae, device()?);
+    let source = checkpoint_source(name);
+    let loaded = DiffusionModel::load_with(&source, other_vae, precision, device()?);
     let loaded = loaded.map_err(|error| error.during(|| format!("the loading of {name}")));
-    let loaded = loaded.and_then(|model| model.with_precision(precision));
     let model = loaded.map_err(|error| from_model("checkpoint", &error))?;
     let model = ModelValue::new(with_memory(model, memory)?);
     *last = Some((key, model.downgrade()));

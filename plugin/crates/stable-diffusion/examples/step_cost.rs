@@ -44,7 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         Some(other) => return Err(format!("fast or lean, not {other}").into()),
     };
 
-    let weights = WeightMap::random(0, |w| UNet::build(&config.unet, w))?;
+    let weights = WeightMap::random_in(precision, 0, |w| UNet::build(&config.unet, w))?;
     let unet = UNet::new(&config.unet, &weights, None)?
         .with_precision(precision)?
         .with_memory(memory);

@@ -81,25 +81,29 @@ impl DiffusionModel {
     /// One message that names the file and everything wrong with it: missing, truncated, a pickle,
     /// not supported, or tensors missing, left over or of the wrong shape.
     pub fn load(source: &CheckpointSource, device: &Device) -> Result<Self> {
-        Self::load_with_vae(source, None, device)
+        Self::load_with(source, None, Precision::F32, device)
     }
 
-    /// Loads a checkpoint with the VAE of another file, or of a folder in diffusers' layout, in the place of its own.
+    /// Loads a checkpoint with the VAE of another file, or of a folder in diffusers' layout, in the place of its own, and the
+    /// denoiser in this precision.
     ///
     /// # Errors
-    /// Those of [`load`](Self::load).
-    pub fn load_with_vae(
+    /// Those of [`load`](Self::load), and [`Error::Argument`] for f16 on a CPU.
+    pub fn load_with(
         source: &CheckpointSource,
         vae: Option<&Path>,
+        precision: Precision,
         device: &Device,
     ) -> Result<Self> {
         match source {
             CheckpointSource::Path(path) if path.is_file() || !path.exists() => {
-                load_single_file(path, vae, device)
+                load_single_file(path, vae, precision, device)
             }
-            CheckpointSource::Path(path) => load_folder(&Folder::Directory(path), vae, device),
+            CheckpointSource::Path(path) => {
+                load_folder(&Folder::Directory(path), vae, precision, device)
+            }
             CheckpointSource::Embedded { name, files } => {
-                load_folder(&Folder::Embedded { name, files }, vae, device)
+                load_folder(&Folder::Embedded { name, files }, vae, precision, device)
             }
         }
     }
@@ -511,7 +515,12 @@ fn other_vae(
     single_file::read_vae(&file, config, device)
 }
 
-fn load_folder(folder: &Folder<'_>, vae: Option<&Path>, device: &Device) -> Result<DiffusionModel> {
+fn load_folder(
+    folder: &Folder<'_>,
+    vae: Option<&Path>,
+    precision: Precision,
+    device: &Device,
+) -> Result<DiffusionModel> {
     let json = |file: &str| Ok::<_, Error>((folder.name(file), folder.require(file)?));
     let (unet, vae_config) = (json("unet/config.json")?, json("vae/config.json")?);
     let (text_encoder, scheduler) = (
@@ -530,19 +539,20 @@ fn load_folder(folder: &Folder<'_>, vae: Option<&Path>, device: &Device) -> Resu
         config.text_encoder.max_position_embeddings,
     )?;
     let mut hasher = blake3::Hasher::new();
-    let mut read = |component: &str, stem: &str| -> Result<WeightMap> {
+    let mut read = |component: &str, stem: &str, precision: Precision| -> Result<WeightMap> {
         let mut weights = WeightMap::default();
         for file in folder.tensors(component, stem)? {
             file.hash_into(&mut hasher)?;
-            weights.0.extend(WeightMap::read(&file, device)?.0);
+            let read = WeightMap::read_in(precision, &file, device)?;
+            weights.0.extend(read.0);
         }
         Ok(weights)
     };
-    let text_encoder = read("text_encoder", "model")?;
-    let unet = read("unet", "diffusion_pytorch_model")?;
+    let text_encoder = read("text_encoder", "model", Precision::F32)?;
+    let unet = read("unet", "diffusion_pytorch_model", precision)?;
     let vae = match vae {
         Some(vae) => other_vae(vae, &config.vae, &mut hasher, device)?,
-        None => vae::canonical_names(read("vae", "diffusion_pytorch_model")?)?,
+        None => vae::canonical_names(read("vae", "diffusion_pytorch_model", Precision::F32)?)?,
     };
     let components = Components {
         text_encoder,
@@ -554,10 +564,16 @@ fn load_folder(folder: &Folder<'_>, vae: Option<&Path>, device: &Device) -> Resu
         Folder::Embedded { name, .. } => (*name).to_owned(),
     };
     let fingerprint = hasher.finalize().to_hex().to_string();
-    DiffusionModel::assemble(&name, config, tokenizer, &components, device, fingerprint)
+    DiffusionModel::assemble(&name, config, tokenizer, &components, device, fingerprint)?
+        .with_precision(precision)
 }
 
-fn load_single_file(path: &Path, vae: Option<&Path>, device: &Device) -> Result<DiffusionModel> {
+fn load_single_file(
+    path: &Path,
+    vae: Option<&Path>,
+    precision: Precision,
+    device: &Device,
+) -> Result<DiffusionModel> {
     let file = TensorFile::open(path)?;
     if LoraFile::is_one(&file) {
         return Err(Error::config(
@@ -588,7 +604,7 @@ fn load_single_file(path: &Path, vae: Option<&Path>, device: &Device) -> Result<
     if let Some(padding) = single_file::padding(&config) {
         tokenizer = tokenizer.with_padding(padding)?;
     }
-    let mut components = single_file::read(&file, &config, device)?;
+    let mut components = single_file::read(&file, &config, precision, device)?;
     let mut hasher = blake3::Hasher::new();
     file.hash_into(&mut hasher)?;
     if let Some(vae) = vae {
@@ -607,5 +623,6 @@ fn load_single_file(path: &Path, vae: Option<&Path>, device: &Device) -> Result<
         &components,
         device,
         fingerprint,
-    )
+    )?
+    .with_precision(precision)
 }

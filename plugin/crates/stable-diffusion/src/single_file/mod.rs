@@ -16,7 +16,8 @@ use candle_core::Device;
 
 use crate::config::{Activation, ModelConfig, VaeConfig};
 use crate::error::{Error, Result};
-use crate::weights::{TensorFile, WeightMap};
+use crate::ops::Precision;
+use crate::weights::{TensorFile, WeightMap, in_precision};
 
 pub use names::{text_encoder_name, unet_name, vae_name};
 
@@ -106,12 +107,17 @@ fn predicts_velocity(file: &TensorFile) -> Result<bool> {
     Ok(variance.sqrt() > VELOCITY_BIAS_STD)
 }
 
-/// Reads a file's three components, whose sizes are those of `config`.
+/// Reads a file's three components, whose sizes are those of `config`, the U-Net in this precision.
 ///
 /// # Errors
-/// [`Error::Unreadable`], or [`Error::Config`] listing tensors of a component that have no place.
-pub fn read(file: &TensorFile, config: &ModelConfig, device: &Device) -> Result<Components> {
-    file.foresee(device)?;
+/// [`Error::Unreadable`], [`Error::Argument`] for f16 on a CPU, or [`Error::Config`] listing tensors of a component that have no place.
+pub fn read(
+    file: &TensorFile,
+    config: &ModelConfig,
+    precision: Precision,
+    device: &Device,
+) -> Result<Components> {
+    file.foresee(precision, device)?;
     let mut unet = WeightMap::default();
     let mut vae = WeightMap::default();
     let mut text_encoder = WeightMap::default();
@@ -127,7 +133,11 @@ pub fn read(file: &TensorFile, config: &ModelConfig, device: &Device) -> Result<
     };
     for name in file.names() {
         if let Some(rest) = name.strip_prefix(UNET) {
-            place(&mut unet, name, unet_name(&config.unet, rest))?;
+            let to = unet_name(&config.unet, rest);
+            place(&mut unet, name, to.clone())?;
+            if let Some(weight) = to.and_then(|to| unet.0.get_mut(&to)) {
+                *weight = in_precision(precision, weight.clone())?;
+            }
         } else if let Some(rest) = name.strip_prefix(VAE) {
             if !is_training_only(rest) {
                 place(&mut vae, name, vae_name(&config.vae, rest))?;

@@ -51,9 +51,21 @@ impl WeightMap {
     /// # Errors
     /// [`crate::Error::Unreadable`] naming the tensors that are of no supported type or not finite.
     pub fn read(file: &TensorFile, device: &Device) -> Result<Self> {
-        file.foresee(device)?;
+        Self::read_in(Precision::F32, file, device)
+    }
+
+    /// [`Self::read`] in a precision; no more than one tensor is f32 besides.
+    pub(crate) fn read_in(
+        precision: Precision,
+        file: &TensorFile,
+        device: &Device,
+    ) -> Result<Self> {
+        file.foresee(precision, device)?;
         let names = file.names().filter(|name| !is_unused(name));
-        let tensors = names.map(|name| Ok((name.to_owned(), file.read(name, device)?)));
+        let tensors = names.map(|name| {
+            let tensor = in_precision(precision, file.read(name, device)?)?;
+            Ok((name.to_owned(), tensor))
+        });
         Ok(Self(tensors.collect::<Result<_>>()?))
     }
 
@@ -62,26 +74,9 @@ impl WeightMap {
     /// # Errors
     /// [`Error::Argument`] for f16 on a CPU, [`Error::Tensor`] when the tensor library fails.
     pub(crate) fn in_precision(self, precision: Precision) -> Result<Self> {
-        if precision == Precision::F32 {
-            return Ok(self);
-        }
-        let on_host = self
-            .0
-            .values()
-            .any(|w| Backend::of_product(w, w) == Backend::Host);
-        if on_host && precision == Precision::F16 {
-            let reason = "f16 is for GPUs; on a processor choose bf16, f32 or auto";
-            return Err(Error::argument("precision", reason));
-        }
         // One at a time: those that nobody else holds are freed on the way.
-        let converted = self.0.into_iter().map(|(name, weight)| {
-            let is_kept = weight.is_variable() || (on_host && weight.rank() < 2);
-            let weight = match is_kept {
-                true => weight,
-                false => weight.detach().to_dtype(precision.dtype())?,
-            };
-            Ok((name, weight))
-        });
+        let weights = self.0.into_iter();
+        let converted = weights.map(|(name, weight)| Ok((name, in_precision(precision, weight)?)));
         Ok(Self(converted.collect::<Result<_>>()?))
     }
 
@@ -113,13 +108,24 @@ impl WeightMap {
     /// # Errors
     /// Those of `build`.
     pub fn random(seed: u64, build: impl Fn(Weights) -> Result<()>) -> Result<Self> {
-        let made = Arc::new(Mutex::new(BTreeMap::new()));
-        build(Weights::new(Source::Random {
-            seed,
-            made: Arc::clone(&made),
-        }))?;
-        let made = std::mem::take(&mut *lock(&made));
-        Ok(Self(made))
+        Self::random_in(Precision::F32, seed, build)
+    }
+
+    /// [`Self::random`] in a precision; no more than one tensor is f32 besides.
+    ///
+    /// # Errors
+    /// Those of `build`, and [`Error::Argument`] for f16.
+    pub fn random_in(
+        precision: Precision,
+        seed: u64,
+        build: impl Fn(Weights) -> Result<()>,
+    ) -> Result<Self> {
+        let shapes = Self::shapes(build)?.into_iter();
+        let made = shapes.map(|(name, shape)| {
+            let tensor = in_precision(precision, random(seed, &name, &shape)?)?;
+            Ok((name, tensor))
+        });
+        Ok(Self(made.collect::<Result<_>>()?))
     }
 
     /// A map in which the weights that `is_trained` names are variables, copies of these in f32, and the variables by name,
@@ -205,14 +211,26 @@ impl WeightMap {
     }
 }
 
+/// A weight of [`WeightMap::in_precision`].
+pub(crate) fn in_precision(precision: Precision, weight: Tensor) -> Result<Tensor> {
+    if precision == Precision::F32 || weight.is_variable() {
+        return Ok(weight);
+    }
+    let on_host = Backend::of_product(&weight, &weight) == Backend::Host;
+    if on_host && precision == Precision::F16 {
+        let reason = "f16 is for GPUs; on a processor choose bf16, f32 or auto";
+        return Err(Error::argument("precision", reason));
+    }
+    if on_host && weight.rank() < 2 {
+        return Ok(weight);
+    }
+    Ok(weight.detach().to_dtype(precision.dtype())?)
+}
+
 /// Where a cursor's tensors come from.
 #[derive(Clone)]
 enum Source {
     Map(Arc<BTreeMap<String, Tensor>>),
-    Random {
-        seed: u64,
-        made: Arc<Mutex<BTreeMap<String, Tensor>>>,
-    },
     Shapes {
         asked: Arc<Mutex<BTreeMap<String, Vec<usize>>>>,
     },
@@ -276,7 +294,7 @@ impl Weights {
                 .values()
                 .next()
                 .map_or(Device::Cpu, |tensor| tensor.device().clone()),
-            Source::Random { .. } | Source::Shapes { .. } => Device::Cpu,
+            Source::Shapes { .. } => Device::Cpu,
         }
     }
 
@@ -284,7 +302,7 @@ impl Weights {
     pub fn contains(&self, name: &str) -> bool {
         match &self.source {
             Source::Map(map) => find(map, &self.join(name)).is_some(),
-            Source::Random { .. } | Source::Shapes { .. } => false,
+            Source::Shapes { .. } => false,
         }
     }
 
@@ -294,11 +312,6 @@ impl Weights {
         let name = self.join(name);
         match &self.source {
             Source::Map(map) => self.take(map, name, shape),
-            Source::Random { seed, made } => {
-                let tensor = random(*seed, &name, shape)?;
-                lock(made).insert(name, tensor.clone());
-                Ok(tensor)
-            }
             Source::Shapes { asked } => {
                 lock(asked).insert(name, shape.to_vec());
                 zero(shape, &Device::Cpu)

@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::memory::{bytes_of, foresee};
+use crate::ops::Precision;
 
 /// A header longer than this is no header: the largest checkpoints have some 100 KB.
 const MAX_HEADER: u64 = 64 << 20;
@@ -52,10 +53,11 @@ impl std::fmt::Debug for TensorFile {
 }
 
 impl TensorFile {
-    /// Refuses to have all of it in the memory of a machine that is too small for that.
-    pub(crate) fn foresee(&self, device: &Device) -> Result<()> {
+    /// Refuses to have all of it in the memory of a machine that is too small for that, as numbers of this precision.
+    pub(crate) fn foresee(&self, precision: Precision, device: &Device) -> Result<()> {
         let sizes = self.entries.values().map(|entry| bytes_of(&entry.shape));
-        let all = sizes.fold(0, u64::saturating_add);
+        let width = (size_of::<f32>() / precision.dtype().size_in_bytes()) as u64;
+        let all = sizes.fold(0, u64::saturating_add) / width;
         foresee(device, all, || self.name.clone())
     }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use stable_diffusion::Result;
 use stable_diffusion::model::{CheckpointSource, DiffusionModel};
+use stable_diffusion::ops::Precision;
 use tempfile::TempDir;
 
 use crate::models::sd2_small;
@@ -458,7 +459,8 @@ fn another_vae_takes_the_place_of_the_checkpoints_own() {
         tensors.insert("quant_conv.bias".to_owned(), bias);
     });
     let source = CheckpointSource::Path(sd2_small());
-    let with = |vae: &Path| DiffusionModel::load_with_vae(&source, Some(vae), &Device::Cpu);
+    let with =
+        |vae: &Path| DiffusionModel::load_with(&source, Some(vae), Precision::F32, &Device::Cpu);
     let (by_file, by_folder) = (with(&file).unwrap(), with(folder.path()).unwrap());
     assert_eq!(by_file.fingerprint, by_folder.fingerprint);
     assert_ne!(by_file.fingerprint, own.fingerprint);

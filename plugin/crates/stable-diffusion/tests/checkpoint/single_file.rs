@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use stable_diffusion::config::{ModelConfig, Prediction};
 use stable_diffusion::model::{CheckpointSource, DiffusionModel};
+use stable_diffusion::ops::Precision;
 use stable_diffusion::single_file::{self, text_encoder_name, unet_name, vae_name};
 use stable_diffusion::text_encoder::TextEncoder;
 use stable_diffusion::unet::UNet;
@@ -187,7 +188,7 @@ fn both_versions_survive_the_round_trip() {
         let path = folder.path().join("model.safetensors");
         write(&path, &entries, &all);
         let file = TensorFile::open(&path).unwrap();
-        let read = single_file::read(&file, &config, &Device::Cpu).unwrap();
+        let read = single_file::read(&file, &config, Precision::F32, &Device::Cpu).unwrap();
         for (found, expected) in [
             (&read.unet, &components.unet),
             (&read.vae, &components.vae),
@@ -235,7 +236,7 @@ fn tensors_without_a_place_are_listed() {
         ],
     );
     let file = TensorFile::open(&path).unwrap();
-    let error = single_file::read(&file, &ModelConfig::sd_1_5(), &Device::Cpu)
+    let error = single_file::read(&file, &ModelConfig::sd_1_5(), Precision::F32, &Device::Cpu)
         .unwrap_err()
         .to_string();
     let names = "first_stage_model.quantize.weight, model.diffusion_model.label_emb.0.0.weight";
