@@ -109,8 +109,11 @@ pub(crate) fn shared(values: Vec<f32>, shape: &[usize]) -> Result<SharedTensor, 
         .map_err(|error| NodeError::new(ErrorCode::Internal, error.to_string()))
 }
 
+/// Whole or not at all: a process that is killed on the way leaves what was there.
 fn write(path: &Path, text: &str) -> Result<(), NodeError> {
-    std::fs::write(path, text)
+    let beside = path.with_extension("new");
+    std::fs::write(&beside, text)
+        .and_then(|()| std::fs::rename(&beside, path))
         .map_err(|error| NodeError::new(ErrorCode::CannotWrite, error.to_string()))
 }
 

@@ -1,6 +1,7 @@
 //! Ctrl-C stops within a step, leaves nothing half-written, and the same command goes on.
 #![cfg(unix)]
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -13,6 +14,15 @@ fn slow(place: &Place) {
         "2": node("SaveImage", json!({"images": ["1", 0]})),
     });
     place.write("w.json", workflow.to_string());
+}
+
+/// A file of this name, at any depth.
+fn find(folder: &Path, name: &str) -> Option<PathBuf> {
+    let entries = std::fs::read_dir(folder).ok()?.flatten();
+    entries.map(|entry| entry.path()).find_map(|path| {
+        let is_it = path.is_file() && path.file_name().is_some_and(|own| own == name);
+        if is_it { Some(path) } else { find(&path, name) }
+    })
 }
 
 #[test]
@@ -104,7 +114,11 @@ fn a_killed_run_leaves_no_result_and_the_next_one_goes_on() {
     slow(&place);
     let mut child = place.command(&["run", "w.json"]).spawn().unwrap();
     wait_for(&mut child, "counting 1/60");
-    std::thread::sleep(Duration::from_millis(300));
+    // Its state is written after that.
+    let state = || find(place.path(), "step").is_some();
+    while !state() && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(place.names("runs").iter().all(|name| name.starts_with('.')));
