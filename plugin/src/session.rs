@@ -29,7 +29,8 @@ pub(crate) fn checkpoint_source(name: &str) -> CheckpointSource {
 /// it: a host that drops its values has the memory back.
 static LAST: Mutex<Option<(String, WeakModel)>> = Mutex::new(None);
 
-/// Loads a checkpoint, with the VAE of another path if one is named, in this precision, and with steps that keep this much, or returns the one that is loaded already.
+/// Loads a checkpoint, with the VAE of another path if one is named, in this precision, and with steps that keep this much,
+/// or returns the one that is loaded already.
 ///
 /// # Errors
 /// The file is missing, truncated, or no Stable Diffusion 1.x / 2.x checkpoint.

@@ -139,12 +139,12 @@ impl Objective<'_> {
     }
 }
 
-/// By what the loss is multiplied on its way back, and what is tried before: f16 loses gradients that are too small, and has
+/// By what the loss is multiplied on its way back before it is tried as it is: f16 loses gradients that are too small, and has
 /// no room for large ones. A step that starts anew with each needs no state, so that a run is resumed exactly.
-fn loss_scales(precision: Precision) -> (f64, &'static [f64]) {
+fn loss_scales(precision: Precision) -> &'static [f64] {
     match precision {
-        Precision::F32 | Precision::Bf16 => (1.0, &[]),
-        Precision::F16 => (1.0, &[16384.0, 1024.0, 64.0]),
+        Precision::F32 | Precision::Bf16 => &[],
+        Precision::F16 => &[16384.0, 1024.0, 64.0],
     }
 }
 
@@ -181,8 +181,7 @@ impl<'a> LossContext<'a> {
         variables: &[&Var],
         at: (&'static str, usize),
     ) -> Result<(Vec<Tensor>, Losses)> {
-        let (last, larger) = loss_scales(self.unet.precision());
-        for &scale in larger {
+        for &scale in loss_scales(self.unet.precision()) {
             let (gradients, losses) = self
                 .objective(rows, draw)?
                 .gradients(variables, scale, at)?;
@@ -190,7 +189,7 @@ impl<'a> LossContext<'a> {
                 return Ok((gradients, losses));
             }
         }
-        self.objective(rows, draw)?.gradients(variables, last, at)
+        self.objective(rows, draw)?.gradients(variables, 1.0, at)
     }
 
     /// L of this draw, differentiable in `rows` `[C·V, D]` and in whatever of the U-Net is a variable.

@@ -12,8 +12,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use personalization::config::{EmConfig, ExtractionConfig, JointConfig, JointScope};
 use personalization::loss::{cross_attention_loss, masked_diffusion_loss};
 use personalization::{
-    Concept, EmOutcome, EmStart, EmState, Error, Event, JointState, MaskMode, Picture,
-    PreparedScene, Role, Scene, ScenePicture, Silent, Size, TokenInit, em, init_tokens,
+    Concept, EmOutcome, EmStart, EmState, Error, Event, JointState, LearnedConcepts, MaskMode,
+    Picture, PreparedScene, Role, Scene, ScenePicture, Silent, Size, TokenInit, em, init_tokens,
     joint_stage, m_step,
 };
 use stable_diffusion::memory::Memory;
@@ -88,6 +88,27 @@ fn run(model: &DiffusionModel, scene: &Scene, config: &EmConfig) -> EmOutcome {
     em(model, &prepared, EmStart::Fresh, config, 7, &mut Silent).unwrap()
 }
 
+/// The joint stage on what was learned.
+fn tune(
+    model: &DiffusionModel,
+    scene: &PreparedScene<'_>,
+    outcome: &EmOutcome,
+    joint: &JointConfig,
+    config: &EmConfig,
+) -> (DiffusionModel, LearnedConcepts) {
+    joint_stage(
+        model,
+        scene,
+        &outcome.masks,
+        &outcome.learned,
+        joint,
+        &config.m_step,
+        None,
+        &mut Silent,
+    )
+    .unwrap()
+}
+
 fn bits(tensor: &Tensor) -> Vec<u32> {
     tensor
         .flatten_all()
@@ -137,17 +158,7 @@ fn less_memory_gives_the_same_bits() {
                 scope,
                 ..JointConfig::break_a_scene()
             };
-            let (tuned, learned) = joint_stage(
-                &model,
-                &prepared,
-                &outcome.masks,
-                &outcome.learned,
-                &joint,
-                &config.m_step,
-                None,
-                &mut Silent,
-            )
-            .unwrap();
+            let (tuned, learned) = tune(&model, &prepared, &outcome, &joint, &config);
             assert_eq!(tuned.unet.memory(), memory);
             let weights: Vec<_> = tuned.tensors().map(bits).collect();
             (bits(&learned.rows), weights)
@@ -367,17 +378,7 @@ fn the_joint_stage_changes_its_own_weights_and_no_others() {
             scope,
             ..JointConfig::break_a_scene()
         };
-        let (tuned, learned) = joint_stage(
-            &model,
-            &prepared,
-            &outcome.masks,
-            &outcome.learned,
-            &joint,
-            &config.m_step,
-            None,
-            &mut Silent,
-        )
-        .unwrap();
+        let (tuned, learned) = tune(&model, &prepared, &outcome, &joint, &config);
         assert_ne!(bits(&learned.rows), bits(&outcome.learned.rows));
         for (name, weight) in &base.0 {
             assert_eq!(
@@ -422,17 +423,7 @@ fn half_precision_learns_as_f32_does() {
                     scope,
                     ..JointConfig::break_a_scene()
                 };
-                let (tuned, learned) = joint_stage(
-                    &model,
-                    &prepared,
-                    &outcome.masks,
-                    &outcome.learned,
-                    &joint,
-                    &config.m_step,
-                    None,
-                    &mut Silent,
-                )
-                .unwrap();
+                let (tuned, learned) = tune(&model, &prepared, &outcome, &joint, &config);
                 for (name, weight) in &tuned.unet.weights().0 {
                     if scope == JointScope::KeyValue && name.contains("attn2.to_k.weight") {
                         assert_eq!(weight.dtype(), DType::F32, "{name} was trained");

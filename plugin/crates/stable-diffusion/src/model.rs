@@ -338,8 +338,8 @@ impl DiffusionModel {
         Ok(Self {
             unet: Arc::new(
                 UNet::new(&self.config.unet, weights, None)?
-                    .like(&self.unet)
-                    .with_precision(self.unet.precision())?,
+                    .with_precision(self.unet.precision())?
+                    .like(&self.unet),
             ),
             lora: None,
             is_tuned: true,

@@ -73,11 +73,14 @@ impl UNet {
         })
     }
 
-    /// In this precision, f32 at first: frozen weights are converted, variables are not.
+    /// In this precision, f32 at first: frozen weights are converted, variables are not; what was rounded stays so.
     ///
     /// # Errors
     /// [`Error::Argument`] for f16 on a CPU, [`Error::Tensor`] when the tensor library fails.
     pub fn with_precision(self, precision: Precision) -> Result<Self> {
+        if precision == self.precision {
+            return Ok(self);
+        }
         let Self {
             config,
             weights,

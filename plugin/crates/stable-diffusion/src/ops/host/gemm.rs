@@ -1,4 +1,4 @@
-//! Matrix views and products: the only place of this crate that touches raw pointers.
+//! Matrix views and products. Raw pointers are touched here and in [`super::tiles`] only.
 //!
 //! No layers and no tensors here. [`Matrix`] and [`MatrixMut`] are checked strided views of f32 slices; every
 //! product is single-threaded, and parallel callers hand out disjoint tiles of one destination. A product of

@@ -32,7 +32,6 @@ mod vectors;
 use std::{ops::Range, sync::OnceLock};
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
-
 use rayon::prelude::*;
 
 use super::{

@@ -13,8 +13,9 @@
 //! | --- | --- |
 //! | `factors.rs` | when they are worth it |
 //! | `block.rs` | how tiles lie |
-//! | `kernel.rs` | the instructions; the only unsafe code |
-//! | `pack.rs` | f32 to tiles |
+//! | `kernel.rs` | multiplying tiles; unsafe code |
+//! | `words.rs` | numbers and scores into tiles; unsafe code |
+//! | `pack.rs` | factors into tiles, whatever their strides |
 //! | `product.rs` | matrix products |
 //! | `convolution.rs` | 3x3 convolutions, without gathering windows |
 
@@ -28,6 +29,8 @@ mod kernel;
 mod kernel;
 mod pack;
 mod product;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod words;
 
 pub(crate) use self::{
     block::{BLOCK, Strip},

@@ -1,0 +1,399 @@
+//! Numbers into the words of tiles, and scores through the softmax into them; see [`super::block`] for how words lie.
+#![expect(
+    unsafe_code,
+    reason = "vector instructions take raw pointers; every function checks the slices that it reads and writes"
+)]
+
+use std::arch::x86_64::*;
+
+use super::super::numbers::Number;
+use super::block::{BLOCK, STEP, Strip, TILE};
+use super::kernel::Tiles;
+use super::pack::{packed_len, step_words};
+
+impl Tiles {
+    /// Words of neighbors: of row i of `values`, `[16, 32]` with this distance of rows and numbers so far `APART`, to row i of
+    /// a tile, or to its column i if it is `turned`. `words` holds a tile for every part, the largest first, with a distance
+    /// of `part`.
+    pub(super) fn neighbors<const P: usize, const APART: usize, T: Number>(
+        self,
+        values: &[T],
+        distance: usize,
+        words: &mut [u32],
+        part: usize,
+        turned: bool,
+    ) {
+        assert!(values.len() > 15 * distance + (STEP - 1) * APART + beyond::<APART, T>());
+        assert!(words.len() >= (P - 1) * part + TILE);
+        // SAFETY: `Tiles` proves that the processor has these instructions; every row lies in its slice.
+        unsafe { pack::<P, APART, false, T>(values, distance, words, part, turned) }
+    }
+
+    /// Words across rows: of rows 2 i and 2 i + 1 of `values`, `[32, 16]` with this distance of rows, to row i or column i;
+    /// the rest as in [`Self::neighbors`].
+    pub(super) fn across<const P: usize, const APART: usize, T: Number>(
+        self,
+        values: &[T],
+        distance: usize,
+        words: &mut [u32],
+        part: usize,
+        turned: bool,
+    ) {
+        assert!(values.len() > 31 * distance + 15 * APART + beyond::<APART, T>());
+        assert!(words.len() >= (P - 1) * part + TILE);
+        // SAFETY: `Tiles` proves that the processor has these instructions; every row lies in its slice.
+        unsafe { pack::<P, APART, true, T>(values, distance, words, part, turned) }
+    }
+
+    /// Words across two rows of any length, each part into a slice of its own.
+    pub(super) fn across_rows<const P: usize>(self, rows: [&[f32]; 2], words: [&mut [u32]; P]) {
+        let n = rows[0].len();
+        assert!(rows[1].len() >= n && words.iter().all(|words| words.len() >= n));
+        // SAFETY: `Tiles` proves that the processor has these instructions; n values are read and written.
+        unsafe { across_rows(rows, words) }
+    }
+}
+
+impl Tiles {
+    /// Exponentials of scores relative to the `largest` of every query, as a right factor: queries are its lines, keys its
+    /// k; and their `sums`. `products` are `[keys, width]`, both multiples of 32, and become scores by `scale`.
+    pub(crate) fn exponentials<const P: usize>(
+        self,
+        products: &[f32],
+        width: usize,
+        scale: f32,
+        largest: &[f32],
+        sums: &mut [f32],
+        right: &mut [u32],
+    ) {
+        let n_keys = products.len() / width;
+        assert!(width.is_multiple_of(BLOCK) && n_keys.is_multiple_of(STEP));
+        assert!(products.len() == n_keys * width && largest.len() >= width && sums.len() >= width);
+        assert!(right.len() >= packed_len(P, width, n_keys));
+        // SAFETY: `Tiles` proves that the processor has these instructions; lengths are checked.
+        unsafe { exponentials::<P>(products, width, scale, largest, sums, right) }
+    }
+
+    /// P = exp(scale·products - L) and dS = scale·P∘(dP - D) of a strip of 32 keys, packed: on the left in the strip, dS as
+    /// step number `step` of `n_steps` of the k of a `right` factor too, queries being its lines.
+    pub(crate) fn score_gradients<const P: usize>(
+        self,
+        strip: Strip<'_>,
+        scale: f32,
+        right: &mut [u32],
+        [step, n_steps]: [usize; 2],
+    ) {
+        let width = strip.scores.len() / STEP;
+        assert!(width.is_multiple_of(BLOCK) && strip.scores.len() == STEP * width);
+        assert!(strip.d_scores.len() == strip.scores.len());
+        assert!(strip.log_sums.len() >= width && strip.means.len() >= width);
+        let left = packed_len(P, BLOCK, width);
+        assert!(strip.p_left.len() >= left && strip.d_left.len() >= left);
+        assert!(step < n_steps && right.len() >= packed_len(P, width, n_steps * STEP));
+        // SAFETY: `Tiles` proves that the processor has these instructions; lengths are checked.
+        unsafe { score_gradients::<P>(strip, scale, right, [step, n_steps]) }
+    }
+}
+
+/// # Safety
+/// As in [`Tiles::exponentials`].
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn exponentials<const P: usize>(
+    products: &[f32],
+    width: usize,
+    scale: f32,
+    largest: &[f32],
+    sums: &mut [f32],
+    right: &mut [u32],
+) {
+    let n_steps = products.len() / width / STEP;
+    let factor = _mm512_set1_ps(scale * std::f32::consts::LOG2_E);
+    for query in (0..width).step_by(16) {
+        // SAFETY: by the caller.
+        unsafe {
+            let zero = _mm512_mul_ps(_mm512_loadu_ps(largest.as_ptr().add(query)), factor);
+            let mut sum = _mm512_loadu_ps(sums.as_ptr().add(query));
+            let block = query / BLOCK * n_steps * step_words(P) + query % BLOCK / 16 * TILE;
+            for step in 0..n_steps {
+                let words = right.as_mut_ptr().add(block + step * step_words(P));
+                for pair in 0..STEP / 2 {
+                    let row = products
+                        .as_ptr()
+                        .add((step * STEP + 2 * pair) * width + query);
+                    let [first, second] = [row, row.add(width)]
+                        .map(|row| exp2(_mm512_fmsub_ps(_mm512_loadu_ps(row), factor, zero)));
+                    sum = _mm512_add_ps(sum, _mm512_add_ps(first, second));
+                    for (p, part) in parts::<P>(first, second).into_iter().enumerate() {
+                        let words = words.add(p * 2 * TILE + 16 * pair);
+                        _mm512_storeu_si512(words.cast(), interleaved(part));
+                    }
+                }
+            }
+            _mm512_storeu_ps(sums.as_mut_ptr().add(query), sum);
+        }
+    }
+}
+
+/// # Safety
+/// As in [`Tiles::score_gradients`].
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn score_gradients<const P: usize>(
+    strip: Strip<'_>,
+    scale: f32,
+    right: &mut [u32],
+    [step, n_steps]: [usize; 2],
+) {
+    let width = strip.scores.len() / STEP;
+    let to_log2 = _mm512_set1_ps(std::f32::consts::LOG2_E);
+    let (scale, factor) = (
+        _mm512_set1_ps(scale),
+        _mm512_set1_ps(scale * std::f32::consts::LOG2_E),
+    );
+    for query in (0..width).step_by(BLOCK) {
+        // SAFETY: by the caller.
+        unsafe {
+            let halves = |values: &[f32]| {
+                [0, 16].map(|half| _mm512_loadu_ps(values.as_ptr().add(query + half)))
+            };
+            let log_sums = halves(strip.log_sums).map(|l| _mm512_mul_ps(l, to_log2));
+            let means = halves(strip.means);
+            let left = query / BLOCK * step_words(P);
+            let at = (query / BLOCK * n_steps + step) * step_words(P);
+            let right = right.as_mut_ptr().add(at);
+            for pair in 0..STEP / 2 {
+                let rows = [2 * pair, 2 * pair + 1].map(|key| {
+                    let at = [0, 1].map(|half| key * width + query + 16 * half);
+                    let value = |half: usize| {
+                        let product = _mm512_loadu_ps(strip.scores.as_ptr().add(at[half]));
+                        let d = _mm512_loadu_ps(strip.d_scores.as_ptr().add(at[half]));
+                        let p = exp2(_mm512_fmsub_ps(product, factor, log_sums[half]));
+                        let d = _mm512_sub_ps(d, means[half]);
+                        [p, _mm512_mul_ps(_mm512_mul_ps(p, scale), d)]
+                    };
+                    let ([p_low, d_low], [p_high, d_high]) = (value(0), value(1));
+                    let at = left + key / 16 * TILE + 16 * (key % 16);
+                    for (i, part) in parts::<P>(p_low, p_high).into_iter().enumerate() {
+                        let words = strip.p_left.as_mut_ptr().add(at + i * 2 * TILE);
+                        _mm512_storeu_si512(words.cast(), part);
+                    }
+                    for (i, part) in parts::<P>(d_low, d_high).into_iter().enumerate() {
+                        let words = strip.d_left.as_mut_ptr().add(at + i * 2 * TILE);
+                        _mm512_storeu_si512(words.cast(), part);
+                    }
+                    [d_low, d_high]
+                });
+                let [first, second] = rows;
+                for (half, (first, second)) in first.into_iter().zip(second).enumerate() {
+                    let both = parts::<P>(first, second);
+                    for (i, part) in both.into_iter().enumerate() {
+                        let words = right.add(i * 2 * TILE + half * TILE + 16 * pair);
+                        _mm512_storeu_si512(words.cast(), interleaved(part));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// 2^x to about one unit in the last place; 2^-126 below -126.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn exp2(x: __m512) -> __m512 {
+    /// ln(2)^k / k!, from the highest power down: what is left of the series is below 2⁻²³ for |r| <= 1/2.
+    const SERIES: [f32; 7] = [
+        1.540_353e-4,
+        1.333_355_8e-3,
+        9.618_129e-3,
+        5.550_411e-2,
+        2.402_265e-1,
+        6.931_472e-1,
+        1.0,
+    ];
+    let x = _mm512_max_ps(x, _mm512_set1_ps(-126.0));
+    let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+    let r = _mm512_sub_ps(x, n);
+    let mut power = _mm512_set1_ps(SERIES[0]);
+    for coefficient in &SERIES[1..] {
+        power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(*coefficient));
+    }
+    _mm512_scalef_ps(power, n)
+}
+
+/// Pairs of vectors of `values`, sixteen of them: the two halves of rows, or two rows that become `interleaved`. See
+/// [`Tiles::neighbors`] and [`Tiles::across`].
+///
+/// # Safety
+/// As there.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn pack<const P: usize, const APART: usize, const ACROSS: bool, T: Number>(
+    values: &[T],
+    distance: usize,
+    words: &mut [u32],
+    part: usize,
+    is_turned: bool,
+) {
+    let [pair, second] = match ACROSS {
+        true => [2 * distance, distance],
+        false => [distance, 16 * APART],
+    };
+    let mut tiles = [[_mm512_setzero_si512(); 16]; P];
+    for i in 0..16 {
+        // SAFETY: by the caller.
+        let parts = unsafe {
+            let row = values.as_ptr().add(i * pair);
+            parts::<P>(
+                sixteen::<APART, T>(row),
+                sixteen::<APART, T>(row.add(second)),
+            )
+        };
+        for (tile, part) in tiles.iter_mut().zip(parts) {
+            tile[i] = if ACROSS { interleaved(part) } else { part };
+        }
+    }
+    for (p, tile) in tiles.into_iter().enumerate() {
+        let rows = if is_turned { turned(tile) } else { tile };
+        for (i, row) in rows.into_iter().enumerate() {
+            // SAFETY: by the caller.
+            unsafe {
+                let words = words.as_mut_ptr().add(p * part + 16 * i);
+                _mm512_storeu_si512(words.cast(), row);
+            }
+        }
+    }
+}
+
+/// The transposed tile: pairs of words, pairs of pairs, then quarters of registers change places.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn turned(rows: [__m512i; 16]) -> [__m512i; 16] {
+    let mut pairs = rows;
+    for i in 0..8 {
+        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    // fours[4 g + c]: in every quarter column c of that quarter, of rows 4 g to 4 g + 3.
+    let mut fours = pairs;
+    for g in 0..4 {
+        fours[4 * g] = _mm512_unpacklo_epi64(pairs[4 * g], pairs[4 * g + 2]);
+        fours[4 * g + 1] = _mm512_unpackhi_epi64(pairs[4 * g], pairs[4 * g + 2]);
+        fours[4 * g + 2] = _mm512_unpacklo_epi64(pairs[4 * g + 1], pairs[4 * g + 3]);
+        fours[4 * g + 3] = _mm512_unpackhi_epi64(pairs[4 * g + 1], pairs[4 * g + 3]);
+    }
+    let mut columns = fours;
+    for c in 0..4 {
+        let [a, b, x, y] = [fours[c], fours[4 + c], fours[8 + c], fours[12 + c]];
+        // Even quarters of both, then odd ones.
+        let [even, even_below] = [
+            _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b),
+            _mm512_shuffle_i32x4::<0b10_00_10_00>(x, y),
+        ];
+        let [odd, odd_below] = [
+            _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b),
+            _mm512_shuffle_i32x4::<0b11_01_11_01>(x, y),
+        ];
+        columns[c] = _mm512_shuffle_i32x4::<0b10_00_10_00>(even, even_below);
+        columns[8 + c] = _mm512_shuffle_i32x4::<0b11_01_11_01>(even, even_below);
+        columns[4 + c] = _mm512_shuffle_i32x4::<0b10_00_10_00>(odd, odd_below);
+        columns[12 + c] = _mm512_shuffle_i32x4::<0b11_01_11_01>(odd, odd_below);
+    }
+    columns
+}
+
+/// # Safety
+/// As in [`Tiles::across_rows`].
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn across_rows<const P: usize>([first, second]: [&[f32]; 2], mut words: [&mut [u32]; P]) {
+    let n = first.len();
+    for start in (0..n).step_by(16) {
+        let mask = u16::MAX >> (16 - (n - start).min(16));
+        // SAFETY: what the mask names is there, by the caller; nothing else is touched.
+        unsafe {
+            let low = _mm512_maskz_loadu_ps(mask, first.as_ptr().add(start));
+            let high = _mm512_maskz_loadu_ps(mask, second.as_ptr().add(start));
+            for (words, part) in words.iter_mut().zip(parts::<P>(low, high)) {
+                let words = words.as_mut_ptr().add(start).cast();
+                _mm512_mask_storeu_epi32(words, mask, interleaved(part));
+            }
+        }
+    }
+}
+
+/// How many numbers behind the last one are read with it.
+const fn beyond<const APART: usize, T: Number>() -> usize {
+    if APART > 1 && !T::IS_F32 { 1 } else { 0 }
+}
+
+/// Numbers that lie so far apart.
+///
+/// # Safety
+/// All of them are there; another one too, if they are bf16 and apart.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn sixteen<const APART: usize, T: Number>(from: *const T) -> __m512 {
+    // SAFETY: by the caller; `Number` is f32 or bf16.
+    unsafe {
+        if APART == 1 {
+            return match T::IS_F32 {
+                true => _mm512_loadu_ps(from.cast()),
+                false => widened(_mm256_loadu_si256(from.cast())),
+            };
+        }
+        let count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        let places = _mm512_mullo_epi32(count, _mm512_set1_epi32(APART as i32));
+        match T::IS_F32 {
+            true => _mm512_i32gather_ps::<4>(places, from.cast()),
+            false => {
+                // Each with its neighbor, which is shifted out.
+                let pairs = _mm512_i32gather_epi32::<2>(places, from.cast());
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs))
+            }
+        }
+    }
+}
+
+/// Word i of numbers i and 16 + i.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn interleaved(numbers: __m512i) -> __m512i {
+    const ORDER: [u16; 32] = {
+        let mut order = [0; 32];
+        let mut i = 0;
+        while i < 16 {
+            order[2 * i] = i as u16;
+            order[2 * i + 1] = 16 + i as u16;
+            i += 1;
+        }
+        order
+    };
+    // SAFETY: the order has the 64 bytes that are read.
+    unsafe { _mm512_permutexvar_epi16(_mm512_loadu_si512(ORDER.as_ptr().cast()), numbers) }
+}
+
+/// 32 numbers as sums of bf16 numbers: each part rounds what the ones before it leave.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn parts<const P: usize>(mut low: __m512, mut high: __m512) -> [__m512i; P] {
+    let mut parts = [_mm512_setzero_si512(); P];
+    for (i, part) in parts.iter_mut().enumerate() {
+        *part = rounded_to_bf16(low, high);
+        if i + 1 < P {
+            low = _mm512_sub_ps(low, widened(_mm512_castsi512_si256(*part)));
+            high = _mm512_sub_ps(high, widened(_mm512_extracti64x4_epi64::<1>(*part)));
+        }
+    }
+    parts
+}
+
+/// bf16 as f32.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn widened(numbers: __m256i) -> __m512 {
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(numbers)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn rounded_to_bf16(low: __m512, high: __m512) -> __m512i {
+    // SAFETY: both types are 64 bytes of any value.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
+}
