@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 use plugin_api::NodeError;
 use stable_diffusion::memory::Memory;
 use stable_diffusion::ops::Precision;
-use stable_diffusion::{CheckpointSource, DiffusionModel};
+use stable_diffusion::{CheckpointSource, DiffusionModel, Error};
 
 use crate::device::device;
 use crate::failure::from_model;
@@ -57,7 +57,10 @@ pub(crate) fn load_model(
     let source = checkpoint_source(name);
     let loaded = DiffusionModel::load_with(&source, other_vae, precision, device()?);
     let loaded = loaded.map_err(|error| error.during(|| format!("the loading of {name}")));
-    let model = loaded.map_err(|error| from_model("checkpoint", &error))?;
+    let model = loaded.map_err(|error| match &error {
+        Error::Argument { what, .. } => from_model(what, &error),
+        _ => from_model("checkpoint", &error),
+    })?;
     let model = ModelValue::new(with_memory(model, memory)?);
     *last = Some((key, model.downgrade()));
     Ok(model)

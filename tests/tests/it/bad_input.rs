@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Done, Place, node};
+use crate::support::{Done, Place, done, node};
 
 fn show(image: &str) -> Value {
     json!({
@@ -340,6 +340,23 @@ fn a_disk_that_is_full() {
     assert!(unmounted.success());
     done.failed_with(&["cannot write disk/run", "No space left", "free some space"]);
     assert_eq!(left, [] as [&str; 0]);
+}
+
+#[test]
+fn a_precision_that_the_device_lacks_is_named() {
+    let place = Place::with_conceptloom();
+    let workflow = json!({
+        "1": node("LoadDiffusionModel", json!({"precision": "f16"})),
+        "2": node("PersonalizedSampler", json!({"model": ["1", 0], "prompts": "a cat", "steps": 1})),
+        "3": node("SaveImage", json!({"images": ["2", 0]})),
+    });
+    place.write("workflow.json", workflow.to_string());
+    let mut command = place.command(&["run", "workflow.json"]);
+    command.env("CONCEPTLOOM_DEVICE", "cpu");
+    done(command.output().unwrap()).failed_with(&[
+        "node 1 (LoadDiffusionModel), input precision",
+        "f16 is for GPUs; on a processor choose bf16",
+    ]);
 }
 
 #[test]

@@ -9,8 +9,8 @@ use candle_core::{DType, Tensor};
 ///
 /// | invariant | tested for both by |
 /// |---|---|
-/// | a frozen parameter gets no gradient: none is computed, none is kept | `tests/ops.rs` |
-/// | without a tracked operand nothing is kept for a backward pass | `tests/ops.rs` |
+/// | a frozen parameter gets no gradient: none is computed, none is kept | `tests/ops` |
+/// | without a tracked operand nothing is kept for a backward pass | `tests/ops` |
 /// | an attention map is never built whole | `tests/memory.rs` |
 /// | no graph outlives its step | `tests/memory.rs` |
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
