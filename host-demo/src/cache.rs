@@ -214,9 +214,7 @@ fn blocks(outputs: &[Value], clock: u64) -> BTreeMap<Block, u64> {
 
 #[cfg(test)]
 mod tests {
-    use plugin_api::abi_stable::std_types::{RString, RVec};
-    use plugin_api::node::Opaque;
-    use plugin_api::{MemoryBlock, SharedObject, SharedTensor};
+    use plugin_api::{MemoryBlock, Opaque, SharedObject, SharedTensor};
     use serde_json::json;
 
     use super::*;
@@ -227,7 +225,7 @@ mod tests {
 
     fn kilobyte() -> Vec<Value> {
         vec![Value::Tensor(
-            SharedTensor::from_vec(vec![0.0; 256], &[256]).unwrap(),
+            SharedTensor::from_vec(vec![0f32; 256], &[256]).unwrap(),
         )]
     }
 
@@ -249,11 +247,11 @@ mod tests {
     struct Blocks(&'static [(u64, u64)]);
 
     impl Opaque for Blocks {
-        fn summary(&self) -> RString {
+        fn summary(&self) -> String {
             "blocks".into()
         }
 
-        fn memory(&self) -> RVec<MemoryBlock> {
+        fn memory(&self) -> Vec<MemoryBlock> {
             let blocks = self.0.iter();
             blocks
                 .map(|&(id, bytes)| MemoryBlock { id, bytes })

@@ -3,15 +3,17 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use plugin_api::guard::guarded_host;
 use plugin_api::{
-    DeviceDescriptor, ErrorCode, HostContext, Inputs, NodeDescriptor, NodeError, Outputs,
-    Value as WireValue,
+    DeviceDescriptor, ErrorCode, Host, HostContext, Inputs, LoadedNode, NodeDescriptor, NodeError,
+    Outputs, Value as WireValue,
 };
 use serde_json::{Map, Value};
 
 use crate::builtin_nodes::{self, BuiltinClass, BuiltinNode, Places};
 use crate::graph::{Graph, Input};
 use crate::loader::{DeviceError, Plugin};
+use crate::object_info;
 
 /// The pack that the editor shows for the host's own nodes.
 const OWN_PACK: &str = "nodes";
@@ -131,8 +133,7 @@ impl Catalog {
                 Ok(Instance::Builtin((builtin.make)(self.places.clone())))
             }
             Some(Origin::Plugin(i)) => {
-                let node = self.plugins[*i].module.create_node()(class.into()).into_result()?;
-                Ok(Instance::Plugin(node))
+                Ok(Instance::Plugin(self.plugins[*i].exports.create(class)?))
             }
             None => Err(NodeError::new(
                 ErrorCode::InvalidInput,
@@ -145,9 +146,9 @@ impl Catalog {
     pub(crate) fn object_info(&self) -> Map<String, Value> {
         let entry = |(name, class): (&String, &Class)| {
             let info = match &class.origin {
-                Origin::Plugin(i) => class.descriptor.object_info(&self.plugins[*i].name),
+                Origin::Plugin(i) => object_info::class(&class.descriptor, &self.plugins[*i].name),
                 Origin::Builtin(builtin) => {
-                    let mut info = class.descriptor.object_info(OWN_PACK);
+                    let mut info = object_info::class(&class.descriptor, OWN_PACK);
                     info["python_module"] = OWN_PACK.into();
                     (builtin.editor_hints)(&mut info);
                     info
@@ -213,7 +214,7 @@ impl Devices {
 /// A node that can run, whoever made it.
 pub(crate) enum Instance {
     Builtin(Box<dyn BuiltinNode>),
-    Plugin(plugin_api::node::NodeBox),
+    Plugin(LoadedNode),
 }
 
 impl Instance {
@@ -224,19 +225,18 @@ impl Instance {
     pub(crate) fn validate(&self, parameters: &Map<String, Value>) -> Result<(), NodeError> {
         match self {
             Self::Builtin(node) => node.validate(parameters),
-            Self::Plugin(node) => node
-                .validate(json(parameters).as_str().into())
-                .into_result(),
+            Self::Plugin(node) => node.validate(&json(parameters)),
         }
     }
 
     /// What the result hangs on besides inputs and parameters.
-    pub(crate) fn fingerprint(&self, parameters: &Map<String, Value>) -> String {
+    ///
+    /// # Errors
+    /// Parameters that cannot be read, or a fault of the node.
+    pub(crate) fn fingerprint(&self, parameters: &Map<String, Value>) -> Result<String, NodeError> {
         match self {
-            Self::Builtin(node) => node.fingerprint(parameters),
-            Self::Plugin(node) => node
-                .fingerprint(json(parameters).as_str().into())
-                .into_string(),
+            Self::Builtin(node) => Ok(node.fingerprint(parameters)),
+            Self::Plugin(node) => node.fingerprint(&json(parameters)),
         }
     }
 
@@ -248,29 +248,16 @@ impl Instance {
         &mut self,
         inputs: BTreeMap<String, WireValue>,
         parameters: &Map<String, Value>,
-        context: impl HostContext + 'static,
+        context: impl HostContext,
     ) -> Result<Outputs, NodeError> {
-        use abi_stable::std_types::{RString, RVec, Tuple2};
-        let host = plugin_api::Host::from_context(context);
         match self {
-            Self::Builtin(node) => plugin_api::guard::guarded("a node of the host", || {
-                node.run(
-                    &Inputs::new(inputs),
-                    parameters,
-                    &plugin_api::Host::new(host),
-                )
-            }),
-            Self::Plugin(node) => {
-                let inputs: RVec<_> = inputs
-                    .into_iter()
-                    .map(|(name, value)| Tuple2(RString::from(name), value))
-                    .collect();
-                let request = plugin_api::node::RunRequest {
-                    inputs,
-                    parameters: json(parameters).into(),
-                };
-                node.run(request, host).into_result().map(RVec::into_vec)
+            Self::Builtin(node) => {
+                let (host, fault) = Host::from_context(context);
+                fault.or(guarded_host("a node of the host", || {
+                    node.run(&mut Inputs::new(inputs), parameters, &host)
+                }))
             }
+            Self::Plugin(node) => node.run(inputs, &json(parameters), context),
         }
     }
 }

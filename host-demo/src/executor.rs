@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use abi_stable::std_types::RString;
 use jiff::ZonedDateTime;
+use plugin_api::extension::METADATA;
 use plugin_api::{
-    ErrorCode, HostContext, NodeDescriptor, NodeError, OutputSocket, Preview, Progress, RunInfo,
-    Value, port,
+    ErrorCode, Extension, HostContext, NodeDescriptor, NodeError, OutputSocket, Preview, Progress,
+    RunInfo, Value,
 };
 use serde_json::{Map, Value as Json};
 
@@ -209,7 +209,7 @@ impl<'a> Worker<'a> {
             node,
             job.catalog.build_of(&node.class),
             &parameters,
-            &instance.fingerprint(&parameters),
+            &instance.fingerprint(&parameters)?,
             &self.signatures,
         );
         self.signatures.insert(id.clone(), signature.clone());
@@ -351,9 +351,8 @@ impl<'a> Worker<'a> {
                 node_id: label.id.as_str().into(),
                 output_dir: job.output_dir.to_string_lossy().as_ref().into(),
                 work_dir: work_dir.unwrap_or_default().into(),
-                workflow: job.workflow.as_str().into(),
-                prompt: job.prompt.as_str().into(),
             },
+            metadata: metadata(job),
         })
     }
 }
@@ -371,7 +370,7 @@ fn run_with_retry(
             memory::give_back();
             context.log(
                 1,
-                "memory ran out; the cache was emptied and the node runs again".into(),
+                "memory ran out; the cache was emptied and the node runs again",
             );
             instance
                 .run(inputs, parameters, context)
@@ -421,9 +420,11 @@ fn mismatch(socket: &OutputSocket, value: &Value) -> Option<String> {
         Value::Json(text) => format!("the value {text}"),
     };
     let fits = match (socket.port.as_str(), value) {
-        (port::IMAGE, Value::Tensor(tensor)) => matches!(tensor.shape()[..], [_, _, _, 3]),
-        (port::MASK | port::ATTENTION_MAPS, Value::Tensor(tensor)) => tensor.shape().len() == 3,
-        (port::IMAGE | port::MASK | port::ATTENTION_MAPS, _) => false,
+        (picture_ports::IMAGE, Value::Tensor(tensor)) => matches!(tensor.shape()[..], [_, _, _, 3]),
+        (picture_ports::MASK | picture_ports::ATTENTION_MAPS, Value::Tensor(tensor)) => {
+            tensor.shape().len() == 3
+        }
+        (picture_ports::IMAGE | picture_ports::MASK | picture_ports::ATTENTION_MAPS, _) => false,
         (port, Value::Object(object)) => object.type_name() == port,
         // A plugin's own tensors, and numbers and texts: their consumers know them.
         (_, Value::Tensor(_) | Value::Json(_)) => true,
@@ -466,6 +467,16 @@ struct Context {
     cancel: Arc<AtomicBool>,
     has_saved: Arc<AtomicBool>,
     info: RunInfo,
+    /// A JSON object: see [`METADATA`].
+    metadata: Arc<str>,
+}
+
+/// The documents that restore the graph, by the names that files carry them under; those that are wanted.
+fn metadata(job: &Job<'_>) -> Arc<str> {
+    let documents = [("prompt", &job.prompt), ("workflow", &job.workflow)].into_iter();
+    let wanted = documents.filter(|(_, document)| !document.is_empty());
+    let texts = wanted.map(|(name, document)| (name.to_owned(), document.as_str().into()));
+    Json::Object(texts.collect()).to_string().into()
 }
 
 impl Context {
@@ -498,31 +509,34 @@ impl HostContext for Context {
                     picture: &picture,
                 });
             }
-            Err(error) => self.log(2, error.message),
+            Err(error) => self.log(2, &error.message),
         }
     }
 
-    fn metric(&self, series: RString, x: f64, y: f64) {
-        self.tell(&Event::Metric {
-            series: &series,
-            x,
-            y,
-        });
+    fn metric(&self, series: &str, x: f64, y: f64) {
+        self.tell(&Event::Metric { series, x, y });
     }
 
-    fn log(&self, level: u32, text: RString) {
-        self.tell(&Event::Log { level, text: &text });
+    fn log(&self, level: u32, text: &str) {
+        self.tell(&Event::Log { level, text });
     }
 
-    fn saved(&self, path: RString) {
+    fn saved(&self, path: &str) {
         self.has_saved.store(true, Ordering::SeqCst);
         self.tell(&Event::Saved {
-            path: Path::new(path.as_str()),
+            path: Path::new(path),
         });
     }
 
     fn run_info(&self) -> RunInfo {
         self.info.clone()
+    }
+
+    fn extension(&self, id: &str) -> Option<Box<dyn Extension>> {
+        let metadata = self.metadata.clone();
+        (id == METADATA).then(|| -> Box<dyn Extension> {
+            Box::new(move |_: Vec<Value>| Ok(vec![Value::Json((&*metadata).into())]))
+        })
     }
 }
 

@@ -3,10 +3,12 @@
 use std::env::consts::{DLL_PREFIX, DLL_SUFFIX};
 use std::path::{Path, PathBuf};
 
-use abi_stable::library::{LibHeader, LibraryError, lib_header_from_path};
-use plugin_api::{DeviceDescriptor, NodeDescriptor, PluginDescriptor, PluginModule_Ref};
+use abi_stable::library::{LibraryError, lib_header_from_path};
+use plugin_api::{
+    DeviceDescriptor, LoadedPlugin, NodeDescriptor, PluginDescriptor, PluginModule_Ref,
+};
 
-use crate::probe::{self, NoProbe};
+use crate::table::{self, NoTable};
 
 /// Names libraries (a list as in PATH) when the command line does not.
 pub(crate) const LIBRARY_VARIABLE: &str = "CONCEPTLOOM_PLUGIN";
@@ -30,7 +32,7 @@ pub(crate) struct Plugin {
     /// Where it was.
     pub(crate) path: PathBuf,
     /// What it exports.
-    pub(crate) module: PluginModule_Ref,
+    pub(crate) exports: LoadedPlugin,
     /// Its classes.
     pub(crate) nodes: Vec<NodeDescriptor>,
 }
@@ -50,16 +52,9 @@ impl Plugin {
     /// # Errors
     /// [`DeviceError`], with the plugin's own sentence.
     pub(crate) fn devices(&self) -> Result<Vec<DeviceDescriptor>, DeviceError> {
-        let failed = |reason: String| DeviceError {
+        self.exports.devices().map_err(|error| DeviceError {
             plugin: self.name.clone(),
-            reason,
-        };
-        let described = self.module.devices()().into_result();
-        let described = described.map_err(|error| failed(error.message.into_string()))?;
-        serde_json::from_str(&described).map_err(|error| {
-            failed(format!(
-                "its description of its devices cannot be read ({error}); this is a fault of the plugin"
-            ))
+            reason: error.message.into_string(),
         })
     }
 }
@@ -104,41 +99,39 @@ pub(crate) fn load(path: &Path) -> Result<Plugin, LoadError> {
     let absolute = path
         .canonicalize()
         .map_err(|error| failed(error.to_string()))?;
-    let probe = probe::read(&absolute).map_err(|why| failed(no_probe(why)))?;
-    if let Some(reason) = probe.incompatibility() {
-        return Err(failed(reason));
-    }
-    let module = lib_header_from_path(&absolute)
-        .and_then(LibHeader::init_root_module::<PluginModule_Ref>)
-        .map_err(|error| failed(incompatible(&error)))?;
-    let described = module.describe()();
-    let descriptor: PluginDescriptor = serde_json::from_str(&described).map_err(|error| {
-        failed(format!(
-            "its description of its nodes cannot be read ({error}); this is a fault of the plugin"
-        ))
-    })?;
+    let table = table::read(&absolute).map_err(|why| failed(no_table(why)))?;
+    let exports = match lib_header_from_path(&absolute) {
+        Ok(header) => header
+            .init_root_module::<PluginModule_Ref>()
+            .map(LoadedPlugin::from)
+            .map_err(|error| failed(incompatible(&error)))?,
+        // Not from Rust: its table is all there is.
+        Err(LibraryError::GetSymbolError { .. }) => table::plugin(table),
+        Err(error) => return Err(failed(incompatible(&error))),
+    };
+    let described = exports.describe();
     let PluginDescriptor {
         name,
         version,
         nodes,
-    } = descriptor;
+    } = described.map_err(|error| failed(error.message.into_string()))?;
     Ok(Plugin {
         name,
         version,
         build,
         path: absolute,
-        module,
+        exports,
         nodes,
     })
 }
 
-fn no_probe(why: NoProbe) -> String {
+fn no_table(why: NoTable) -> String {
     match why {
-        NoProbe::NotALibrary(words) => format!("the system cannot open it as a library ({words})"),
-        NoProbe::NoSymbol => {
-            "it is a library, but no Conceptloom plugin: it has no probe symbol".to_owned()
+        NoTable::NotALibrary(words) => format!("the system cannot open it as a library ({words})"),
+        NoTable::NoSymbol => {
+            "it is a library, but no plugin: it does not export node_plugin".to_owned()
         }
-        NoProbe::NotAProbe => "its probe symbol is not Conceptloom's".to_owned(),
+        NoTable::Unusable(reason) => reason,
     }
 }
 

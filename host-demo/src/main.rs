@@ -12,9 +12,10 @@ mod workflow_file;
 mod builtin_nodes;
 mod catalog;
 mod loader;
+mod object_info;
 mod pictures;
 mod png_text;
-mod probe;
+mod table;
 
 mod schedule;
 mod validate;

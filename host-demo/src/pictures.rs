@@ -2,11 +2,12 @@
 //!
 //! Reading is limited: a small file can claim to be a huge picture.
 
+use std::borrow::Cow;
 use std::io::Cursor;
 use std::path::Path;
 
 use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
-use plugin_api::{ErrorCode, NodeError, SharedTensor, port};
+use plugin_api::{ErrorCode, NodeError, SharedTensor};
 
 /// Largest width and height that are read.
 pub(crate) const MAX_SIDE: u32 = 8192;
@@ -223,10 +224,11 @@ pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>, NodeError> {
 ///
 /// # Errors
 /// NaN or infinity, or memory that cannot be read.
-pub(crate) fn finite_values(input: &str, tensor: &SharedTensor) -> Result<Vec<f32>, NodeError> {
-    let values = tensor
-        .to_vec()
-        .map_err(|error| NodeError::invalid_input(input, error.to_string()))?;
+pub(crate) fn finite_values<'a>(
+    input: &str,
+    tensor: &'a SharedTensor,
+) -> Result<Cow<'a, [f32]>, NodeError> {
+    let values = picture_ports::values(input, tensor)?;
     if values.iter().all(|value| value.is_finite()) {
         return Ok(values);
     }
@@ -246,7 +248,7 @@ pub(crate) fn tensor(values: Vec<f32>, shape: &[usize]) -> Result<SharedTensor, 
 /// # Errors
 /// Another shape, values that are not finite, or memory that cannot be read.
 pub(crate) fn from_image(input: &str, image: &SharedTensor) -> Result<Vec<RgbPicture>, NodeError> {
-    let [_, height, width] = port::image_size(input, image)?;
+    let [_, height, width] = picture_ports::image_size(input, image)?;
     let values = finite_values(input, image)?;
     Ok(values
         .chunks_exact(width * height * 3)
@@ -262,7 +264,7 @@ pub(crate) fn planes(
     input: &str,
     masks: &SharedTensor,
 ) -> Result<(usize, usize, Vec<Vec<f32>>), NodeError> {
-    let [_, height, width] = port::mask_size(input, masks)?;
+    let [_, height, width] = picture_ports::mask_size(input, masks)?;
     let values = finite_values(input, masks)?;
     Ok((
         width,
@@ -370,7 +372,7 @@ mod tests {
             loaded
                 .transparency()
                 .unwrap()
-                .to_vec()
+                .to_f32()
                 .unwrap()
                 .iter()
                 .all(|&v| v == 0.0)

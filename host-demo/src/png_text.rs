@@ -13,7 +13,10 @@ use crate::pictures::RgbPicture;
 ///
 /// # Errors
 /// The encoder's, which a picture of the right length does not meet.
-pub(crate) fn encode(picture: &RgbPicture, texts: &[(&str, String)]) -> Result<Vec<u8>, NodeError> {
+pub(crate) fn encode(
+    picture: &RgbPicture,
+    texts: &[(String, String)],
+) -> Result<Vec<u8>, NodeError> {
     let failed = |error: png::EncodingError| {
         NodeError::new(
             ErrorCode::Internal,
@@ -26,7 +29,7 @@ pub(crate) fn encode(picture: &RgbPicture, texts: &[(&str, String)]) -> Result<V
     encoder.set_depth(png::BitDepth::Eight);
     for (keyword, text) in texts {
         encoder
-            .add_text_chunk((*keyword).to_owned(), text.clone())
+            .add_text_chunk(keyword.clone(), text.clone())
             .map_err(failed)?;
     }
     let mut writer = encoder.write_header().map_err(failed)?;
@@ -95,12 +98,16 @@ mod tests {
             height: 1,
             pixels: vec![1, 2, 3, 4, 5, 6],
         };
-        let png = encode(&picture, &[("prompt", "{}".to_owned()), ("workflow", text)]).unwrap();
+        let texts = [
+            ("prompt".to_owned(), "{}".to_owned()),
+            ("workflow".to_owned(), text),
+        ];
+        let png = encode(&picture, &texts).unwrap();
         assert_eq!(
             serde_json::from_str::<Value>(&super::workflow(&png).unwrap()).unwrap(),
             workflow
         );
-        let api_only = encode(&picture, &[("prompt", "{}".to_owned())]).unwrap();
+        let api_only = encode(&picture, &texts[..1]).unwrap();
         assert_eq!(super::workflow(&api_only).unwrap(), "{}");
         assert_eq!(super::workflow(&encode(&picture, &[]).unwrap()), None);
         assert_eq!(super::workflow(b"no picture"), None);

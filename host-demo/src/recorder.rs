@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use parking_lot::Mutex;
-use plugin_api::{OutputSocket, SharedTensor, Value, port};
+use plugin_api::{OutputSocket, SharedTensor, Value};
 use serde_json::{Value as Json, json};
 
 use crate::events::{Event, NodeLabel, Observer};
@@ -263,7 +263,7 @@ fn shown(sockets: &[OutputSocket], outputs: &[Value]) -> Vec<ShownOutput> {
 /// Tensors that are no pictures, or that cannot be read, are not shown.
 fn shown_tensor(socket: &OutputSocket, tensor: &SharedTensor) -> Option<ShownOutput> {
     let (name, port) = (socket.name.clone(), socket.port.clone());
-    if port == port::IMAGE {
+    if port == picture_ports::IMAGE {
         let pictures = pictures::from_image(&name, tensor).ok()?;
         return Some(ShownOutput {
             name,
@@ -273,8 +273,8 @@ fn shown_tensor(socket: &OutputSocket, tensor: &SharedTensor) -> Option<ShownOut
         });
     }
     let draw = match port.as_str() {
-        port::MASK => pictures::gray,
-        port::ATTENTION_MAPS => pictures::heat,
+        picture_ports::MASK => pictures::gray,
+        picture_ports::ATTENTION_MAPS => pictures::heat,
         _ => return None,
     };
     let (width, height, planes) = pictures::planes(&name, tensor).ok()?;

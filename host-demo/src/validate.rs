@@ -12,7 +12,7 @@ use crate::catalog::Catalog;
 use crate::file_words;
 use crate::graph::{Graph, GraphNode, Input, NodeId};
 use crate::schedule::{self, Cycle};
-use plugin_api::{InputSocket, NodeDescriptor, Widget, WidgetKind};
+use plugin_api::{InputSocket, NodeDescriptor, ProblemKind, Widget, WidgetKind};
 
 /// Something that keeps a graph from running.
 #[derive(Debug, Clone, PartialEq)]
@@ -232,12 +232,22 @@ fn node_problems(
     problems.extend(
         unfit
             .into_iter()
-            .map(|p| problem(p.code, &p.parameter, p.message)),
+            .map(|p| problem(protocol_code(p.kind), &p.parameter, p.message)),
     );
     if problems.is_empty() {
         problems.extend(own_problem(graph, catalog, id, descriptor, &parameters));
     }
     problems
+}
+
+/// What the protocol calls it.
+pub(crate) fn protocol_code(kind: ProblemKind) -> &'static str {
+    match kind {
+        ProblemKind::WrongType => "invalid_input_type",
+        ProblemKind::TooSmall => "value_smaller_than_min",
+        ProblemKind::TooLarge => "value_bigger_than_max",
+        ProblemKind::NotAnOption => "value_not_in_list",
+    }
 }
 
 type Found = Option<(&'static str, String)>;

@@ -2,7 +2,7 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use crate::parameter::{ParameterProblem, Widget, check_all, widgets_of};
 
@@ -22,20 +22,14 @@ pub struct PluginDescriptor {
 pub struct InputSocket {
     /// Stable name.
     pub name: String,
-    /// A name of [`crate::port`], or a plugin's own.
+    /// The type of what goes through it: two sockets link when these are equal.
     pub port: String,
     /// Whether the node runs without it.
+    #[serde(default)]
     pub optional: bool,
     /// One or two sentences.
+    #[serde(default)]
     pub tooltip: String,
-}
-
-impl InputSocket {
-    /// The input's entry in ComfyUI's `/object_info` document.
-    #[must_use]
-    pub fn object_info(&self) -> Value {
-        json!([self.port, {"tooltip": self.tooltip}])
-    }
 }
 
 /// A socket that gives a value.
@@ -43,9 +37,10 @@ impl InputSocket {
 pub struct OutputSocket {
     /// Stable name.
     pub name: String,
-    /// A name of [`crate::port`], or a plugin's own.
+    /// The type of what goes through it: two sockets link when these are equal.
     pub port: String,
     /// One or two sentences.
+    #[serde(default)]
     pub tooltip: String,
 }
 
@@ -55,20 +50,28 @@ pub struct NodeDescriptor {
     /// Stable id.
     pub class: String,
     /// Free label.
+    #[serde(default)]
     pub display_name: String,
     /// What it does, for a person.
+    #[serde(default)]
     pub description: String,
     /// Menu path, `/`-separated.
+    #[serde(default)]
     pub category: String,
     /// Sockets that take values.
+    #[serde(default)]
     pub inputs: Vec<InputSocket>,
     /// Parameters.
+    #[serde(default)]
     pub widgets: Vec<Widget>,
     /// Sockets that give values.
+    #[serde(default)]
     pub outputs: Vec<OutputSocket>,
     /// Whether the graph runs for the sake of this node: it saves or shows something.
+    #[serde(default)]
     pub output_node: bool,
     /// Other words that find it.
+    #[serde(default)]
     pub search_aliases: Vec<String>,
 }
 
@@ -158,55 +161,5 @@ impl NodeDescriptor {
             .iter()
             .map(|widget| (widget.name.clone(), value(widget)))
             .collect()
-    }
-
-    /// What ComfyUI's `/object_info` document says of one input, a socket's or a parameter's.
-    #[must_use]
-    pub fn input_info(&self, name: &str) -> Option<Value> {
-        let socket = self.inputs.iter().find(|socket| socket.name == name);
-        let widget = || self.widgets.iter().find(|widget| widget.name == name);
-        socket
-            .map(InputSocket::object_info)
-            .or_else(|| widget().map(Widget::object_info))
-    }
-
-    /// The entry of ComfyUI's `/object_info` document; `pack` is the plugin's name.
-    #[must_use]
-    pub fn object_info(&self, pack: &str) -> Value {
-        let entries = |optional: bool| -> Map<String, Value> {
-            self.inputs
-                .iter()
-                .filter(|socket| socket.optional == optional)
-                .map(|socket| (socket.name.clone(), socket.object_info()))
-                .collect()
-        };
-        let (mut required, optional) = (entries(false), entries(true));
-        required.extend(
-            self.widgets
-                .iter()
-                .map(|widget| (widget.name.clone(), widget.object_info())),
-        );
-        let names = |map: &Map<String, Value>| map.keys().cloned().collect::<Vec<_>>();
-        let outputs = |field: fn(&OutputSocket) -> &String| {
-            self.outputs.iter().map(field).collect::<Vec<_>>()
-        };
-        json!({
-            "input_order": {"required": names(&required), "optional": names(&optional)},
-            "input": {"required": required, "optional": optional},
-            "output": outputs(|socket| &socket.port),
-            "output_is_list": vec![false; self.outputs.len()],
-            "output_name": outputs(|socket| &socket.name),
-            "output_tooltips": outputs(|socket| &socket.tooltip),
-            "name": self.class,
-            "display_name": self.display_name,
-            "description": self.description,
-            "python_module": format!("custom_nodes.{pack}"),
-            "category": self.category,
-            "output_node": self.output_node,
-            "search_aliases": self.search_aliases,
-            "deprecated": false,
-            "experimental": false,
-            "is_input_list": false,
-        })
     }
 }

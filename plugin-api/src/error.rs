@@ -3,6 +3,8 @@
 use abi_stable::StableAbi;
 use abi_stable::std_types::RString;
 
+use crate::TensorError;
+
 /// Who is at fault, with numbers that never change meaning. New codes are appended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -46,7 +48,7 @@ impl ErrorCode {
             Self::InvalidFile => "InvalidFile",
             Self::CannotWrite => "CannotWrite",
             Self::Canceled => "Canceled",
-            Self::OutOfMemory => "OOMError",
+            Self::OutOfMemory => "OutOfMemory",
             Self::Panicked => "NodePanicked",
             Self::Internal => "InternalError",
         }
@@ -103,3 +105,10 @@ impl std::fmt::Display for NodeError {
 }
 
 impl std::error::Error for NodeError {}
+
+/// A tensor that cannot be used is nobody's input until somebody says whose.
+impl From<TensorError> for NodeError {
+    fn from(error: TensorError) -> Self {
+        Self::new(ErrorCode::Internal, error.to_string())
+    }
+}

@@ -1,8 +1,14 @@
-//! The one place where a panic of a node becomes an error.
+//! The one place where a panic becomes an error.
 //!
-//! A panic inside an `abi_stable` method ends the process, so the guard sits inside every exported method.
+//! A panic that leaves an `abi_stable` method or an `extern "C"` function ends the process, so a guard stands inside every
+//! one of them, on either side: nodes, opaque values, owners of tensors, extensions, the host's services, and all their
+//! destructors. What no guard can catch ends the process as it would anywhere: a panic in a destructor that runs because of
+//! another panic, an overflowing stack, a library built with `panic = "abort"` (which
+//! [`export_plugin!`](crate::export_plugin) refuses to compile).
 
+use std::any::{Any, type_name};
 use std::cell::Cell;
+use std::mem::needs_drop;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
 
@@ -24,39 +30,120 @@ fn quiet_inside_of_guards() {
             if GUARDS.get() == 0 {
                 before(info);
             } else {
-                PLACE.set(info.location().map(ToString::to_string));
+                let place = info.location().map(ToString::to_string);
+                // A thread that ends may have lost the cell.
+                let _ = PLACE.try_with(|cell| cell.set(place));
             }
         }));
     });
 }
 
-/// Runs `body`; a panic inside it becomes a [`NodeError`] with [`ErrorCode::Panicked`].
+/// Runs `body` of a plugin; a panic inside it becomes a [`NodeError`] with [`ErrorCode::Panicked`].
 ///
 /// # Errors
 /// The error of `body`, or its panic message.
 pub fn guarded<T>(what: &str, body: impl FnOnce() -> Result<T, NodeError>) -> Result<T, NodeError> {
+    caught(what, "plugin", body)
+}
+
+/// [`guarded`] for what a host does.
+///
+/// # Errors
+/// The error of `body`, or its panic message.
+pub fn guarded_host<T>(
+    what: &str,
+    body: impl FnOnce() -> Result<T, NodeError>,
+) -> Result<T, NodeError> {
+    caught(what, "host", body)
+}
+
+fn caught<T>(
+    what: &str,
+    whose: &str,
+    body: impl FnOnce() -> Result<T, NodeError>,
+) -> Result<T, NodeError> {
     quiet_inside_of_guards();
     GUARDS.set(GUARDS.get() + 1);
     // A node that panicked is not run again by the host, so no broken state is ever seen.
     let result = catch_unwind(AssertUnwindSafe(body));
     GUARDS.set(GUARDS.get() - 1);
-    result.unwrap_or_else(|panic| {
-        let text = panic
+    result.unwrap_or_else(|payload| {
+        let text = payload
             .downcast_ref::<&str>()
             .map(ToString::to_string)
-            .or_else(|| panic.downcast_ref::<String>().cloned())
+            .or_else(|| payload.downcast_ref::<String>().cloned())
             .unwrap_or_else(|| "no message".to_owned());
+        forget_payload(payload);
         let place = PLACE
-            .take()
+            .try_with(Cell::take)
+            .ok()
+            .flatten()
             .map(|place| format!(" at {place}"))
             .unwrap_or_default();
         Err(NodeError::new(
             ErrorCode::Panicked,
             format!(
-                "{what} panicked{place} ({text}); this is a fault of the plugin, please report it"
+                "{what} panicked{place} ({text}); this is a fault of the {whose}, please report it"
             ),
         ))
     })
+}
+
+/// What was thrown may be anything, with a destructor that panics too.
+#[expect(
+    clippy::mem_forget,
+    reason = "what panics while it is dropped cannot be dropped"
+)]
+fn forget_payload(payload: Box<dyn Any + Send>) {
+    if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
+        std::mem::forget(payload);
+    }
+}
+
+/// A value whose destructor's panic stays inside. Nobody waits for a destructor's answer, so the panic is told on standard
+/// error, as the standard library does.
+#[derive(Debug)]
+pub(crate) struct Contained<T>(Option<T>);
+
+impl<T> Contained<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self(Some(value))
+    }
+
+    /// The value.
+    ///
+    /// # Errors
+    /// It is being dropped.
+    pub(crate) fn get(&self) -> Result<&T, NodeError> {
+        self.0.as_ref().ok_or_else(gone::<T>)
+    }
+
+    /// The value.
+    ///
+    /// # Errors
+    /// It is being dropped.
+    pub(crate) fn get_mut(&mut self) -> Result<&mut T, NodeError> {
+        self.0.as_mut().ok_or_else(gone::<T>)
+    }
+}
+
+fn gone<T>() -> NodeError {
+    let message = format!("{} is used while it is dropped", type_name::<T>());
+    NodeError::new(ErrorCode::Internal, message)
+}
+
+impl<T> Drop for Contained<T> {
+    fn drop(&mut self) {
+        let value = self.0.take();
+        if !needs_drop::<T>() {
+            return;
+        }
+        let outer = GUARDS.replace(0);
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| drop(value))) {
+            forget_payload(payload);
+        }
+        GUARDS.set(outer);
+    }
 }
 
 #[cfg(test)]
@@ -77,5 +164,25 @@ mod tests {
             guarded::<()>("n", || Err(NodeError::canceled())),
             Err(NodeError::canceled())
         );
+    }
+
+    struct Bomb;
+
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            panic!("while it is dropped");
+        }
+    }
+
+    #[test]
+    fn destructors_that_panic_stay_inside() {
+        drop(Contained::new(Bomb));
+        let error = guarded::<()>("n", || std::panic::panic_any(Bomb)).unwrap_err();
+        assert!(error.message.contains("no message"), "{error}");
+        let error = guarded::<()>("n", || {
+            let _first = Contained::new(Bomb);
+            panic!("the second")
+        });
+        assert!(error.unwrap_err().message.contains("the second"));
     }
 }

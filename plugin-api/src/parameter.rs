@@ -15,6 +15,7 @@ pub struct Widget {
     /// The field's name: stable.
     pub name: String,
     /// The field's doc comment.
+    #[serde(default)]
     pub tooltip: String,
     /// What it edits.
     pub kind: WidgetKind,
@@ -70,11 +71,24 @@ pub enum WidgetKind {
     },
 }
 
-/// A value that does not fit its widget, with ComfyUI's name of the problem.
+/// In what a value does not fit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProblemKind {
+    /// It is no number, text, switch or name, as the widget takes it.
+    WrongType,
+    /// It is below the smallest value.
+    TooSmall,
+    /// It is above the largest value.
+    TooLarge,
+    /// It is none of the names.
+    NotAnOption,
+}
+
+/// A value that does not fit its widget.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ParameterProblem {
-    /// `invalid_input_type`, `value_smaller_than_min`, `value_bigger_than_max` or `value_not_in_list`.
-    pub code: &'static str,
+    /// In what.
+    pub kind: ProblemKind,
     /// The parameter.
     pub parameter: String,
     /// One sentence.
@@ -192,7 +206,7 @@ impl Widget {
         }
     }
 
-    /// The value as the widget's kind, as ComfyUI converts it: numbers written as text, text that is a number, whole
+    /// The value as the widget's kind, as editors and files may hold it: numbers written as text, text that is a number, whole
     /// numbers that JavaScript wrote as 3.0; and options by the names that they once had. What cannot be converted stays as
     /// it is, for [`check`](Self::check) to name.
     #[must_use]
@@ -231,9 +245,9 @@ impl Widget {
     pub fn check(&self, value: &Value) -> Option<ParameterProblem> {
         let name = &self.name;
         let value = &self.converted(value);
-        let problem = |code, message| {
+        let problem = |kind, message| {
             Some(ParameterProblem {
-                code,
+                kind,
                 parameter: name.clone(),
                 message,
                 received: value.clone(),
@@ -241,19 +255,19 @@ impl Widget {
         };
         let wrong_type = |expected: &str| {
             problem(
-                "invalid_input_type",
+                ProblemKind::WrongType,
                 format!("{name} takes {expected}, got {value}"),
             )
         };
         let bounds = |v: f64, min: f64, max: f64| {
             if v < min {
                 problem(
-                    "value_smaller_than_min",
+                    ProblemKind::TooSmall,
                     format!("{name} is {value}, the smallest value is {min}"),
                 )
             } else if v > max {
                 problem(
-                    "value_bigger_than_max",
+                    ProblemKind::TooLarge,
                     format!("{name} is {value}, the largest value is {max}"),
                 )
             } else {
@@ -277,7 +291,7 @@ impl Widget {
             WidgetKind::Choice { options, .. } => match value.as_str() {
                 Some(v) if options.iter().any(|option| option == v) => None,
                 Some(_) => problem(
-                    "value_not_in_list",
+                    ProblemKind::NotAnOption,
                     format!(
                         "{name} is {value}, it can be one of: {}",
                         options.join(", ")
@@ -286,46 +300,6 @@ impl Widget {
                 None => wrong_type("a name"),
             },
         }
-    }
-
-    /// The entry of ComfyUI's `/object_info`: `[type, options]`.
-    #[must_use]
-    pub fn object_info(&self) -> Value {
-        let (kind, mut options) = match &self.kind {
-            WidgetKind::Integer {
-                default,
-                min,
-                max,
-                seed,
-            } => {
-                let mut options = json!({"default": default, "min": min, "max": max, "step": 1});
-                if *seed {
-                    options["control_after_generate"] = json!(true);
-                }
-                ("INT", options)
-            }
-            WidgetKind::Float {
-                default,
-                min,
-                max,
-                step,
-            } => (
-                "FLOAT",
-                json!({"default": default, "min": min, "max": max, "step": step, "round": false}),
-            ),
-            WidgetKind::Text { default, multiline } => (
-                "STRING",
-                json!({"default": default, "multiline": multiline}),
-            ),
-            WidgetKind::Boolean { default } => ("BOOLEAN", json!({"default": default})),
-            WidgetKind::Choice {
-                default, options, ..
-            } => ("COMBO", json!({"default": default, "options": options})),
-        };
-        if !self.tooltip.is_empty() {
-            options["tooltip"] = json!(self.tooltip);
-        }
-        json!([kind, options])
     }
 }
 
@@ -429,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn values_are_converted_as_comfyui_does() {
+    fn values_are_converted_to_what_the_widget_takes() {
         let widget = |kind| Widget {
             name: "v".to_owned(),
             tooltip: String::new(),
@@ -475,41 +449,41 @@ mod tests {
             assert_eq!(widget.converted(&given), expected, "{given}");
             assert_eq!(widget.check(&given), None, "{given}");
         }
-        for (widget, given, code) in [
-            (&whole(false), json!(u64::MAX), "value_bigger_than_max"),
-            (&whole(true), json!(1e20), "value_bigger_than_max"),
-            (&whole(true), json!(-1), "value_smaller_than_min"),
-            (&whole(false), json!("1.5"), "invalid_input_type"),
-            (&whole(false), json!("many"), "invalid_input_type"),
-            (&whole(false), json!(null), "invalid_input_type"),
-            (&float, json!("nan"), "invalid_input_type"),
-            (&float, json!("3"), "value_bigger_than_max"),
-            (&switch, json!("perhaps"), "invalid_input_type"),
+        for (widget, given, kind) in [
+            (&whole(false), json!(u64::MAX), ProblemKind::TooLarge),
+            (&whole(true), json!(1e20), ProblemKind::TooLarge),
+            (&whole(true), json!(-1), ProblemKind::TooSmall),
+            (&whole(false), json!("1.5"), ProblemKind::WrongType),
+            (&whole(false), json!("many"), ProblemKind::WrongType),
+            (&whole(false), json!(null), ProblemKind::WrongType),
+            (&float, json!("nan"), ProblemKind::WrongType),
+            (&float, json!("3"), ProblemKind::TooLarge),
+            (&switch, json!("perhaps"), ProblemKind::WrongType),
         ] {
-            assert_eq!(widget.check(&given).unwrap().code, code, "{given}");
+            assert_eq!(widget.check(&given).unwrap().kind, kind, "{given}");
         }
     }
 
     #[test]
-    fn values_that_do_not_fit_are_named_with_the_protocols_codes() {
+    fn values_that_do_not_fit_are_named_with_what_is_wrong() {
         let widgets = widgets_of::<Demo>();
         let given = json!({"steps": 0, "start": "warm", "text": ["3"]});
-        let codes: Vec<_> = check_all(&widgets, given.as_object().unwrap())
+        let kinds: Vec<_> = check_all(&widgets, given.as_object().unwrap())
             .into_iter()
-            .map(|p| (p.parameter, p.code))
+            .map(|p| (p.parameter, p.kind))
             .collect();
         assert_eq!(
-            codes,
+            kinds,
             [
-                ("steps".to_owned(), "value_smaller_than_min"),
-                ("start".to_owned(), "value_not_in_list"),
-                ("text".to_owned(), "invalid_input_type")
+                ("steps".to_owned(), ProblemKind::TooSmall),
+                ("start".to_owned(), ProblemKind::NotAnOption),
+                ("text".to_owned(), ProblemKind::WrongType)
             ]
         );
         assert!(check_all(&widgets, json!({"steps": 9.0}).as_object().unwrap()).is_empty());
         assert_eq!(
-            widgets[0].check(&json!(1.5)).unwrap().code,
-            "invalid_input_type"
+            widgets[0].check(&json!(1.5)).unwrap().kind,
+            ProblemKind::WrongType
         );
     }
 }

@@ -1,4 +1,4 @@
-//! The root module: the functions that a host calls before any node exists.
+//! What a Rust plugin exports for hosts in Rust: the functions that a host calls before any node exists.
 #![expect(
     non_camel_case_types,
     clippy::expl_impl_clone_on_copy,
@@ -7,88 +7,216 @@
 )]
 
 use abi_stable::StableAbi;
-use abi_stable::library::RootModule;
+use abi_stable::library::{
+    __call_root_module_loader, CheckTypeLayout, LibHeader, RootModule, RootModuleResult,
+};
 use abi_stable::package_version_strings;
+use abi_stable::prefix_type::PrefixTypeTrait as _;
 use abi_stable::sabi_types::VersionStrings;
-use abi_stable::std_types::{RResult, RStr, RString};
+use abi_stable::std_types::{ROption, RResult, RStr, RString};
 
-use crate::NodeError;
-use crate::node::NodeBox;
+use crate::abi::{ExtensionBox, NodeAdapter, NodeBox};
+use crate::extension::{Extension, exported};
+use crate::guard::guarded;
+use crate::node::Node;
+use crate::{DeviceDescriptor, ErrorCode, NodeDescriptor, NodeError, PluginDescriptor, Value};
 
-/// What a plugin exports. Fields are only ever appended.
+/// What a plugin exports. Fields are only ever appended, and none after these before version 2: what comes is an extension.
 #[repr(C)]
 #[derive(StableAbi)]
 #[sabi(kind(Prefix(prefix_ref = PluginModule_Ref)))]
 #[sabi(missing_field(panic))]
 pub struct PluginModule {
-    /// A [`crate::PluginDescriptor`] as JSON. Any thread.
-    pub describe: extern "C" fn() -> RString,
-    /// A node of this class. Worker thread.
+    /// A [`PluginDescriptor`] as JSON, the same at every call. Any thread, several at once; in milliseconds.
+    pub describe: extern "C" fn() -> RResult<RString, NodeError>,
+    /// A node of this class. Any thread, several at once; at once. A class that is not known is an error.
     pub create_node: extern "C" fn(class: RStr<'_>) -> RResult<NodeBox, NodeError>,
-    /// The devices that the nodes compute on, with their memory now, as a JSON list of [`crate::DeviceDescriptor`]; empty for
-    /// a plugin that leaves it open. The first call opens them. Any thread.
+    /// The extension of this id ([`crate::extension`]); nothing for one that is not known. Any thread; at once.
     #[sabi(last_prefix_field)]
-    pub devices: extern "C" fn() -> RResult<RString, NodeError>,
+    pub extension: extern "C" fn(id: RStr<'_>) -> ROption<ExtensionBox>,
 }
 
 impl RootModule for PluginModule_Ref {
     abi_stable::declare_root_module_statics! {PluginModule_Ref}
-    const BASE_NAME: &'static str = "conceptloom";
-    const NAME: &'static str = "conceptloom";
+    const BASE_NAME: &'static str = "node_plugin";
+    const NAME: &'static str = "node_plugin";
     const VERSION_STRINGS: VersionStrings = package_version_strings!();
 }
 
-/// Exports a plugin: its root module and its probe symbol.
+/// A class as [`export_plugin!`](crate::export_plugin) lists it.
+#[derive(Debug, Clone, Copy)]
+pub struct NodeClass {
+    describe: fn() -> NodeDescriptor,
+    make: fn() -> NodeBox,
+}
+
+impl NodeClass {
+    /// The class of the nodes `N`.
+    #[must_use]
+    pub const fn of<N: Node>() -> Self {
+        Self {
+            describe: N::descriptor,
+            make: NodeAdapter::<N>::boxed,
+        }
+    }
+}
+
+/// Makes an extension.
+pub type ExtensionMaker = fn() -> Box<dyn Extension>;
+
+/// A plugin as [`export_plugin!`](crate::export_plugin) writes it down.
+pub trait Plugin: 'static {
+    /// Stable name.
+    const NAME: &'static str;
+    /// Version of the plugin.
+    const VERSION: &'static str;
+    /// Its classes.
+    fn classes() -> Vec<NodeClass>;
+    /// Its extensions by id.
+    fn extensions() -> Vec<(&'static str, ExtensionMaker)>;
+}
+
+/// The root module of a plugin.
+#[must_use]
+pub fn module_of<P: Plugin>() -> PluginModule_Ref {
+    PluginModule {
+        describe: describe::<P>,
+        create_node: create_node::<P>,
+        extension: extension::<P>,
+    }
+    .leak_into_prefix()
+}
+
+/// The header by which `abi_stable` finds the root module of a plugin; its symbol is named in
+/// [`export_plugin!`](crate::export_plugin).
+#[must_use]
+#[expect(unsafe_code, reason = "the header erases the type of the module")]
+pub const fn lib_header<P: Plugin>() -> LibHeader {
+    extern "C" fn erased<P: Plugin>() -> RootModuleResult {
+        __call_root_module_loader(module_of::<P>)
+    }
+    // SAFETY: the constructor gives a `PluginModule_Ref` with its type erased.
+    unsafe { LibHeader::from_constructor::<PluginModule_Ref>(erased::<P>, CheckTypeLayout::Yes) }
+}
+
+extern "C" fn describe<P: Plugin>() -> RResult<RString, NodeError> {
+    described::<P>().map(RString::from).into()
+}
+
+extern "C" fn create_node<P: Plugin>(class: RStr<'_>) -> RResult<NodeBox, NodeError> {
+    created::<P>(&class).into()
+}
+
+extern "C" fn extension<P: Plugin>(id: RStr<'_>) -> ROption<ExtensionBox> {
+    exported(found::<P>(&id))
+}
+
+pub(crate) fn described<P: Plugin>() -> Result<String, NodeError> {
+    guarded(P::NAME, || {
+        let classes = P::classes().into_iter();
+        let plugin = PluginDescriptor {
+            name: P::NAME.to_owned(),
+            version: P::VERSION.to_owned(),
+            nodes: classes.map(|class| (class.describe)()).collect(),
+        };
+        serde_json::to_string(&plugin)
+            .map_err(|error| NodeError::new(ErrorCode::Internal, error.to_string()))
+    })
+}
+
+pub(crate) fn created<P: Plugin>(class: &str) -> Result<NodeBox, NodeError> {
+    guarded(class, || {
+        let mut classes = P::classes().into_iter();
+        let found = classes.find(|known| (known.describe)().class == class);
+        found.map(|known| (known.make)()).ok_or_else(|| {
+            let message = format!("{} has no node of the class {class}", P::NAME);
+            NodeError::new(ErrorCode::InvalidInput, message)
+        })
+    })
+}
+
+pub(crate) fn found<P: Plugin>(id: &str) -> Option<Box<dyn Extension>> {
+    let made = guarded(id, || {
+        let known = P::extensions().into_iter().find(|(known, _)| *known == id);
+        Ok(known.map(|(_, make)| make()))
+    });
+    made.unwrap_or(None)
+}
+
+/// The extension [`DEVICES`](crate::extension::DEVICES) of a plugin that tells its devices.
+pub fn devices_extension(
+    devices: fn() -> Result<Vec<DeviceDescriptor>, NodeError>,
+) -> Box<dyn Extension> {
+    Box::new(move |_: Vec<Value>| {
+        let described = serde_json::to_string(&devices()?)
+            .map_err(|error| NodeError::new(ErrorCode::Internal, error.to_string()))?;
+        Ok(vec![Value::Json(described.into())])
+    })
+}
+
+/// Exports a plugin, once per library: its root module for hosts in Rust and its table for all others
+/// ([`c_door`](crate::c_door)).
 ///
 /// ```ignore
 /// plugin_api::export_plugin! { name: "my-nodes", nodes: [Blur, Sharpen] }
 /// ```
-/// `devices: function` after the nodes names a `fn() -> Result<Vec<DeviceDescriptor>, NodeError>`: where they compute.
+/// After the nodes may stand `devices: function`, a `fn() -> Result<Vec<DeviceDescriptor>, NodeError>` that says where they
+/// compute, and `extensions: ["my-nodes.statistics/1" => make]` with `fn() -> Box<dyn Extension>` for each.
 #[macro_export]
 macro_rules! export_plugin {
-    (name: $name:literal, nodes: [$($node:ty),+ $(,)?] $(,)?) => {
-        $crate::export_plugin! { name: $name, nodes: [$($node),+], devices: || Ok(Vec::new()) }
-    };
-    (name: $name:literal, nodes: [$($node:ty),+ $(,)?], devices: $devices:expr $(,)?) => {
-        /// Tells hosts what this library is without loading it.
-        #[expect(unsafe_code, reason = "the probe is found by its symbol name")]
-        #[unsafe(no_mangle)]
-        pub static CONCEPTLOOM_PLUGIN_PROBE: $crate::probe::Probe =
-            $crate::probe::Probe::new($name, env!("CARGO_PKG_VERSION"));
+    (
+        name: $name:literal,
+        nodes: [$($node:ty),+ $(,)?]
+        $(, devices: $devices:expr)?
+        $(, extensions: [$($id:expr => $extension:expr),+ $(,)?])?
+        $(,)?
+    ) => {
+        #[cfg(panic = "abort")]
+        ::core::compile_error!("a plugin must not be built with panic = \"abort\": its panics would end its host");
 
-        #[$crate::abi_stable::export_root_module]
-        fn conceptloom_root_module() -> $crate::PluginModule_Ref {
-            use $crate::abi_stable::prefix_type::PrefixTypeTrait as _;
-            $crate::PluginModule {
-                describe: conceptloom_describe,
-                create_node: conceptloom_create_node,
-                devices: conceptloom_devices,
+        const _: () = {
+            struct ThisPlugin;
+
+            impl $crate::root::Plugin for ThisPlugin {
+                const NAME: &'static str = $name;
+                const VERSION: &'static str = env!("CARGO_PKG_VERSION");
+
+                fn classes() -> ::std::vec::Vec<$crate::root::NodeClass> {
+                    ::std::vec![$($crate::root::NodeClass::of::<$node>()),+]
+                }
+
+                fn extensions() -> ::std::vec::Vec<(&'static str, $crate::root::ExtensionMaker)> {
+                    ::std::vec![
+                        $(($crate::extension::DEVICES, || $crate::root::devices_extension($devices)),)?
+                        $($(($id, $extension)),+)?
+                    ]
+                }
             }
-            .leak_into_prefix()
-        }
 
-        extern "C" fn conceptloom_describe() -> $crate::abi_stable::std_types::RString {
-            $crate::node::describe_plugin(
-                $name,
-                env!("CARGO_PKG_VERSION"),
-                vec![$(<$node as $crate::Node>::descriptor),+],
-            )
-        }
+            #[expect(unsafe_code, reason = "it is found by its symbol name")]
+            #[unsafe(export_name = "_1as_0lib_1header_0root_bmodule_bloader")]
+            static ROOT_MODULE: $crate::abi_stable::library::LibHeader =
+                $crate::root::lib_header::<ThisPlugin>();
 
-        extern "C" fn conceptloom_devices() -> $crate::abi_stable::std_types::RResult<
-            $crate::abi_stable::std_types::RString,
-            $crate::NodeError,
-        > {
-            $crate::node::describe_devices($name, $devices)
-        }
+            static TABLE: $crate::c_door::abi::NodePluginTable =
+                $crate::c_door::table_of::<ThisPlugin>();
 
-        extern "C" fn conceptloom_create_node(
-            class: $crate::abi_stable::std_types::RStr<'_>,
-        ) -> $crate::abi_stable::std_types::RResult<$crate::node::NodeBox, $crate::NodeError> {
-            $crate::node::create_node(
-                class.as_str(),
-                &[$(($crate::node::descriptor_of::<$node>, $crate::node::boxed::<$node>)),+],
-            )
-        }
+            /// The table for hosts in any language; also says what this library is before anything else of it is used.
+            #[expect(unsafe_code, reason = "it is found by its symbol name")]
+            #[unsafe(no_mangle)]
+            pub extern "C" fn node_plugin() -> *const $crate::c_door::abi::NodePluginTable {
+                &raw const TABLE
+            }
+        };
     };
+}
+
+#[cfg(test)]
+mod tests {
+    /// That in `export_plugin!`, which must be a literal there.
+    #[test]
+    fn the_root_module_has_the_name_that_abi_stable_looks_for() {
+        let name = abi_stable::library::ROOT_MODULE_LOADER_NAME;
+        assert_eq!(name, "_1as_0lib_1header_0root_bmodule_bloader");
+    }
 }

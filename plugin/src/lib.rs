@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | `device` | which device computes, and what hosts are told about it |
 //! | `session` | the model that is in use |
-//! | `tensor_bridge` | candle tensors and tensors on wires |
+//! | `ports` | sockets of its own, and what comes in through those for pictures |
 //! | `values` | the plugin's own values on wires: model, concepts |
 //! | `scene_input` | pictures and a list of concepts to a scene of the method |
 //! | `observer` | events of the method to progress, previews and curves of the host |
@@ -17,9 +17,9 @@ mod device;
 mod failure;
 mod nodes;
 mod observer;
+mod ports;
 mod scene_input;
 mod session;
-mod tensor_bridge;
 mod values;
 
 plugin_api::export_plugin! {

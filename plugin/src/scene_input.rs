@@ -2,10 +2,10 @@
 
 use personalization::{Concept, Picture, Role, Scene, ScenePicture, Size};
 use plugin_api::host::LogLevel;
-use plugin_api::{Host, Inputs, NodeError, SharedTensor, port};
+use plugin_api::{Host, Inputs, NodeError, SharedTensor};
 use stable_diffusion::DiffusionModel;
 
-use crate::tensor_bridge;
+use crate::ports;
 
 /// A concept and the pictures that show it (0-based; all of them if empty).
 #[derive(Debug, Clone, PartialEq)]
@@ -163,7 +163,7 @@ pub(crate) fn pictures_to_learn(
 /// # Errors
 /// Something else.
 pub(crate) fn size_of(images: &SharedTensor) -> Result<Size, NodeError> {
-    let [_, height, width] = port::image_size("images", images)?;
+    let [_, height, width] = ports::image_size("images", images)?;
     Ok(Size::new(width, height))
 }
 
@@ -173,7 +173,7 @@ pub(crate) fn size_of(images: &SharedTensor) -> Result<Size, NodeError> {
 /// Values that are no pictures.
 pub(crate) fn pictures(images: &SharedTensor, size: Size) -> Result<Vec<Picture>, NodeError> {
     let from = size_of(images)?;
-    let values = tensor_bridge::values("images", images)?;
+    let values = ports::values("images", images)?;
     let picture = |pixels: &[f32]| {
         Picture::from_unit_f32(from, pixels, size)
             .map_err(|error| NodeError::invalid_input("images", error.to_string()))

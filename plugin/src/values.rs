@@ -2,14 +2,12 @@
 
 use std::sync::{Arc, Weak};
 
-use abi_stable::std_types::{RString, RVec};
 use personalization::{Encodings, Evidence, LearnedConcepts, Posterior, PreparedScene, Scene};
-use plugin_api::node::Opaque;
-use plugin_api::{Inputs, MemoryBlock, NodeError, SharedObject, Value, port};
+use plugin_api::{Inputs, MemoryBlock, NodeError, Opaque, SharedObject, Value};
 use stable_diffusion::DiffusionModel;
 
 use crate::failure::from_method;
-use crate::tensor_bridge;
+use crate::ports;
 
 /// A model on a wire, with the pictures that were encoded with it: all nodes of a graph share them.
 #[derive(Clone)]
@@ -78,16 +76,15 @@ impl WeakModel {
 }
 
 impl Opaque for ModelValue {
-    fn summary(&self) -> RString {
+    fn summary(&self) -> String {
         let fingerprint = &self.model.fingerprint;
         format!(
             "diffusion model {}",
             &fingerprint[..fingerprint.len().min(12)]
         )
-        .into()
     }
 
-    fn memory(&self) -> RVec<MemoryBlock> {
+    fn memory(&self) -> Vec<MemoryBlock> {
         // Encodings of pictures come later, and are small beside the weights.
         self.model.tensors().map(tensor_bridge::block).collect()
     }
@@ -97,17 +94,17 @@ impl Opaque for ModelValue {
 pub(crate) struct ConceptsValue(pub(crate) LearnedConcepts);
 
 impl Opaque for ConceptsValue {
-    fn summary(&self) -> RString {
+    fn summary(&self) -> String {
         let tokens: Vec<&str> = self
             .0
             .concepts
             .iter()
             .map(|concept| concept.token.as_str())
             .collect();
-        format!("{} after {} steps", tokens.join(", "), self.0.step).into()
+        format!("{} after {} steps", tokens.join(", "), self.0.step)
     }
 
-    fn memory(&self) -> RVec<MemoryBlock> {
+    fn memory(&self) -> Vec<MemoryBlock> {
         let LearnedConcepts {
             rows,
             initial_rows,
@@ -130,7 +127,7 @@ pub(crate) struct EvidenceValue {
 }
 
 impl Opaque for EvidenceValue {
-    fn summary(&self) -> RString {
+    fn summary(&self) -> String {
         let draws = self
             .evidence
             .first()
@@ -139,10 +136,9 @@ impl Opaque for EvidenceValue {
             "evidence of {} pictures, {draws} draws each",
             self.evidence.len()
         )
-        .into()
     }
 
-    fn memory(&self) -> RVec<MemoryBlock> {
+    fn memory(&self) -> Vec<MemoryBlock> {
         let seen = self.evidence.iter().flat_map(|seen| {
             let planes = seen.log_likelihoods.iter().chain(&seen.attention.maps);
             planes.map(Vec::as_slice).chain([seen.affinity.parts().0])
@@ -159,17 +155,17 @@ impl Opaque for EvidenceValue {
 
 /// Puts evidence on a wire.
 pub(crate) fn evidence_value(value: EvidenceValue) -> Value {
-    Value::Object(SharedObject::new(port::EVIDENCE, value))
+    Value::Object(SharedObject::new(ports::EVIDENCE, value))
 }
 
 /// Puts a model on a wire.
 pub(crate) fn model_value(model: ModelValue) -> Value {
-    Value::Object(SharedObject::new(port::DIFFUSION_MODEL, model))
+    Value::Object(SharedObject::new(ports::DIFFUSION_MODEL, model))
 }
 
 /// Puts concepts on a wire.
 pub(crate) fn concepts_value(learned: LearnedConcepts) -> Value {
-    Value::Object(SharedObject::new(port::CONCEPTS, ConceptsValue(learned)))
+    Value::Object(SharedObject::new(ports::CONCEPTS, ConceptsValue(learned)))
 }
 
 #[cfg(test)]
@@ -213,7 +209,7 @@ mod tests {
         };
         let base = ModelValue::new(model);
         let tuned = base.tuned(adapted);
-        let shared = |model| SharedObject::new(port::DIFFUSION_MODEL, model);
+        let shared = |model| SharedObject::new(ports::DIFFUSION_MODEL, model);
         let (base, tuned) = (shared(base), shared(tuned));
         let n_base_bytes = bytes([&base]);
         assert!(

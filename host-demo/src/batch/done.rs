@@ -81,7 +81,7 @@ pub(crate) fn hash(workflow: &Workflow, plan: &Plan, catalog: &Catalog) -> Strin
         // What cannot be made is told when it runs.
         let fingerprint = catalog
             .create(&node.class)
-            .map(|node| node.fingerprint(&parameters))
+            .and_then(|node| node.fingerprint(&parameters))
             .unwrap_or_default();
         json!([catalog.build_of(&node.class), fingerprint])
     };

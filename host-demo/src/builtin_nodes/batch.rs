@@ -1,7 +1,7 @@
 //! ImageBatch, MaskBatch and MaskToImage: several pictures or masks as one, and masks as gray pictures.
 
 use plugin_api::{
-    Host, Inputs, NodeDescriptor, NodeError, Outputs, SharedTensor, Value as WireValue, port,
+    Host, Inputs, NodeDescriptor, NodeError, Outputs, SharedTensor, Value as WireValue,
 };
 use schemars::JsonSchema;
 use serde_json::{Map, Value};
@@ -34,9 +34,9 @@ pub(super) fn image_descriptor() -> NodeDescriptor {
         "image",
         "Puts pictures of one size behind each other",
     );
-    sockets(descriptor, IMAGES, port::IMAGE).output(
+    sockets(descriptor, IMAGES, picture_ports::IMAGE).output(
         "IMAGE",
-        port::IMAGE,
+        picture_ports::IMAGE,
         "All pictures, in the order of the inputs",
     )
 }
@@ -48,9 +48,9 @@ pub(super) fn mask_descriptor() -> NodeDescriptor {
         "mask",
         "Puts masks of one size behind each other: one per concept, in the order of the concepts",
     );
-    sockets(descriptor, MASKS, port::MASK).output(
+    sockets(descriptor, MASKS, picture_ports::MASK).output(
         "MASK",
-        port::MASK,
+        picture_ports::MASK,
         "All masks, in the order of the inputs",
     )
 }
@@ -62,8 +62,8 @@ pub(super) fn mask_to_image_descriptor() -> NodeDescriptor {
         "mask",
         "Masks as gray pictures",
     )
-    .input("mask", port::MASK, "One mask or several")
-    .output("IMAGE", port::IMAGE, "White where the mask is 1")
+    .input("mask", picture_ports::MASK, "One mask or several")
+    .output("IMAGE", picture_ports::IMAGE, "White where the mask is 1")
 }
 
 pub(super) enum Batch {
@@ -74,7 +74,7 @@ pub(super) enum Batch {
 impl BuiltinNode for Batch {
     fn run(
         &mut self,
-        inputs: &Inputs,
+        inputs: &mut Inputs,
         _: &Map<String, Value>,
         _: &Host,
     ) -> Result<Outputs, NodeError> {
@@ -102,7 +102,7 @@ impl BuiltinNode for Batch {
             } else {
                 shape[0] += own[0];
             }
-            all.extend(finite_values(name, one)?);
+            all.extend_from_slice(&finite_values(name, one)?);
         }
         Ok(vec![WireValue::Tensor(tensor(all, &shape)?)])
     }
@@ -111,10 +111,10 @@ impl BuiltinNode for Batch {
 impl Batch {
     fn checked_shape(&self, name: &str, one: &SharedTensor) -> Result<Vec<usize>, NodeError> {
         match self {
-            Self::Images => port::image_size(name, one)?,
-            Self::Masks => port::mask_size(name, one)?,
+            Self::Images => picture_ports::image_size(name, one)?,
+            Self::Masks => picture_ports::mask_size(name, one)?,
         };
-        Ok(one.shape())
+        Ok(one.shape().to_vec())
     }
 }
 
@@ -123,15 +123,15 @@ pub(super) struct MaskToImage;
 impl BuiltinNode for MaskToImage {
     fn run(
         &mut self,
-        inputs: &Inputs,
+        inputs: &mut Inputs,
         _: &Map<String, Value>,
         _: &Host,
     ) -> Result<Outputs, NodeError> {
         let masks = inputs.tensor("mask")?;
-        let [n, height, width] = port::mask_size("mask", masks)?;
+        let [n, height, width] = picture_ports::mask_size("mask", masks)?;
         let values = finite_values("mask", masks)?
-            .into_iter()
-            .flat_map(|value| [value; 3])
+            .iter()
+            .flat_map(|&value| [value; 3])
             .collect();
         Ok(vec![WireValue::Tensor(tensor(
             values,

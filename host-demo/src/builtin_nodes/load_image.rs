@@ -3,9 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use plugin_api::{
-    ErrorCode, Host, Inputs, NodeDescriptor, NodeError, Outputs, Value as WireValue, port,
-};
+use plugin_api::{ErrorCode, Host, Inputs, NodeDescriptor, NodeError, Outputs, Value as WireValue};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -52,10 +50,10 @@ fn default_channel() -> Channel {
 
 pub(super) fn image_descriptor() -> NodeDescriptor {
     NodeDescriptor::new::<ImageParameters>("LoadImage", "Load Image", "image", "Reads a picture")
-        .output("IMAGE", port::IMAGE, "The picture")
+        .output("IMAGE", picture_ports::IMAGE, "The picture")
         .output(
             "MASK",
-            port::MASK,
+            picture_ports::MASK,
             "Where it is transparent; 0 everywhere if it is not",
         )
         .aliases(&["open picture", "input"])
@@ -68,7 +66,7 @@ pub(super) fn mask_descriptor() -> NodeDescriptor {
         "mask",
         "Reads one channel of a picture as a mask",
     )
-    .output("MASK", port::MASK, "The channel, 0 to 1")
+    .output("MASK", picture_ports::MASK, "The channel, 0 to 1")
     .aliases(&["open mask"])
 }
 
@@ -97,7 +95,7 @@ impl BuiltinNode for LoadImage {
 
     fn run(
         &mut self,
-        _inputs: &Inputs,
+        _inputs: &mut Inputs,
         parameters: &Map<String, Value>,
         _host: &Host,
     ) -> Result<Outputs, NodeError> {
@@ -124,7 +122,7 @@ impl BuiltinNode for LoadImageMask {
 
     fn run(
         &mut self,
-        _inputs: &Inputs,
+        _inputs: &mut Inputs,
         parameters: &Map<String, Value>,
         _host: &Host,
     ) -> Result<Outputs, NodeError> {

@@ -56,7 +56,7 @@ pub(crate) trait BuiltinNode: Send {
     /// Does the work; outputs in the order of the descriptor.
     fn run(
         &mut self,
-        inputs: &Inputs,
+        inputs: &mut Inputs,
         parameters: &Map<String, Value>,
         host: &Host,
     ) -> Result<Outputs, NodeError>;

@@ -2,9 +2,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use plugin_api::{
-    ErrorCode, Host, Inputs, NodeDescriptor, NodeError, Outputs, RunInfo, SharedTensor, port,
-};
+use plugin_api::{ErrorCode, Host, Inputs, NodeDescriptor, NodeError, Outputs, SharedTensor};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -34,7 +32,7 @@ pub(super) fn save_descriptor() -> NodeDescriptor {
         "image",
         "Writes pictures as PNG files with the workflow inside",
     )
-    .input("images", port::IMAGE, "The pictures to write")
+    .input("images", picture_ports::IMAGE, "The pictures to write")
     .output_node()
     .aliases(&["write picture", "export"])
 }
@@ -46,7 +44,7 @@ pub(super) fn preview_descriptor() -> NodeDescriptor {
         "image",
         "Shows pictures in the report, without files of their own",
     )
-    .input("images", port::IMAGE, "The pictures to show")
+    .input("images", picture_ports::IMAGE, "The pictures to show")
     .output_node()
     .aliases(&["show picture"])
 }
@@ -61,14 +59,14 @@ impl BuiltinNode for SaveImage {
 
     fn run(
         &mut self,
-        inputs: &Inputs,
+        inputs: &mut Inputs,
         parameters: &Map<String, Value>,
         host: &Host,
     ) -> Result<Outputs, NodeError> {
         let SaveParameters { filename_prefix } = parse(parameters)?;
         let info = host.run_info();
         let folder = Path::new(info.output_dir.as_str());
-        let texts = metadata(&info);
+        let texts = metadata(host)?;
         for picture in pictures::from_image("images", inputs.tensor("images")?)? {
             let png = png_text::encode(&picture, &texts)?;
             let prefix = file_words::sized(&filename_prefix, [picture.width, picture.height]);
@@ -82,12 +80,11 @@ impl BuiltinNode for SaveImage {
 }
 
 /// The text chunks that restore the graph; none if metadata are not wanted.
-fn metadata(info: &RunInfo) -> Vec<(&'static str, String)> {
-    [("prompt", &info.prompt), ("workflow", &info.workflow)]
-        .into_iter()
-        .filter(|(_, json)| !json.is_empty())
-        .map(|(keyword, json)| (keyword, png_text::ascii(json)))
-        .collect()
+fn metadata(host: &Host) -> Result<Vec<(String, String)>, NodeError> {
+    let texts = host.metadata()?.into_iter();
+    Ok(texts
+        .map(|(keyword, json)| (keyword, png_text::ascii(&json)))
+        .collect())
 }
 
 /// A prefix that stays in the run's folder.
@@ -130,7 +127,7 @@ pub(super) struct PreviewImage;
 impl BuiltinNode for PreviewImage {
     fn run(
         &mut self,
-        inputs: &Inputs,
+        inputs: &mut Inputs,
         _: &Map<String, Value>,
         host: &Host,
     ) -> Result<Outputs, NodeError> {

@@ -2,8 +2,6 @@
 
 use std::fmt::Write as _;
 
-use plugin_api::port;
-
 use super::captions::{self, List};
 use super::html::{escape, figure, grid, section, table};
 use super::{Summary, curves};
@@ -148,7 +146,7 @@ impl<'a> Page<'a> {
             .iter()
             .filter(|node| self.paints_prompts(node));
         let grids: String = samples
-            .map(|node| self.outputs(node, "grid", |shown| shown.port == port::IMAGE))
+            .map(|node| self.outputs(node, "grid", |shown| shown.port == picture_ports::IMAGE))
             .collect();
         section(
             "samples",

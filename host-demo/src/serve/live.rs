@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use image::codecs::jpeg::JpegEncoder;
 use parking_lot::Mutex;
-use plugin_api::{OutputSocket, Value as WireValue, port};
+use plugin_api::{OutputSocket, Value as WireValue};
 use serde_json::{Map, Value, json};
 
 use super::folders::Folders;
@@ -364,7 +364,7 @@ impl Live {
         }
         let mut results = Vec::new();
         for (socket, value) in sockets.iter().zip(outputs) {
-            if let (port::IMAGE, WireValue::Tensor(tensor)) = (socket.port.as_str(), value)
+            if let (picture_ports::IMAGE, WireValue::Tensor(tensor)) = (socket.port.as_str(), value)
                 && let Ok(pictures) = pictures::from_image(&socket.name, tensor)
             {
                 results.extend(pictures);

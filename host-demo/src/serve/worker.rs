@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use plugin_api::ErrorCode;
 use serde_json::{Value, json};
 
 use super::Server;
@@ -109,7 +110,7 @@ fn describe(failure: &Failure, live: &Live) -> Value {
             (
                 node.id.clone(),
                 node.class.clone(),
-                error.error_code().name(),
+                exception_type(error.error_code()),
                 message,
             )
         }
@@ -124,6 +125,14 @@ fn describe(failure: &Failure, live: &Live) -> Value {
         "node_id": node, "node_type": class, "exception_type": kind, "exception_message": message,
         "executed": live.executed(), "traceback": [], "current_inputs": {}, "current_outputs": [],
     })
+}
+
+/// The editor helps where memory ran out, if it is called so.
+fn exception_type(code: ErrorCode) -> &'static str {
+    match code {
+        ErrorCode::OutOfMemory => "OOMError",
+        code => code.name(),
+    }
 }
 
 fn execute(server: &Server, running: &Running, cache: &mut Cache) -> Result<(), Failure> {

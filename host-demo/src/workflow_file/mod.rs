@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use crate::catalog::Catalog;
 use crate::graph::{Graph, Input, NodeId};
 use crate::png_text;
-use crate::validate::Problem;
+use crate::validate::{Problem, protocol_code};
 
 /// Largest file that is read, and the largest picture.
 const MAX_BYTES: u64 = 16 << 20;
@@ -232,7 +232,8 @@ impl Workflow {
         };
         let value = value_of(widget, text);
         if let Some(problem) = widget.check(&value) {
-            return Err(Problem::of_node(problem.code, &id, &class, problem.message).at(input));
+            let code = protocol_code(problem.kind);
+            return Err(Problem::of_node(code, &id, &class, problem.message).at(input));
         }
         self.set_value(&id, widget, value, &descriptor.widgets);
         Ok(())

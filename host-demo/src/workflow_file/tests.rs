@@ -283,7 +283,12 @@ fn other_programs_json_and_pictures_are_read() {
         height: 1,
         pixels: vec![0; 3],
     };
-    let png = |texts: &[(&str, String)]| crate::png_text::encode(&picture, texts).unwrap();
+    let png = |texts: &[(&str, String)]| {
+        let texts = texts
+            .iter()
+            .map(|(name, text)| ((*name).to_owned(), text.clone()));
+        crate::png_text::encode(&picture, &texts.collect::<Vec<_>>()).unwrap()
+    };
     let both = [("prompt", "{}".to_owned()), ("workflow", text)];
     assert_eq!(graph(&png(&both)), expected);
     assert_eq!(graph(&png(&[("prompt", expected.to_string())])), expected);

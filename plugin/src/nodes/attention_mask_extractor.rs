@@ -1,7 +1,7 @@
 //! AttentionMaskExtractor: where the model looks for every concept, what explains the noise, and the masks that follow.
 
 use personalization::{ExtractionConfig, ImageMasks, Labels, Scene, ScenePicture, label, observe};
-use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
+use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -9,6 +9,7 @@ use crate::failure::from_method;
 use crate::nodes::common::{masks_value, overlay_value, planes_value, show_masks, size_of};
 use crate::nodes::parameters::{self, ExtractionParameters};
 use crate::observer::HostObserver;
+use crate::ports;
 use crate::scene_input;
 use crate::values::{ConceptsValue, EvidenceValue, ModelValue, evidence_value};
 
@@ -41,20 +42,20 @@ impl Node for AttentionMaskExtractor {
             "Where the model looks for every concept and under which of them it predicts the noise best, over random \
              timesteps, and the masks that follow: the E-step of the method before the CRF",
         )
-        .input("model", port::DIFFUSION_MODEL, "The model to look with")
-        .input("images", port::IMAGE, "The pictures; every one shows all concepts")
-        .input("concepts", port::CONCEPTS, "The tokens to look for")
-        .optional_input("evidence", port::EVIDENCE, "Of the round before, to which this one's is added")
-        .output("masks", port::MASK, "Binary masks, picture after picture, concept after concept")
-        .output("attention", port::ATTENTION_MAPS, "The maps before the threshold")
-        .output("overlay", port::IMAGE, "The pictures with their masks in color")
-        .output("evidence", port::EVIDENCE, "For DenseCrfRefine, and for the extraction of the next round")
+        .input("model", ports::DIFFUSION_MODEL, "The model to look with")
+        .input("images", ports::IMAGE, "The pictures; every one shows all concepts")
+        .input("concepts", ports::CONCEPTS, "The tokens to look for")
+        .optional_input("evidence", ports::EVIDENCE, "Of the round before, to which this one's is added")
+        .output("masks", ports::MASK, "Binary masks, picture after picture, concept after concept")
+        .output("attention", ports::ATTENTION_MAPS, "The maps before the threshold")
+        .output("overlay", ports::IMAGE, "The pictures with their masks in color")
+        .output("evidence", ports::EVIDENCE, "For DenseCrfRefine, and for the extraction of the next round")
         .aliases(&["daam", "cross attention", "segment"])
     }
 
     fn run(
         &mut self,
-        inputs: &Inputs,
+        inputs: &mut Inputs,
         parameters: Parameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {

@@ -1,12 +1,14 @@
 //! Parameters and conversions that several nodes share.
 
+use std::borrow::Cow;
+
 use personalization::{ImageMasks, Scene, SceneMasks, Size, overlay};
 use plugin_api::parameter::MAX_SAFE_INTEGER;
-use plugin_api::{ErrorCode, Host, Inputs, NodeError, SharedTensor, Value, port};
+use plugin_api::{ErrorCode, Host, Inputs, NodeError, SharedTensor, Value};
 use schemars::Schema;
 use serde_json::json;
 
-use crate::tensor_bridge;
+use crate::ports;
 
 /// Marks a parameter as a seed: editors offer to change it after every run.
 pub(crate) fn seed_schema(schema: &mut Schema) {
@@ -143,10 +145,10 @@ pub(crate) fn check_proportions(input: &str, masks: Size, pictures: Size) -> Res
 }
 
 /// Values of planes `[B, H, W]` with their sizes.
-pub(crate) fn planes(
+pub(crate) fn planes<'a>(
     input: &str,
-    tensor: &SharedTensor,
-) -> Result<(Vec<f32>, [usize; 3]), NodeError> {
-    let size = port::mask_size(input, tensor)?;
-    Ok((tensor_bridge::values(input, tensor)?, size))
+    tensor: &'a SharedTensor,
+) -> Result<(Cow<'a, [f32]>, [usize; 3]), NodeError> {
+    let size = ports::mask_size(input, tensor)?;
+    Ok((ports::values(input, tensor)?, size))
 }

@@ -1,7 +1,7 @@
 //! ConceptTokenLearner: tokens, from their start or from where they stand, under masks if there are any.
 
 use personalization::{EmConfig, init_tokens, m_step};
-use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
+use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
@@ -9,6 +9,7 @@ use crate::failure::from_method;
 use crate::nodes::common::{optional_masks, seed_schema};
 use crate::nodes::parameters::{self, TokenParameters};
 use crate::observer::HostObserver;
+use crate::ports;
 use crate::scene_input;
 use crate::values::{ConceptsValue, ModelValue, concepts_value};
 
@@ -51,17 +52,17 @@ impl Node for ConceptTokenLearner {
             "Conceptloom/learn",
             "Starts a token for every concept and, given masks, learns it: the M-step of the method",
         )
-        .input("model", port::DIFFUSION_MODEL, "The model to learn on; it is not changed")
-        .input("images", port::IMAGE, "One or several pictures of the concepts")
-        .optional_input("masks", port::MASK, "One mask per concept, in the order of the list, picture after picture")
-        .optional_input("concepts", port::CONCEPTS, "Tokens to go on with, optimizer included")
-        .output("concepts", port::CONCEPTS, "The tokens")
+        .input("model", ports::DIFFUSION_MODEL, "The model to learn on; it is not changed")
+        .input("images", ports::IMAGE, "One or several pictures of the concepts")
+        .optional_input("masks", ports::MASK, "One mask per concept, in the order of the list, picture after picture")
+        .optional_input("concepts", ports::CONCEPTS, "Tokens to go on with, optimizer included")
+        .output("concepts", ports::CONCEPTS, "The tokens")
         .aliases(&["textual inversion", "embedding"])
     }
 
     fn run(
         &mut self,
-        inputs: &Inputs,
+        inputs: &mut Inputs,
         parameters: Parameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {

@@ -1,17 +1,20 @@
 //! DenseCrfRefine: masks along the edges of the picture.
 
+use std::borrow::Cow;
+
 use densecrf::{Appearance, CrfConfig, DenseCrf, Smoothness};
 use personalization::{
     AttentionMaps, Concept, CrfStage, Guard, ImageMasks, Labels, Posterior, Role, Scene,
     ScenePicture, Size, refine,
 };
-use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, SharedTensor, port};
+use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, SharedTensor};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::failure::from_method;
 use crate::nodes::common::{check_proportions, masks_value, overlay_value, planes, show_masks};
 use crate::nodes::parameters::{self, RECOMMENDED};
+use crate::ports;
 use crate::scene_input;
 use crate::values::EvidenceValue;
 
@@ -111,19 +114,19 @@ impl Node for DenseCrfRefine {
             "Conceptloom/masks",
             "Refines the masks of every picture together with a dense CRF; no diffusion model needed",
         )
-        .input("images", port::IMAGE, "The pictures, of the shape of the masks")
-        .input("masks", port::MASK, "As many masks for every picture, picture after picture")
-        .optional_input("attention", port::ATTENTION_MAPS, "Stands in where a mask and its predecessor are empty")
-        .optional_input("evidence", port::EVIDENCE, "Of the extraction: how sure it is of every pixel, instead of the masks")
-        .optional_input("previous", port::MASK, "Masks before these; kept where a refined one is empty")
-        .output("masks", port::MASK, "Refined masks")
-        .output("overlay", port::IMAGE, "The pictures with their masks in color")
+        .input("images", ports::IMAGE, "The pictures, of the shape of the masks")
+        .input("masks", ports::MASK, "As many masks for every picture, picture after picture")
+        .optional_input("attention", ports::ATTENTION_MAPS, "Stands in where a mask and its predecessor are empty")
+        .optional_input("evidence", ports::EVIDENCE, "Of the extraction: how sure it is of every pixel, instead of the masks")
+        .optional_input("previous", ports::MASK, "Masks before these; kept where a refined one is empty")
+        .output("masks", ports::MASK, "Refined masks")
+        .output("overlay", ports::IMAGE, "The pictures with their masks in color")
         .aliases(&["crf", "segment", "refine mask"])
     }
 
     fn run(
         &mut self,
-        inputs: &Inputs,
+        inputs: &mut Inputs,
         parameters: Parameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {
@@ -245,13 +248,13 @@ fn posteriors(
 }
 
 /// Planes of all pictures.
-struct ImageSet {
-    values: Vec<f32>,
+struct ImageSet<'a> {
+    values: Cow<'a, [f32]>,
     size: Size,
     per_picture: usize,
 }
 
-impl ImageSet {
+impl ImageSet<'_> {
     /// Masks of one picture; inside is what exceeds ½. Empty ones are allowed: the guards deal with them.
     fn masks(&self, picture: usize) -> personalization::Result<ImageMasks> {
         let planes = self
@@ -267,13 +270,13 @@ impl ImageSet {
 }
 
 /// Values of an optional input of the same shape as the masks.
-fn optional_planes(
-    inputs: &Inputs,
+fn optional_planes<'a>(
+    inputs: &'a Inputs,
     name: &str,
     n: usize,
     size: Size,
-) -> Result<Option<Vec<f32>>, NodeError> {
-    let read = |tensor: &SharedTensor| {
+) -> Result<Option<Cow<'a, [f32]>>, NodeError> {
+    let read = |tensor: &'a SharedTensor| {
         let (values, shape) = planes(name, tensor)?;
         let wanted = [n, size.height, size.width];
         if shape != wanted {

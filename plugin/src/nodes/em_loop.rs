@@ -7,7 +7,7 @@ use personalization::{
     JointState, MaskMode, em, joint_stage,
 };
 use plugin_api::host::LogLevel;
-use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
+use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use stable_diffusion::DiffusionModel;
@@ -18,6 +18,7 @@ use crate::nodes::common::{
 };
 use crate::nodes::parameters::{self, ExtractionParameters, Scope, TokenParameters};
 use crate::observer::{HostObserver, joint_file};
+use crate::ports;
 use crate::scene_input;
 use crate::values::{ModelValue, concepts_value, model_value};
 
@@ -169,30 +170,30 @@ impl Node for EmLoop {
             "Learns a token and a mask for every concept of the pictures: tokens under masks, masks from attention and \
              noise, in turns; then tokens and weights together",
         )
-        .input("model", port::DIFFUSION_MODEL, "The model to learn on; it is not changed")
+        .input("model", ports::DIFFUSION_MODEL, "The model to learn on; it is not changed")
         .input(
             "images",
-            port::IMAGE,
+            ports::IMAGE,
             "One or several pictures of the concepts; learned whole, at their own proportions and about the area of the \
              model's own pictures",
         )
         .optional_input(
             "masks",
-            port::MASK,
+            ports::MASK,
             "For mode `given`: one mask per concept, in the order of the list, of the shape of the pictures",
         )
-        .optional_input("true_masks", port::MASK, "Only to show the IoU: one true mask per concept")
-        .output("concepts", port::CONCEPTS, "The learned tokens")
-        .output("model", port::DIFFUSION_MODEL, "The model with the tuned weights")
-        .output("masks", port::MASK, "The last masks, picture after picture, concept after concept")
-        .output("attention", port::ATTENTION_MAPS, "The maps that the last masks came from")
-        .output("overlay", port::IMAGE, "The pictures with their masks in color")
+        .optional_input("true_masks", ports::MASK, "Only to show the IoU: one true mask per concept")
+        .output("concepts", ports::CONCEPTS, "The learned tokens")
+        .output("model", ports::DIFFUSION_MODEL, "The model with the tuned weights")
+        .output("masks", ports::MASK, "The last masks, picture after picture, concept after concept")
+        .output("attention", ports::ATTENTION_MAPS, "The maps that the last masks came from")
+        .output("overlay", ports::IMAGE, "The pictures with their masks in color")
         .aliases(&["textual inversion", "break-a-scene", "personalization", "train"])
     }
 
     fn run(
         &mut self,
-        inputs: &Inputs,
+        inputs: &mut Inputs,
         parameters: Parameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {

@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use personalization::concept_file::load_concepts;
-use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
+use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::device::device;
 use crate::failure::from_method;
+use crate::ports;
 use crate::values::concepts_value;
 
 /// See the module.
@@ -47,7 +48,7 @@ impl Node for LoadConcepts {
         )
         .output(
             "concepts",
-            port::CONCEPTS,
+            ports::CONCEPTS,
             "The tokens, in the order of the files",
         )
         .aliases(&["embedding", "textual inversion"])
@@ -85,7 +86,7 @@ impl Node for LoadConcepts {
 
     fn run(
         &mut self,
-        _inputs: &Inputs,
+        _inputs: &mut Inputs,
         parameters: Parameters,
         _host: &Host,
     ) -> Result<Outputs, NodeError> {

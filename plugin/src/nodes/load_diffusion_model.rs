@@ -1,13 +1,14 @@
 //! LoadDiffusionModel: a checkpoint becomes a model.
 
 use candle_core::Device;
-use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
+use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use stable_diffusion::memory::Memory;
 use stable_diffusion::ops::Precision;
 
 use crate::device::device;
+use crate::ports;
 use crate::session;
 use crate::values::model_value;
 
@@ -104,7 +105,7 @@ impl Node for LoadDiffusionModel {
             "Conceptloom/load",
             "Loads a Stable Diffusion checkpoint: the bundled one, a diffusers directory, or a single file",
         )
-        .output("model", port::DIFFUSION_MODEL, "Text encoder, U-Net, VAE and noise schedule")
+        .output("model", ports::DIFFUSION_MODEL, "Text encoder, U-Net, VAE and noise schedule")
         .aliases(&["checkpoint", "stable diffusion"])
     }
 
@@ -114,7 +115,7 @@ impl Node for LoadDiffusionModel {
 
     fn run(
         &mut self,
-        _inputs: &Inputs,
+        _inputs: &mut Inputs,
         parameters: Parameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {

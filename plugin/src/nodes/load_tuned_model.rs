@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use plugin_api::host::LogLevel;
-use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
+use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs};
 use schemars::JsonSchema;
 use serde::Deserialize;
 
 use crate::failure::from_model;
+use crate::ports;
 use crate::values::{ModelValue, model_value};
 
 /// See the module.
@@ -41,8 +42,8 @@ impl Node for LoadTunedModel {
             "Conceptloom/load",
             "Puts tuned weights or a LoRA on the checkpoint that they were tuned on",
         )
-        .input("model", port::DIFFUSION_MODEL, "The checkpoint")
-        .output("model", port::DIFFUSION_MODEL, "The tuned model")
+        .input("model", ports::DIFFUSION_MODEL, "The checkpoint")
+        .output("model", ports::DIFFUSION_MODEL, "The tuned model")
         .aliases(&["lora", "unet", "fine-tuned"])
     }
 
@@ -72,7 +73,7 @@ impl Node for LoadTunedModel {
 
     fn run(
         &mut self,
-        inputs: &Inputs,
+        inputs: &mut Inputs,
         parameters: Parameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {

@@ -12,6 +12,8 @@ mod parameters;
 mod personalized_sampler;
 mod save_concepts;
 
+pub(crate) use common::internal;
+
 pub(crate) use attention_mask_extractor::AttentionMaskExtractor;
 pub(crate) use concept_token_learner::ConceptTokenLearner;
 pub(crate) use dense_crf_refine::DenseCrfRefine;

@@ -3,9 +3,7 @@
 use candle_core::Tensor;
 use personalization::{SamplePrompts, sample};
 use plugin_api::host::LogLevel;
-use plugin_api::{
-    Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, SharedTensor, Value, port,
-};
+use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, SharedTensor, Value};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use stable_diffusion::{DiffusionModel, GenerateConfig, Sampler, Schedule, Start};
@@ -13,7 +11,7 @@ use stable_diffusion::{DiffusionModel, GenerateConfig, Sampler, Schedule, Start}
 use crate::failure::{from_method, from_model};
 use crate::nodes::common::{internal, seed_schema};
 use crate::observer::HostObserver;
-use crate::tensor_bridge;
+use crate::ports;
 use crate::values::{ConceptsValue, ModelValue};
 
 /// See the module.
@@ -106,22 +104,22 @@ impl Node for PersonalizedSampler {
         )
         .input(
             "model",
-            port::DIFFUSION_MODEL,
+            ports::DIFFUSION_MODEL,
             "The base model, or the tuned one of EmLoop",
         )
         .optional_input(
             "concepts",
-            port::CONCEPTS,
+            ports::CONCEPTS,
             "Learned tokens; without them prompts are plain text",
         )
         .optional_input(
             "image",
-            port::IMAGE,
+            ports::IMAGE,
             "Pictures to start from: every prompt repaints each of them as far as denoise says",
         )
         .output(
             "images",
-            port::IMAGE,
+            ports::IMAGE,
             "All pictures of the first prompt, then of the second, …",
         )
         .aliases(&["ksampler", "generate", "text to image"])
@@ -129,7 +127,7 @@ impl Node for PersonalizedSampler {
 
     fn run(
         &mut self,
-        inputs: &Inputs,
+        inputs: &mut Inputs,
         parameters: Parameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {
@@ -248,10 +246,10 @@ fn start(
 
 /// The latents `[B, 4, h, w]` of pictures; what their middle has beyond multiples of the VAE's cells is cut off.
 fn latents(model: &DiffusionModel, image: &SharedTensor, host: &Host) -> Result<Tensor, NodeError> {
-    let [_, height, width] = port::image_size("image", image)?;
+    let [_, height, width] = ports::image_size("image", image)?;
     // Values that are no numbers are refused there.
-    tensor_bridge::values("image", image)?;
-    let pixels = tensor_bridge::tensor("image", image, &model.device)?;
+    ports::values("image", image)?;
+    let pixels = ports::tensor("image", image, &model.device)?;
     let factor = model.config.vae.downsampling();
     let whole = [height, width].map(|side| side / factor * factor);
     if whole.contains(&0) {

@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use candle_core::DType;
 use personalization::LearnedConcepts;
 use personalization::concept_file::{ConceptForm, concept_bytes, write_atomically};
-use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, port};
+use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use stable_diffusion::DiffusionModel;
 use stable_diffusion::lora::LoraNames;
 
 use crate::failure::{from_method, from_model};
+use crate::ports;
 use crate::values::{ConceptsValue, ModelValue};
 
 /// See the module.
@@ -78,10 +79,10 @@ impl Node for SaveConcepts {
             "Conceptloom/save",
             "Saves every learned token as .safetensors, and what was tuned of the model",
         )
-        .input("concepts", port::CONCEPTS, "The learned tokens")
+        .input("concepts", ports::CONCEPTS, "The learned tokens")
         .optional_input(
             "model",
-            port::DIFFUSION_MODEL,
+            ports::DIFFUSION_MODEL,
             "The tuned model; its LoRA or U-Net is saved beside the tokens",
         )
         .output_node()
@@ -94,7 +95,7 @@ impl Node for SaveConcepts {
 
     fn run(
         &mut self,
-        inputs: &Inputs,
+        inputs: &mut Inputs,
         parameters: Parameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {
@@ -102,12 +103,7 @@ impl Node for SaveConcepts {
         let prefix = safe_prefix(&parameters.filename_prefix)?;
         let info = host.run_info();
         let base = PathBuf::from(info.output_dir.as_str());
-        let metadata: BTreeMap<String, String> =
-            [("workflow", &info.workflow), ("prompt", &info.prompt)]
-                .into_iter()
-                .filter(|(_, text)| !text.is_empty())
-                .map(|(name, text)| (name.to_owned(), text.to_string()))
-                .collect();
+        let metadata: BTreeMap<String, String> = host.metadata()?.into_iter().collect();
         let forms: &[(ConceptForm, &str)] = match parameters.format {
             Format::Shared => &[(ConceptForm::Shared, "")],
             Format::Diffusers => &[(ConceptForm::Diffusers, "")],

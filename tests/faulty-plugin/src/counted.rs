@@ -6,11 +6,9 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use abi_stable::std_types::{RString, RVec};
-use plugin_api::node::Opaque;
 use plugin_api::{
-    ErrorCode, Host, Inputs, MemoryBlock, Node, NodeDescriptor, NodeError, Outputs, SharedObject,
-    Value, port,
+    ErrorCode, Host, Inputs, MemoryBlock, Node, NodeDescriptor, NodeError, Opaque, Outputs,
+    SharedObject, Value,
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -39,14 +37,14 @@ impl Drop for Object {
 }
 
 impl Opaque for Object {
-    fn summary(&self) -> RString {
-        format!("one of {} objects", ALIVE.load(Ordering::SeqCst)).into()
+    fn summary(&self) -> String {
+        format!("one of {} objects", ALIVE.load(Ordering::SeqCst))
     }
 
-    fn memory(&self) -> RVec<MemoryBlock> {
+    fn memory(&self) -> Vec<MemoryBlock> {
         let id = std::ptr::from_ref(self).addr() as u64;
         let bytes = self.bytes;
-        RVec::from(vec![MemoryBlock { id, bytes }])
+        vec![MemoryBlock { id, bytes }]
     }
 }
 
@@ -86,7 +84,7 @@ impl Node for Counted {
 
     fn run(
         &mut self,
-        inputs: &Inputs,
+        inputs: &mut Inputs,
         parameters: Parameters,
         _: &Host,
     ) -> Result<Outputs, NodeError> {
@@ -117,11 +115,11 @@ impl Node for Hungry {
             "faulty",
             "Memory runs out while other objects live",
         )
-        .optional_input("images", port::IMAGE, "Is waited for only")
+        .optional_input("images", picture_ports::IMAGE, "Is waited for only")
         .output("alive", "INT", "How many were alive before")
     }
 
-    fn run(&mut self, _: &Inputs, _: NoParameters, _: &Host) -> Result<Outputs, NodeError> {
+    fn run(&mut self, _: &mut Inputs, _: NoParameters, _: &Host) -> Result<Outputs, NodeError> {
         match ALIVE.load(Ordering::SeqCst) {
             0 => Ok(vec![Value::Json("0".into())]),
             alive => {

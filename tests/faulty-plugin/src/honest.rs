@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use plugin_api::{
     ErrorCode, Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, SharedTensor, Value,
-    host::LogLevel, port,
+    host::LogLevel,
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -45,14 +45,14 @@ impl Node for Slow {
 
     fn descriptor() -> NodeDescriptor {
         NodeDescriptor::new::<SlowParameters>("Slow", "Slow", "faulty", "Counts slowly")
-            .optional_input("images", port::IMAGE, "Is looked at only")
-            .output("images", port::IMAGE, "One picture per prompt")
-            .output("masks", port::MASK, "One mask per prompt")
+            .optional_input("images", picture_ports::IMAGE, "Is looked at only")
+            .output("images", picture_ports::IMAGE, "One picture per prompt")
+            .output("masks", picture_ports::MASK, "One mask per prompt")
     }
 
     fn run(
         &mut self,
-        _inputs: &Inputs,
+        _inputs: &mut Inputs,
         parameters: SlowParameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {
@@ -134,11 +134,16 @@ impl Node for Passthrough {
             "faulty",
             "Hands its input on",
         )
-        .input("images", port::IMAGE, "What is handed on")
-        .output("images", port::IMAGE, "The very same")
+        .input("images", picture_ports::IMAGE, "What is handed on")
+        .output("images", picture_ports::IMAGE, "The very same")
     }
 
-    fn run(&mut self, inputs: &Inputs, _: NoParameters, host: &Host) -> Result<Outputs, NodeError> {
+    fn run(
+        &mut self,
+        inputs: &mut Inputs,
+        _: NoParameters,
+        host: &Host,
+    ) -> Result<Outputs, NodeError> {
         let images = inputs.tensor("images")?;
         // Addresses of user space have 47 bits: a double holds them.
         host.metric("address", 0.0, images.data_address() as f64);
@@ -174,7 +179,7 @@ impl Node for Number {
 
     fn run(
         &mut self,
-        _: &Inputs,
+        _: &mut Inputs,
         parameters: NumberParameters,
         _: &Host,
     ) -> Result<Outputs, NodeError> {

@@ -9,11 +9,14 @@
 //! | `Hungry` | memory runs out while other objects live |
 //! | `Fail` | fails with a code of one's choice |
 //! | `Lie` | returns what it did not promise |
+//! | `Scribble` | writes to its input |
 //! | `Panic` | panics |
+//! | `PanicAnywhere` | panics wherever a test wants it to, in all that a plugin has |
 
 mod counted;
 mod honest;
 mod misbehaving;
+mod panicking;
 
 use plugin_api::{DeviceDescriptor, ErrorCode, NodeError};
 
@@ -34,7 +37,13 @@ plugin_api::export_plugin! {
         counted::Hungry,
         misbehaving::Fail,
         misbehaving::Lie,
+        misbehaving::Scribble,
         misbehaving::Panic,
+        panicking::PanicAnywhere,
     ],
     devices: devices,
+    extensions: [
+        "faulty-plugin.echo/1" => panicking::echo,
+        "faulty-plugin.panic-in/1" => panicking::set_place,
+    ],
 }

@@ -1,7 +1,7 @@
 //! Nodes that do not do what they say.
 
 use plugin_api::{
-    ErrorCode, Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, SharedTensor, Value, port,
+    ErrorCode, Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, SharedTensor, Value,
 };
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -56,7 +56,7 @@ impl Node for Fail {
 
     fn descriptor() -> NodeDescriptor {
         NodeDescriptor::new::<FailParameters>("Fail", "Fail", "faulty", "Fails with a code")
-            .optional_input("images", port::IMAGE, "Is not looked at")
+            .optional_input("images", picture_ports::IMAGE, "Is not looked at")
             .output_node()
     }
 
@@ -70,7 +70,7 @@ impl Node for Fail {
 
     fn run(
         &mut self,
-        _: &Inputs,
+        _: &mut Inputs,
         parameters: FailParameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {
@@ -117,12 +117,12 @@ impl Node for Lie {
             "faulty",
             "Returns what it did not promise",
         )
-        .output("images", port::IMAGE, "Not what it says")
+        .output("images", picture_ports::IMAGE, "Not what it says")
     }
 
     fn run(
         &mut self,
-        _: &Inputs,
+        _: &mut Inputs,
         parameters: LieParameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {
@@ -147,6 +147,35 @@ impl Node for Lie {
     }
 }
 
+/// Writes to its input.
+#[derive(Debug, Default)]
+pub(crate) struct Scribble;
+
+impl Node for Scribble {
+    type Parameters = NoParameters;
+
+    fn descriptor() -> NodeDescriptor {
+        NodeDescriptor::new::<NoParameters>("Scribble", "Scribble", "faulty", "Writes to its input")
+            .input("images", picture_ports::IMAGE, "Is written to")
+            .output("images", picture_ports::IMAGE, "What came of it")
+    }
+
+    fn run(
+        &mut self,
+        inputs: &mut Inputs,
+        _: NoParameters,
+        _: &Host,
+    ) -> Result<Outputs, NodeError> {
+        let images = inputs.take_tensor("images")?;
+        // SAFETY: none; it is what the contract forbids. Tests run it where the memory cannot be written.
+        #[expect(unsafe_code, reason = "what this node is for")]
+        unsafe {
+            (images.data_address() as *mut f32).write_volatile(0.0);
+        }
+        Ok(vec![Value::Tensor(images)])
+    }
+}
+
 /// Panics.
 #[derive(Debug, Default)]
 pub(crate) struct Panic;
@@ -158,7 +187,7 @@ impl Node for Panic {
         NodeDescriptor::new::<NoParameters>("Panic", "Panic", "faulty", "Panics").output_node()
     }
 
-    fn run(&mut self, _: &Inputs, _: NoParameters, _: &Host) -> Result<Outputs, NodeError> {
+    fn run(&mut self, _: &mut Inputs, _: NoParameters, _: &Host) -> Result<Outputs, NodeError> {
         let nothing: [u8; 0] = [];
         let index = nothing.len() + 3;
         #[expect(clippy::panic, reason = "what this node is for")]

@@ -1,4 +1,4 @@
-//! What a plugin looks like whose author changed a type of the contract: the probe is right, the root module is not.
+//! What a plugin looks like whose author changed a type of the contract: the table is right, the root module is not.
 #![expect(
     non_camel_case_types,
     clippy::expl_impl_clone_on_copy,
@@ -10,9 +10,12 @@ use abi_stable::StableAbi;
 use abi_stable::library::RootModule;
 use abi_stable::prefix_type::PrefixTypeTrait as _;
 use abi_stable::sabi_types::VersionStrings;
-use abi_stable::std_types::{RResult, RStr, RString};
+use abi_stable::std_types::{ROption, RResult, RStr, RString};
 use plugin_api::NodeError;
-use plugin_api::probe::Probe;
+use plugin_api::abi::ExtensionBox;
+use plugin_api::c_door::abi::NodePluginTable;
+use plugin_api::c_door::table_of;
+use plugin_api::root::{ExtensionMaker, NodeClass, Plugin};
 
 /// The contract's root module, but for what makes a node.
 #[repr(C)]
@@ -21,43 +24,61 @@ use plugin_api::probe::Probe;
 #[sabi(missing_field(panic))]
 pub struct PluginModule {
     /// As in the contract.
-    pub describe: extern "C" fn() -> RString,
+    pub describe: extern "C" fn() -> RResult<RString, NodeError>,
     /// In the contract it returns a node or an error.
     pub create_node: extern "C" fn(class: RStr<'_>) -> u64,
     /// As in the contract.
     #[sabi(last_prefix_field)]
-    pub devices: extern "C" fn() -> RResult<RString, NodeError>,
+    pub extension: extern "C" fn(id: RStr<'_>) -> ROption<ExtensionBox>,
 }
 
 impl RootModule for PluginModule_Ref {
     abi_stable::declare_root_module_statics! {PluginModule_Ref}
-    const BASE_NAME: &'static str = "conceptloom";
-    const NAME: &'static str = "conceptloom";
+    const BASE_NAME: &'static str = "node_plugin";
+    const NAME: &'static str = "node_plugin";
     const VERSION_STRINGS: VersionStrings = abi_stable::package_version_strings!();
 }
 
+struct OtherLayout;
+
+impl Plugin for OtherLayout {
+    const NAME: &'static str = "other-layout-plugin";
+    const VERSION: &'static str = env!("CARGO_PKG_VERSION");
+
+    fn classes() -> Vec<NodeClass> {
+        Vec::new()
+    }
+
+    fn extensions() -> Vec<(&'static str, ExtensionMaker)> {
+        Vec::new()
+    }
+}
+
+static TABLE: NodePluginTable = table_of::<OtherLayout>();
+
 /// Claims the version of the contract that it was built against.
-#[expect(unsafe_code, reason = "the probe is found by its symbol name")]
+#[expect(unsafe_code, reason = "the table is found by its symbol name")]
 #[unsafe(no_mangle)]
-pub static CONCEPTLOOM_PLUGIN_PROBE: Probe =
-    Probe::new("other-layout-plugin", env!("CARGO_PKG_VERSION"));
+pub extern "C" fn node_plugin() -> *const NodePluginTable {
+    &raw const TABLE
+}
 
 #[abi_stable::export_root_module]
 fn root_module() -> PluginModule_Ref {
     PluginModule {
         describe,
         create_node,
-        devices,
+        extension,
     }
     .leak_into_prefix()
 }
 
-extern "C" fn describe() -> RString {
-    RString::from("{}")
+extern "C" fn describe() -> RResult<RString, NodeError> {
+    RResult::ROk(RString::from("{}"))
 }
 
-extern "C" fn devices() -> RResult<RString, NodeError> {
-    RResult::ROk(RString::from("[]"))
+extern "C" fn extension(_id: RStr<'_>) -> ROption<ExtensionBox> {
+    ROption::RNone
 }
 
 extern "C" fn create_node(_class: RStr<'_>) -> u64 {

@@ -35,7 +35,7 @@ fn a_library_that_cannot_be_loaded_says_why() {
     match other_library() {
         Some(path) => {
             load(&place, path.to_str().unwrap())
-                .failed_with(&["no Conceptloom plugin: it has no probe symbol"]);
+                .failed_with(&["it is a library, but no plugin: it does not export node_plugin"]);
         }
         None => println!("skipped: no other library is at hand"),
     }
@@ -46,7 +46,7 @@ fn a_library_of_another_contract_version_is_refused_in_one_sentence() {
     let place = Place::with_faulty();
     let mut library = std::fs::read(faulty()).unwrap();
     // magic [16], size u32, major u32
-    let magic = b"CONCEPTLOOMPROBE";
+    let magic = b"NODEPLUGINTABLE\0";
     let places: Vec<_> = (0..library.len() - 24)
         .filter(|&i| &library[i..i + 16] == magic && library[i + 20..i + 24] == 1u32.to_le_bytes())
         .collect();
@@ -60,7 +60,7 @@ fn a_library_of_another_contract_version_is_refused_in_one_sentence() {
     ]);
     library[places[0]] = b'X';
     place.write("other.so", &library);
-    load(&place, "other.so").failed_with(&["its probe symbol is not Conceptloom's"]);
+    load(&place, "other.so").failed_with(&["what its node_plugin gives is no plugin's table"]);
 }
 
 #[test]
@@ -119,7 +119,7 @@ fn failures_are_one_sentence_with_the_node() {
         ),
         ("invalid_file", "node 1 (Fail): it fails with InvalidFile"),
         ("cannot_write", "node 1 (Fail): it fails with CannotWrite"),
-        ("out_of_memory", "node 1 (Fail): it fails with OOMError"),
+        ("out_of_memory", "node 1 (Fail): it fails with OutOfMemory"),
         ("internal", "node 1 (Fail): it fails with InternalError"),
         ("canceled", "as if canceled, but nobody asked"),
     ] {

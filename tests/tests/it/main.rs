@@ -2,7 +2,8 @@
 //!
 //! | module | what |
 //! | --- | --- |
-//! | `contract` | a library through the contract alone: memory is shared, objects are freed, panics are errors |
+//! | `contract` | a library through the contract alone, by both of its doors: memory is shared, objects are freed, panics are errors |
+//! | `languages` | the example on the contract's front page, a plugin in C, a host in Python |
 //! | `commands` | `nodes`, `validate`, usage; `nodes.json` is what the plugin says |
 //! | `running` | the run's folder, its report, metadata, cache, formats |
 //! | `interrupting` | Ctrl-C and going on |
@@ -11,15 +12,17 @@
 //! | `devices` | where it is computed: on start, in `system_stats`, in the report; devices that cannot be used |
 //! | `method` | the real plugin: the demo, checkpoints and words that cannot be used, a round wired by hand |
 //!
-//! `support` builds the programs and runs them.
+//! `doors` opens libraries; `support` builds the programs and runs them.
 #![expect(
     clippy::unwrap_used,
     reason = "what cannot be unwrapped fails the test"
 )]
 
+mod doors;
 mod support;
 
 mod contract;
+mod languages;
 
 mod commands;
 mod running;

@@ -52,10 +52,14 @@ pub(crate) fn repository() -> PathBuf {
         .to_owned()
 }
 
-fn library(name: &str) -> PathBuf {
+/// A library of this workspace.
+pub(crate) fn library(name: &str) -> PathBuf {
     use std::env::consts::{DLL_PREFIX, DLL_SUFFIX};
     build();
-    let path = target_dir().join(format!("{DLL_PREFIX}{name}{DLL_SUFFIX}"));
+    let (folder, name) = name.rsplit_once('/').unwrap_or(("", name));
+    let path = target_dir()
+        .join(folder)
+        .join(format!("{DLL_PREFIX}{name}{DLL_SUFFIX}"));
     assert!(
         path.is_file(),
         "{} is not there; build the workspace first",
@@ -77,6 +81,11 @@ pub(crate) fn faulty() -> PathBuf {
 /// The library whose types are laid out in another way.
 pub(crate) fn other_layout() -> PathBuf {
     library("other_layout_plugin")
+}
+
+/// A library among the examples of `plugin-api`.
+pub(crate) fn example(name: &str) -> PathBuf {
+    library(&format!("examples/{name}"))
 }
 
 /// The real one.

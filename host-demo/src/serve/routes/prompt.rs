@@ -17,6 +17,7 @@ use crate::catalog::Catalog;
 use crate::clock::now_ms;
 use crate::demo;
 use crate::graph::{Graph, Input, NodeId};
+use crate::object_info;
 use crate::validate::{Verdict, judge};
 use crate::workflow_file::{MAX_NODES, Workflow, is_editors};
 
@@ -260,7 +261,7 @@ fn about_input(
     let mut about = Map::from_iter([("input_name".to_owned(), json!(input))]);
     let config = catalog
         .descriptor(class)
-        .and_then(|class| class.input_info(input));
+        .and_then(|class| object_info::input(class, input));
     about.extend(config.map(|config| ("input_config".to_owned(), config)));
     match graph.nodes.get(id).and_then(|node| node.inputs.get(input)) {
         Some(Input::Value(value)) => {

@@ -2,29 +2,38 @@
 
 use candle_core::backend::BackendStorage as _;
 use candle_core::cuda::cudarc::driver::sys::{CUevent_flags, CUevent_wait_flags, CUstream};
-use candle_core::cuda::cudarc::driver::{CudaStream, DevicePtr as _, DriverError, result};
+use candle_core::cuda::cudarc::driver::{
+    CudaStream, DevicePtr as _, DeviceRepr, DriverError, result,
+};
+use candle_core::cuda_backend::CudaDType;
 use candle_core::op::BackpropOp;
-use candle_core::{CudaDevice, CudaStorage, Result, Storage, Tensor};
+use candle_core::{CudaDevice, CudaStorage, DType, Result, Storage, Tensor};
+use half::{bf16, f16};
 use plugin_api::{DataType, DeviceId, SharedTensor};
 
 /// DLPack's number of CUDA devices.
 const KIND: i32 = 2;
 
-/// Where the memory of an `f32` storage begins, how many bytes it has, on which card, and the stream that fills it.
-pub(super) fn place(storage: &CudaStorage) -> Result<(u64, u64, DeviceId, u64)> {
-    let stream = storage.device().cuda_stream();
-    let slice = storage.as_cuda_slice::<f32>()?;
-    let (address, _) = slice.device_ptr(&stream);
+/// Where the memory of a storage begins, how many bytes it has, and on which card.
+pub(super) fn place(storage: &CudaStorage, dtype: DType) -> Result<(u64, usize, DeviceId)> {
+    let (address, bytes) = match dtype {
+        DType::F16 => memory::<f16>(storage),
+        DType::BF16 => memory::<bf16>(storage),
+        DType::U8 => memory::<u8>(storage),
+        _ => memory::<f32>(storage),
+    }?;
     let device = DeviceId {
         kind: KIND,
-        index: stream.context().ordinal() as i32,
+        index: storage.device().cuda_stream().context().ordinal() as i32,
     };
-    Ok((
-        address,
-        slice.num_bytes() as u64,
-        device,
-        stream.cu_stream() as u64,
-    ))
+    Ok((address, bytes, device))
+}
+
+fn memory<T: CudaDType>(storage: &CudaStorage) -> Result<(u64, usize)> {
+    let stream = storage.device().cuda_stream();
+    let slice = storage.as_cuda_slice::<T>()?;
+    let (address, _) = slice.device_ptr(&stream);
+    Ok((address, slice.num_bytes()))
 }
 
 /// Lets `stream` wait for what this library's stream was asked for up to now.
@@ -61,50 +70,55 @@ fn order(own: &CudaStream, earlier: CUstream, later: CUstream) -> Result<()> {
     ordered().map_err(candle_core::Error::wrap)
 }
 
-/// A foreign tensor that is on this very card, row-major and `f32`, copied on the card; `None` for any other.
+/// A foreign tensor that is on this very card and row-major, copied on the card; `None` for any other.
 pub(super) fn taken_over(shared: &SharedTensor, device: &CudaDevice) -> Option<Result<Tensor>> {
-    let stream = device.cuda_stream();
     let here = DeviceId {
         kind: KIND,
-        index: stream.context().ordinal() as i32,
+        index: device.cuda_stream().context().ordinal() as i32,
     };
-    let shape = shared.shape();
-    let is_row_major = shared.strides() == plugin_api::tensor::contiguous_strides(&shape);
     let is_known = shared.data_address() != 0;
-    let fits = shared.device() == here && shared.data_type() == DataType::F32;
-    (fits && is_row_major && is_known).then(|| copied(shared, &shape, device, &stream))
+    if shared.device() != here || !shared.is_row_major() || !is_known {
+        return None;
+    }
+    match shared.data_type() {
+        DataType::F32 => Some(copied::<f32>(shared, device)),
+        DataType::F16 => Some(copied::<f16>(shared, device)),
+        DataType::BF16 => Some(copied::<bf16>(shared, device)),
+        DataType::U8 => Some(copied::<u8>(shared, device)),
+        _ => None,
+    }
 }
 
-fn copied(
-    shared: &SharedTensor,
-    shape: &[usize],
-    device: &CudaDevice,
-    stream: &CudaStream,
-) -> Result<Tensor> {
-    let n = shape.iter().product();
+fn copied<T: CudaDType + DeviceRepr>(shared: &SharedTensor, device: &CudaDevice) -> Result<Tensor> {
+    let (n, stream) = (shared.n_elements(), device.cuda_stream());
     let own = stream.cu_stream() as u64;
-    shared.wait_on(own).map_err(candle_core::Error::wrap)?;
+    if shared.wait_on(own).is_err() {
+        shared.host_sync().map_err(candle_core::Error::wrap)?;
+    }
     // SAFETY: every value is written below, before anything on this stream reads it.
-    let values = unsafe { device.alloc::<f32>(n) }?;
+    let values = unsafe { device.alloc::<T>(n) }?;
     {
-        let (address, _) = values.device_ptr(stream);
-        // SAFETY: the producer vouched for as many `f32` at its address as the shape has; both are on this card, and the
+        let (address, _) = values.device_ptr(&stream);
+        // SAFETY: the producer vouched for as many elements at its address as the shape has; both are on this card, and the
         // stream waits for them above.
         unsafe {
             result::memcpy_dtod_async(
                 address,
                 shared.data_address(),
-                n * size_of::<f32>(),
+                n * size_of::<T>(),
                 stream.cu_stream(),
             )
         }
         .map_err(candle_core::Error::wrap)?;
     }
-    shared.clone().release_after(own);
+    if shared.clone().release_after(own).is_err() {
+        // Without the order the memory could be used again too early: wait here instead.
+        stream.synchronize().map_err(candle_core::Error::wrap)?;
+    }
     let storage = CudaStorage::wrap_cuda_slice(values, device.clone());
     Ok(Tensor::from_storage(
         Storage::Cuda(storage),
-        shape,
+        shared.shape(),
         BackpropOp::none(),
         false,
     ))

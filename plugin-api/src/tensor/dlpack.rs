@@ -1,0 +1,259 @@
+//! From and to DLPack 1.x.
+
+use std::ffi::c_void;
+use std::ptr::{NonNull, fn_addr_eq, null_mut};
+
+use super::{
+    DataType, DeviceId, MAX_DIMS, SharedTensor, TensorDescription, TensorError, TensorOwner,
+    contiguous_strides, extent,
+};
+use crate::c_door::dlpack::{
+    DLDataType, DLDevice, DLManagedTensorVersioned, DLPackVersion, DLTensor,
+};
+use crate::guard::guarded;
+
+/// The version that tensors are exported in; others of this major version are read too.
+const VERSION: DLPackVersion = DLPackVersion { major: 1, minor: 1 };
+
+/// DLPack's flags.
+const READ_ONLY: u64 = 1;
+const IS_COPIED: u64 = 2;
+
+/// What the exported struct points to.
+struct Exported {
+    managed: DLManagedTensorVersioned,
+    shape: [i64; MAX_DIMS],
+    strides: [i64; MAX_DIMS],
+    tensor: SharedTensor,
+}
+
+/// Frees what [`SharedTensor::into_dlpack`] made.
+unsafe extern "C" fn delete_exported(managed: *mut DLManagedTensorVersioned) {
+    // Owners are guarded where they are; this is for what lies between.
+    let _ = guarded("a tensor that is freed", || {
+        if let Some(managed) = NonNull::new(managed) {
+            // SAFETY: only `into_dlpack` names this deleter, and DLPack lets it be called once.
+            drop(unsafe { taken_back(managed) });
+        }
+        Ok(())
+    });
+}
+
+/// The tensor that was exported.
+///
+/// # Safety
+/// `managed` is of `into_dlpack`, and used by nobody any more.
+unsafe fn taken_back(managed: NonNull<DLManagedTensorVersioned>) -> SharedTensor {
+    // SAFETY: `into_dlpack` put the box there, and nobody else will.
+    let exported = unsafe { Box::from_raw(managed.as_ref().manager_ctx.cast::<Exported>()) };
+    exported.tensor
+}
+
+/// Keeps a foreign tensor; DLPack lets its deleter be called on any thread.
+struct DlpackOwner(NonNull<DLManagedTensorVersioned>);
+
+// SAFETY: the struct is only read, and DLPack's deleters may be called anywhere.
+unsafe impl Send for DlpackOwner {}
+// SAFETY: as above; there is nothing to change through a shared reference.
+unsafe impl Sync for DlpackOwner {}
+
+impl Drop for DlpackOwner {
+    fn drop(&mut self) {
+        // SAFETY: `from_dlpack` was handed a valid tensor, and calls its deleter here only, once.
+        unsafe {
+            if let Some(deleter) = self.0.as_ref().deleter {
+                deleter(self.0.as_ptr());
+            }
+        }
+    }
+}
+
+/// DLPack does not say who fills and uses memory on a device: what comes from there is ready when it arrives, and a consumer
+/// on a device waits for its own stream before it drops the handle.
+impl TensorOwner for DlpackOwner {
+    fn release_after(&self, _stream: u64) -> Result<(), crate::NodeError> {
+        // SAFETY: the tensor is valid until it is dropped.
+        let device = unsafe { self.0.as_ref() }.dl_tensor.device;
+        let device = DeviceId {
+            kind: device.device_type,
+            index: device.device_id,
+        };
+        if device.is_host_memory() {
+            return Ok(());
+        }
+        let text = "a DLPack tensor cannot wait for a stream";
+        Err(TensorError(text.to_owned()).into())
+    }
+}
+
+impl SharedTensor {
+    /// The tensor as DLPack 1.1, without a copy. The memory is kept until its deleter is called, on any thread.
+    ///
+    /// The flag `READ_ONLY` is set, unless this handle may write ([`is_writable`](Self::is_writable)): then whoever takes the
+    /// DLPack tensor may, and `IS_COPIED` says that nobody else has the memory. On a device the data are there: this waits
+    /// for them, because DLPack knows no streams.
+    ///
+    /// # Errors
+    /// The work that makes the data failed.
+    pub fn into_dlpack(mut self) -> Result<NonNull<DLManagedTensorVersioned>, TensorError> {
+        self.host_sync()?;
+        let flags = if self.is_writable() {
+            IS_COPIED
+        } else {
+            READ_ONLY
+        };
+        let managed = DLManagedTensorVersioned {
+            version: VERSION,
+            manager_ctx: null_mut(),
+            deleter: Some(delete_exported),
+            flags,
+            dl_tensor: DLTensor {
+                data: self.data_address() as *mut c_void,
+                device: DLDevice {
+                    device_type: self.device.kind,
+                    device_id: self.device.index,
+                },
+                ndim: self.n_dims as i32,
+                dtype: DLDataType {
+                    code: self.data_type.code,
+                    bits: self.data_type.bits,
+                    lanes: self.data_type.lanes,
+                },
+                shape: null_mut(),
+                strides: null_mut(),
+                byte_offset: 0,
+            },
+        };
+        let exported = Box::into_raw(Box::new(Exported {
+            managed,
+            shape: self.shape.map(|n| n as i64),
+            strides: self.strides.map(|n| n as i64),
+            tensor: self,
+        }));
+        // SAFETY: the box was made above and is nobody else's; the pointers stay in it.
+        unsafe {
+            (*exported).managed.manager_ctx = exported.cast();
+            (*exported).managed.dl_tensor.shape = (&raw mut (*exported).shape).cast();
+            (*exported).managed.dl_tensor.strides = (&raw mut (*exported).strides).cast();
+            Ok(NonNull::new_unchecked(&raw mut (*exported).managed))
+        }
+    }
+
+    /// Takes a DLPack tensor of any 1.x over; its deleter is called when the last handle is dropped, or before this returns
+    /// an error.
+    ///
+    /// With the flag `READ_ONLY` the memory is shared and never written. With `IS_COPIED` alone it is shared and its only
+    /// holder may write it. With neither, its exporter may still write it, so it is copied here and let go at once; on a
+    /// device, where it cannot be copied, it is refused. The data must be there when it is handed over. One that this library
+    /// exported is the tensor that it was.
+    ///
+    /// # Errors
+    /// Another major version, more than [`MAX_DIMS`] dimensions, elements that share bytes, memory without an address, or
+    /// the refusal above.
+    ///
+    /// # Safety
+    /// `managed` is valid as DLPack has it, handed over to this function, and its flags are true.
+    pub unsafe fn from_dlpack(
+        managed: NonNull<DLManagedTensorVersioned>,
+    ) -> Result<Self, TensorError> {
+        let owner = DlpackOwner(managed);
+        // SAFETY: valid, and the fields up to the flags are there in every version.
+        let (version, deleter, flags) = unsafe {
+            let managed = managed.as_ptr();
+            ((*managed).version, (*managed).deleter, (*managed).flags)
+        };
+        if version.major != VERSION.major {
+            return Err(TensorError(format!(
+                "the tensor is DLPack {}.{}, this reads 1.x",
+                version.major, version.minor
+            )));
+        }
+        let own: unsafe extern "C" fn(*mut DLManagedTensorVersioned) = delete_exported;
+        if deleter.is_some_and(|deleter| fn_addr_eq(deleter, own)) {
+            std::mem::forget(owner);
+            // SAFETY: this library's own deleter says that this library made it; it was handed over.
+            return Ok(unsafe { taken_back(managed) });
+        }
+        // SAFETY: valid, and of version 1.
+        let tensor = unsafe { managed.as_ref() }.dl_tensor;
+        // SAFETY: as above.
+        let mut description = unsafe { described(&tensor) }?;
+        description.is_read_only = flags & READ_ONLY != 0;
+        let is_shared_for_writing = flags & (READ_ONLY | IS_COPIED) == 0;
+        if is_shared_for_writing && !description.device.is_host_memory() {
+            return Err(TensorError(
+                "the tensor is on a device and may still be written by its maker; hand over one with the flag READ_ONLY \
+                 or IS_COPIED"
+                    .to_owned(),
+            ));
+        }
+        // SAFETY: the description is that of the tensor, which the owner keeps; that it does not change is what the flags
+        // say, and without them it is copied and let go while the caller waits.
+        let shared = unsafe { Self::from_raw(&description, owner) }?;
+        if is_shared_for_writing {
+            shared.host_copy()
+        } else {
+            Ok(shared)
+        }
+    }
+}
+
+/// # Safety
+/// The tensor's shape and strides are as long as it says.
+unsafe fn described(tensor: &DLTensor) -> Result<TensorDescription, TensorError> {
+    let DLDataType { code, bits, lanes } = tensor.dtype;
+    let data_type = DataType { code, bits, lanes };
+    let n_dims = usize::try_from(tensor.ndim).ok().filter(|&n| n <= MAX_DIMS);
+    let n_dims = n_dims.ok_or_else(|| {
+        let n = tensor.ndim;
+        TensorError(format!(
+            "the tensor has {n} dimensions, at most {MAX_DIMS} can be read"
+        ))
+    })?;
+    let list = |numbers: *const i64| match numbers.is_null() {
+        true => None,
+        // SAFETY: the caller vouched for it.
+        false => Some(unsafe { std::slice::from_raw_parts(numbers, n_dims) }.to_vec()),
+    };
+    let shape: Option<Vec<usize>> = match list(tensor.shape) {
+        Some(shape) => shape.into_iter().map(|n| usize::try_from(n).ok()).collect(),
+        None => (n_dims == 0).then(Vec::new),
+    };
+    let shape = shape.ok_or_else(|| TensorError("the tensor has no shape".to_owned()))?;
+    let strides = match list(tensor.strides) {
+        Some(strides) => strides.into_iter().map(|n| n as isize).collect(),
+        None => contiguous_strides(&shape),
+    };
+    let bytes = data_type.bytes().unwrap_or(0) as i64;
+    let is_empty = shape.contains(&0);
+    if tensor.data.is_null() && !is_empty {
+        return Err(TensorError("the tensor has no address".to_owned()));
+    }
+    // DLPack does not tell the allocation: what the tensor reaches of it is what is known.
+    let (lowest, highest) = match extent(&shape, &strides) {
+        _ if is_empty => (0, -1),
+        Some(ends) => ends,
+        None => return Err(TensorError("the tensor's strides are too large".to_owned())),
+    };
+    let too_large = || TensorError("the tensor's strides are too large".to_owned());
+    let before = lowest.checked_mul(-bytes).ok_or_else(too_large)?;
+    let reach = highest.checked_sub(lowest).and_then(|n| n.checked_add(1));
+    let reach = reach
+        .and_then(|n| n.checked_mul(bytes))
+        .ok_or_else(too_large)?;
+    let first = (tensor.data as u64).checked_add(tensor.byte_offset);
+    let address = first.and_then(|first| first.checked_sub(before as u64));
+    Ok(TensorDescription {
+        address: address.ok_or_else(too_large)?,
+        byte_offset: before as u64,
+        allocation_bytes: reach as u64,
+        device: DeviceId {
+            kind: tensor.device.device_type,
+            index: tensor.device.device_id,
+        },
+        data_type,
+        shape,
+        strides,
+        is_read_only: true,
+    })
+}
