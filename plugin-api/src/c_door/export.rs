@@ -256,6 +256,7 @@ impl HostContext for ForeignHost {
     fn is_canceled(&self) -> bool {
         // SAFETY: the host is as the contract has it, here and in all calls below.
         let asked = self
+            // SAFETY: as above.
             .0
             .with(|host| unsafe { (host.is_canceled)(host.context) });
         asked.is_none_or(|answer| answer != 0)
@@ -264,6 +265,7 @@ impl HostContext for ForeignHost {
     fn progress(&self, progress: Progress) {
         let (stage, text) = (c_text(&progress.stage), c_text(&progress.text));
         let Progress { done, total, .. } = progress;
+        // SAFETY: as above.
         self.0.with(|host| unsafe {
             (host.progress)(host.context, stage.as_ptr(), done, total, text.as_ptr());
         });
@@ -275,6 +277,7 @@ impl HostContext for ForeignHost {
         let Ok(picture) = exported(Value::Tensor(preview.picture)) else {
             return;
         };
+        // SAFETY: as above.
         let shown = self.0.with(|host| unsafe {
             (host.preview)(
                 host.context,
@@ -291,24 +294,28 @@ impl HostContext for ForeignHost {
 
     fn metric(&self, series: &str, x: f64, y: f64) {
         let series = c_text(series);
+        // SAFETY: as above.
         self.0
             .with(|host| unsafe { (host.metric)(host.context, series.as_ptr(), x, y) });
     }
 
     fn log(&self, level: u32, text: &str) {
         let text = c_text(text);
+        // SAFETY: as above.
         self.0
             .with(|host| unsafe { (host.log)(host.context, level, text.as_ptr()) });
     }
 
     fn saved(&self, path: &str) {
         let path = c_text(path);
+        // SAFETY: as above.
         self.0
             .with(|host| unsafe { (host.saved)(host.context, path.as_ptr()) });
     }
 
     fn run_info(&self) -> RunInfo {
         let info = self.0.with(|host| {
+            // SAFETY: as above.
             let text = |of: *const c_char| unsafe { text(of) }.unwrap_or_default().into();
             RunInfo {
                 node_id: text(host.node_id),
@@ -321,6 +328,7 @@ impl HostContext for ForeignHost {
 
     fn extension(&self, id: &str) -> Option<Box<dyn Extension>> {
         let id = c_text(id);
+        // SAFETY: as above.
         let find = |host: &NodePluginHost| unsafe { (host.extension)(host.context, id.as_ptr()) };
         let extension = NonNull::new(self.0.with(find)?.cast_mut())?;
         let lent = self.0.clone();

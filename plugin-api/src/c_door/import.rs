@@ -46,6 +46,7 @@ impl ForeignPlugin {
 
     pub(crate) fn create(self, class: &str) -> Result<NodeBox, NodeError> {
         let (class_text, mut error) = (c_text(class), no_error());
+        // SAFETY: as above.
         let node = unsafe { (self.0.node_new)(class_text.as_ptr(), &raw mut error) };
         let Some(node) = NonNull::new(node) else {
             returned(ErrorCode::InvalidInput as u32, &error)?;
@@ -63,6 +64,7 @@ impl ForeignPlugin {
 
     pub(crate) fn extension(self, id: &str) -> ROption<ExtensionBox> {
         let id = c_text(id);
+        // SAFETY: as above.
         let found = unsafe { (self.0.extension)(id.as_ptr()) };
         foreign_extension(found, None)
     }
@@ -136,6 +138,7 @@ impl NodeObject for ForeignNode {
         guarded("a node in C", || {
             let (parameters, mut error) = (c_text(&parameters), no_error());
             let (node, parameters) = (self.0.node.as_ptr(), parameters.as_ptr());
+            // SAFETY: as above.
             let (code, text) = collected(|sink| unsafe {
                 (self.0.table.node_fingerprint)(node, parameters, sink, &raw mut error)
             });
@@ -259,6 +262,7 @@ unsafe extern "C" fn host_progress(
     total: u64,
     line: *const c_char,
 ) {
+    // SAFETY: as above.
     unsafe {
         served(context, |services| {
             services.host.services().progress(Progress {
@@ -278,6 +282,7 @@ unsafe extern "C" fn host_preview(
     series: *const c_char,
     label: *const c_char,
 ) {
+    // SAFETY: as above.
     unsafe {
         served(context, |services| {
             let Some(picture) = NonNull::new(picture) else {
@@ -294,6 +299,7 @@ unsafe extern "C" fn host_preview(
 }
 
 unsafe extern "C" fn host_metric(context: *mut c_void, series: *const c_char, x: f64, y: f64) {
+    // SAFETY: as above.
     unsafe {
         served(context, |services| {
             services.host.metric(text(series)?, x, y);
@@ -303,6 +309,7 @@ unsafe extern "C" fn host_metric(context: *mut c_void, series: *const c_char, x:
 }
 
 unsafe extern "C" fn host_log(context: *mut c_void, level: u32, line: *const c_char) {
+    // SAFETY: as above.
     unsafe {
         served(context, |services| {
             services.host.services().log(level, text(line)?.into());
@@ -312,6 +319,7 @@ unsafe extern "C" fn host_log(context: *mut c_void, level: u32, line: *const c_c
 }
 
 unsafe extern "C" fn host_saved(context: *mut c_void, path: *const c_char) {
+    // SAFETY: as above.
     unsafe {
         served(context, |services| {
             services.host.services().saved(text(path)?.into());
@@ -324,6 +332,7 @@ unsafe extern "C" fn host_extension(
     context: *mut c_void,
     id: *const c_char,
 ) -> *const NodePluginExtension {
+    // SAFETY: as above.
     let found = unsafe {
         served(context, |services| {
             let id = text(id)?;

@@ -337,6 +337,7 @@ unsafe fn imported_object(object: NonNull<NodePluginObject>) -> Result<SharedObj
     if head.maker == maker() as *const c_void {
         // SAFETY: this library's mark says that it is of `exported_object`.
         let exported =
+            // SAFETY: as above.
             unsafe { Arc::from_raw(object.as_ptr().cast_const().cast::<ExportedObject>()) };
         return Ok(exported.shared.clone());
     }
@@ -430,6 +431,7 @@ unsafe fn imported_json(json: NonNull<NodePluginJson>) -> Result<RString, NodeEr
         length,
         deleter,
         ..
+    // SAFETY: as above.
     } = unsafe { *json.as_ref() };
     let bytes = if text.is_null() || length == 0 {
         Vec::new()

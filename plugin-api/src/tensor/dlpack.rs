@@ -156,23 +156,22 @@ impl SharedTensor {
     pub unsafe fn from_dlpack(
         managed: NonNull<DLManagedTensorVersioned>,
     ) -> Result<Self, TensorError> {
-        let owner = DlpackOwner(managed);
         // SAFETY: valid, and the fields up to the flags are there in every version.
         let (version, deleter, flags) = unsafe {
             let managed = managed.as_ptr();
             ((*managed).version, (*managed).deleter, (*managed).flags)
         };
+        let own: unsafe extern "C" fn(*mut DLManagedTensorVersioned) = delete_exported;
+        if deleter.is_some_and(|deleter| fn_addr_eq(deleter, own)) {
+            // SAFETY: this library's own deleter says that this library made it; it was handed over.
+            return Ok(unsafe { taken_back(managed) });
+        }
+        let owner = DlpackOwner(managed);
         if version.major != VERSION.major {
             return Err(TensorError(format!(
                 "the tensor is DLPack {}.{}, this reads 1.x",
                 version.major, version.minor
             )));
-        }
-        let own: unsafe extern "C" fn(*mut DLManagedTensorVersioned) = delete_exported;
-        if deleter.is_some_and(|deleter| fn_addr_eq(deleter, own)) {
-            std::mem::forget(owner);
-            // SAFETY: this library's own deleter says that this library made it; it was handed over.
-            return Ok(unsafe { taken_back(managed) });
         }
         // SAFETY: valid, and of version 1.
         let tensor = unsafe { managed.as_ref() }.dl_tensor;
