@@ -28,27 +28,16 @@ pub trait Opaque: Send + Sync + 'static {
     fn memory(&self) -> Vec<MemoryBlock>;
 }
 
-/// Told apart by its address: which library made a value. Two libraries, or two copies of one, never have the same, so a
-/// value is taken for what it was only where it was made.
-static MAKER: u8 = 0;
-
-/// The mark of this library on the values that it makes.
-pub(crate) fn maker() -> u64 {
-    std::ptr::from_ref(&MAKER).addr() as u64
-}
-
 /// An opaque value on a wire. Cloning counts a reference and allocates nothing.
 #[repr(C)]
 #[derive(StableAbi)]
 pub struct SharedObject {
-    maker: u64,
     object: ObjectBox,
 }
 
 impl Clone for SharedObject {
     fn clone(&self) -> Self {
         Self {
-            maker: self.maker,
             object: OpaqueObject_TO::from_sabi(self.object.obj.shallow_clone()),
         }
     }
@@ -65,7 +54,6 @@ impl SharedObject {
     pub fn new<T: Opaque>(type_name: &str, value: T) -> Self {
         let adapter = ObjectAdapter::new(type_name, value);
         Self {
-            maker: maker(),
             object: OpaqueObject_TO::from_ptr(RArc::new(adapter), TD_CanDowncast),
         }
     }
@@ -73,10 +61,7 @@ impl SharedObject {
     /// The value, if this library made it and it is a `T`.
     #[must_use]
     pub fn get<T: Opaque>(&self) -> Option<&T> {
-        // Types of two builds may have one id and two layouts.
-        if self.maker != maker() {
-            return None;
-        }
+        // The id of a type holds that of the library: another build of it is another type.
         let adapter = self.object.obj.downcast_as::<ObjectAdapter<T>>().ok()?;
         adapter.value()
     }

@@ -18,7 +18,7 @@ use super::abi::{
 use super::{pad_into, unpadded};
 use crate::extension::Extension;
 use crate::guard::guarded;
-use crate::object::{Opaque, maker};
+use crate::object::Opaque;
 use crate::{ErrorCode, MemoryBlock, NodeError, SharedObject, SharedTensor, Value};
 
 /// Text that was passed in; NULL is empty.
@@ -254,6 +254,13 @@ pub(super) unsafe fn push_all(
     Ok(())
 }
 
+/// Told apart by its address: which library made an object. Two libraries, or two copies of one, never have the same.
+static MAKER: u8 = 0;
+
+fn maker() -> *const c_void {
+    (&raw const MAKER).cast()
+}
+
 /// A shared object as C sees it; counted by the `Arc` that it is in.
 #[repr(C)]
 struct ExportedObject {
@@ -276,7 +283,7 @@ fn exported_object(shared: SharedObject) -> *mut NodePluginObject {
         head: NodePluginObject {
             struct_size: size_of::<NodePluginObject>() as u32,
             reserved: 0,
-            maker: maker() as *const c_void,
+            maker: maker(),
             type_name: type_name.as_ptr(),
             retain: retain_exported,
             release: release_exported,
@@ -334,7 +341,7 @@ unsafe extern "C" fn memory_of_exported(
 unsafe fn imported_object(object: NonNull<NodePluginObject>) -> Result<SharedObject, NodeError> {
     // SAFETY: the caller vouches for it.
     let head = unsafe { object.as_ref() };
-    if head.maker == maker() as *const c_void {
+    if head.maker == maker() {
         // SAFETY: this library's mark says that it is of `exported_object`.
         let exported =
             // SAFETY: as above.

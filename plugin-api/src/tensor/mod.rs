@@ -37,7 +37,6 @@ pub use owner::TensorOwner;
 
 use crate::NodeError;
 use crate::abi::{OwnerAdapter, TensorOwnerBox};
-use crate::object::maker;
 
 /// Most dimensions that a tensor on a wire can have.
 pub const MAX_DIMS: usize = 8;
@@ -100,7 +99,6 @@ pub struct SharedTensor {
     flags: u32,
     shape: [usize; MAX_DIMS],
     strides: [isize; MAX_DIMS],
-    maker: u64,
     owner: TensorOwnerBox,
 }
 
@@ -161,7 +159,6 @@ impl SharedTensor {
             },
             shape: fixed(shape),
             strides: fixed(strides),
-            maker: maker(),
             owner: OwnerAdapter::boxed(owner),
         })
     }
@@ -267,10 +264,7 @@ impl SharedTensor {
     /// This is how two nodes of one plugin hand the very same tensor on: no copy, on any device.
     #[must_use]
     pub fn owner_as<T: TensorOwner>(&self) -> Option<&T> {
-        // Types of two builds may have one id and two layouts.
-        if self.maker != maker() {
-            return None;
-        }
+        // The id of a type holds that of the library: another build of it is another type.
         let adapter = self.owner.obj.downcast_as::<OwnerAdapter<T>>().ok()?;
         adapter.value()
     }
