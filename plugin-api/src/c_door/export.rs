@@ -255,11 +255,8 @@ struct ForeignHost(Arc<Lent>);
 impl HostContext for ForeignHost {
     fn is_canceled(&self) -> bool {
         // SAFETY: the host is as the contract has it, here and in all calls below.
-        let asked = self
-            // SAFETY: as above.
-            .0
-            .with(|host| unsafe { (host.is_canceled)(host.context) });
-        asked.is_none_or(|answer| answer != 0)
+        let ask = |host: &NodePluginHost| unsafe { (host.is_canceled)(host.context) };
+        self.0.with(ask).is_none_or(|answer| answer != 0)
     }
 
     fn progress(&self, progress: Progress) {

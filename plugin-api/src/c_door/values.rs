@@ -342,10 +342,9 @@ unsafe fn imported_object(object: NonNull<NodePluginObject>) -> Result<SharedObj
     // SAFETY: the caller vouches for it.
     let head = unsafe { object.as_ref() };
     if head.maker == maker() {
+        let exported = object.as_ptr().cast_const().cast::<ExportedObject>();
         // SAFETY: this library's mark says that it is of `exported_object`.
-        let exported =
-            // SAFETY: as above.
-            unsafe { Arc::from_raw(object.as_ptr().cast_const().cast::<ExportedObject>()) };
+        let exported = unsafe { Arc::from_raw(exported) };
         return Ok(exported.shared.clone());
     }
     let foreign = ForeignObject(object);
@@ -433,13 +432,13 @@ fn exported_json(text: RString) -> *mut NodePluginJson {
 /// Valid, and handed over.
 unsafe fn imported_json(json: NonNull<NodePluginJson>) -> Result<RString, NodeError> {
     // SAFETY: the caller vouches for it.
+    let held = unsafe { *json.as_ref() };
     let NodePluginJson {
         text,
         length,
         deleter,
         ..
-    // SAFETY: as above.
-    } = unsafe { *json.as_ref() };
+    } = held;
     let bytes = if text.is_null() || length == 0 {
         Vec::new()
     } else {
