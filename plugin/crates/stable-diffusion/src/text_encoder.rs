@@ -9,7 +9,7 @@ use crate::{
     Error, Result,
     config::{Activation, TextEncoderConfig},
     layers::{LayerNorm, Linear},
-    ops::{self, Mask},
+    ops::{self, Mask, on_workers},
     weights::Weights,
 };
 
@@ -63,11 +63,12 @@ impl TextEncoder {
     pub fn encode(&self, ids: &[u32], learned_rows: Option<&Tensor>) -> Result<Tensor> {
         let tokens = self.embed(ids, learned_rows)?;
         let positions = self.position_table.narrow(0, 0, ids.len())?;
-        let mut x = (tokens + positions)?.unsqueeze(0)?;
-        for layer in &self.layers {
-            x = layer.forward(&x)?;
-        }
-        self.final_norm.forward(&x)
+        let x = (tokens + positions)?.unsqueeze(0)?;
+        on_workers(x.device(), || {
+            let through = |x: Tensor, layer: &EncoderLayer| layer.forward(&x);
+            let x = self.layers.iter().try_fold(x.clone(), through)?;
+            self.final_norm.forward(&x)
+        })
     }
 
     /// The embedding of every id, `[N, D]`.

@@ -48,7 +48,17 @@ impl Backend {
     /// Does some work on this thread, and the backward passes of what comes out of it on any, with this implementation
     /// wherever the tensors are: for tests and measurements.
     pub fn within<R>(self, work: impl FnOnce() -> R) -> R {
-        within(&CHOSEN, Some(self), work)
+        Self::choose(Some(self), work)
+    }
+
+    /// What [`Self::within`] set on this thread.
+    pub(super) fn chosen() -> Option<Self> {
+        CHOSEN.get()
+    }
+
+    /// As [`Self::within`]; none leaves it to the tensors.
+    pub(super) fn choose<R>(backend: Option<Self>, work: impl FnOnce() -> R) -> R {
+        within(&CHOSEN, backend, work)
     }
 }
 

@@ -7,6 +7,7 @@ mod backend;
 mod device;
 mod host;
 mod precision;
+mod workers;
 
 pub mod composed;
 
@@ -14,6 +15,7 @@ use candle_core::{Result as TensorResult, Tensor, bail};
 
 pub use backend::Backend;
 pub use precision::Precision;
+pub(crate) use workers::on_workers;
 
 use crate::Result;
 

@@ -28,7 +28,7 @@ use super::{
     observation::{LayerAttention, Observed, OwnedWatch, Pass, Watch},
     parts::{Part, Planes, size, through},
 };
-use crate::Result;
+use crate::{Result, ops::on_workers};
 
 /// How the gradients of a pass will be computed; see [`UNet::forward_for_gradients`].
 #[derive(Debug)]
@@ -52,7 +52,7 @@ impl Backward<'_> {
     /// [`crate::Error::Tensor`] when the tensor library fails.
     pub fn gradients(self, loss: &Tensor, variables: &[&Tensor]) -> Result<Vec<Option<Tensor>>> {
         let mut wanted = Wanted::new(variables);
-        let of_loss = loss.backward()?;
+        let of_loss = on_workers(loss.device(), || loss.backward())?;
         match self.0 {
             Way::Kept => wanted.take(of_loss)?,
             Way::Again(again) => again.gradients(of_loss, &mut wanted)?,
@@ -262,12 +262,12 @@ impl Again<'_> {
             })
             .collect();
         wanted.take(of_loss)?;
-        let precision = self.unet.precision;
+        let (unet, device) = (self.unet, self.latents.device().clone());
         while let (Some(part), Some(used)) = (self.parts.pop(), self.uses.pop()) {
             let of_attention = &of_attention[used.attention.clone()];
             let work =
                 || self.gradients_of_part(part, &used, of_plane.take(), of_attention, wanted);
-            precision.within(work)?;
+            unet.compute(&device, work)?;
             // What the part read is what the one before it gave.
             of_plane = self.planes.pop().and_then(|plane| plane.gradient);
         }
@@ -370,7 +370,8 @@ impl Pulls {
     }
 
     fn gradients(self) -> Result<Option<GradStore>> {
-        Ok(self.0.map(|sum| sum.backward()).transpose()?)
+        let through = |sum: Tensor| on_workers(sum.device(), || sum.backward());
+        Ok(self.0.map(through).transpose()?)
     }
 }
 

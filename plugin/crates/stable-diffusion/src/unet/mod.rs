@@ -11,7 +11,7 @@ mod observation;
 mod parts;
 mod transformer;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use self::{
     blocks::{DownLevel, Middle, UpLevel},
@@ -25,7 +25,7 @@ use crate::{
     layers::{Conv3x3, GroupNorm, Linear},
     lora::LoraAdapter,
     memory::{Memory, bytes_of, foresee, is_much},
-    ops::{self, Backend, Precision},
+    ops::{self, Backend, Precision, on_workers},
     weights::{WeightMap, Weights},
 };
 
@@ -205,7 +205,7 @@ impl UNet {
             self.network
                 .forward(&parts, &self.config, &latents, timesteps, &mut pass)
         };
-        let prediction = self.precision.within(forward)?;
+        let prediction = self.compute(latents.device(), forward)?;
         Ok(Observed {
             prediction: prediction.to_dtype(DType::F32)?,
             attention: pass.attention,
@@ -230,7 +230,7 @@ impl UNet {
         }
         self.check(latents, timesteps, context, watch)?;
         let [latents, context] = self.as_activations([latents, context])?;
-        let (observed, backward) = self.precision.within(|| {
+        let (observed, backward) = self.compute(latents.device(), || {
             let time = self.network.time(&self.config, &latents, timesteps)?;
             backward::forward(self, &latents, time, &context, watch)
         })?;
@@ -273,7 +273,12 @@ impl UNet {
             self.network
                 .forward(&parts, &self.config, &latents, timesteps, &mut pass)
         };
-        Ok(self.precision.within(rise)?.to_dtype(DType::F32)?)
+        Ok(self.compute(latents.device(), rise)?.to_dtype(DType::F32)?)
+    }
+
+    /// A part of a pass, at the precision of this network.
+    fn compute<R: Send>(&self, device: &Device, work: impl FnOnce() -> R + Send) -> R {
+        on_workers(device, || self.precision.within(work))
     }
 
     fn as_activations(&self, inputs: [&Tensor; 2]) -> Result<[Tensor; 2]> {

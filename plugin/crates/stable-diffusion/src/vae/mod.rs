@@ -17,6 +17,7 @@ use self::tiles::{Tiling, is_large};
 use crate::config::VaeConfig;
 use crate::error::{Error, Result};
 use crate::memory::{bytes_of, foresee};
+use crate::ops::on_workers;
 use crate::weights::{WeightMap, Weights};
 
 /// Range of the log-variance, as in diffusers' `DiagonalGaussianDistribution`.
@@ -159,8 +160,9 @@ impl Vae {
         &self,
         x: &Tensor,
         [given, made]: [usize; 2],
-        f: impl Fn(&Tensor) -> Result<Tensor>,
+        f: impl Fn(&Tensor) -> Result<Tensor> + Sync,
     ) -> Result<Tensor> {
+        let f = |x: &Tensor| on_workers(x.device(), || f(x));
         let tiling = self.tile.map(|tile| Tiling { tile, given, made });
         match tiling {
             Some(tiling) if tiling.splits(x)? => tiling.apply(x, f),

@@ -18,10 +18,13 @@ use super::Factors;
 use super::block::{BLOCK, Right, STEP, Sums, TILE};
 use super::kernel::Tiles;
 use super::pack::{Side, pack_lines, step_words};
+use super::product::lines_per_item;
 
 const TAPS: usize = 9;
 /// Pixels of one work item, about: as many as make up for bringing a block of the weight into the cache.
 const ITEM_PIXELS: usize = 1024;
+/// Of an item of a small picture, which is split for the sake of the threads.
+const LEAST_PIXELS: usize = 256;
 
 /// Steps of 32 channels that are packed at a time: with so many, pixels of an item and a block of the weight are in a
 /// second-level cache together.
@@ -155,7 +158,10 @@ impl Convolution3x3 {
     }
 
     fn rows_per_item(&self) -> usize {
-        ITEM_PIXELS.div_ceil(self.size[1]).min(self.size[0])
+        let [height, width] = self.size;
+        let for_all_threads = lines_per_item(height * width, self.n_out.div_ceil(BLOCK));
+        let pixels = for_all_threads.clamp(LEAST_PIXELS, ITEM_PIXELS);
+        pixels.div_ceil(width).min(height)
     }
 
     /// A block of 32 output channels, 32 input channels by 32 of these steps, tap by tap.

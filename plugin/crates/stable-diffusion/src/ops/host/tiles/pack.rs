@@ -13,6 +13,9 @@ use super::kernel::Tiles;
 /// Rows, or columns, of a tile; also words of its rows.
 const LINES: usize = 16;
 
+/// Blocks of lines that lie across, packed by one thread: so much of a row of memory is read at a time.
+const ACROSS: usize = 8;
+
 /// How the words of a tile lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Side {
@@ -41,8 +44,11 @@ pub(super) fn pack<const P: usize, T: Number>(
 ) {
     let [_, k] = lines.dims();
     let block_words = k.div_ceil(STEP) * step_words(P);
-    let blocks = words.par_chunks_exact_mut(block_words).enumerate();
-    blocks.for_each(|(block, words)| pack_block::<P, T>(tiles, side, lines, block, words));
+    let n_together = if lie_across(lines) { ACROSS } else { 1 };
+    let groups = words.par_chunks_mut(n_together * block_words).enumerate();
+    groups.for_each(|(group, words)| {
+        pack_blocks::<P, T>(tiles, side, lines, group * n_together, words);
+    });
 }
 
 /// [`pack`] on the calling thread.
@@ -52,25 +58,36 @@ pub(super) fn pack_alone<const P: usize, T: Number>(
     lines: Matrix<'_, T>,
     words: &mut [u32],
 ) {
-    let [_, k] = lines.dims();
-    let blocks = words.chunks_exact_mut(k.div_ceil(STEP) * step_words(P));
-    for (block, words) in blocks.enumerate() {
-        pack_block::<P, T>(tiles, side, lines, block, words);
-    }
+    pack_blocks::<P, T>(tiles, side, lines, 0, words);
 }
 
-fn pack_block<const P: usize, T: Number>(
+/// Whether neighbors in memory are of different lines.
+fn lie_across<T: Number>(lines: Matrix<'_, T>) -> bool {
+    lines.strides()[0] == 1 && lines.strides()[1] != 1
+}
+
+/// Blocks from one on, as they are read from one end of the memory to the other.
+fn pack_blocks<const P: usize, T: Number>(
     tiles: Tiles,
     side: Side,
     lines: Matrix<'_, T>,
-    block: usize,
+    first: usize,
     words: &mut [u32],
 ) {
-    for (step, words) in words.chunks_exact_mut(step_words(P)).enumerate() {
+    let [_, k] = lines.dims();
+    let n_steps = k.div_ceil(STEP);
+    let n_blocks = words.len() / (n_steps * step_words(P));
+    let mut pack = |block: usize, step: usize| {
+        let words = &mut words[(block * n_steps + step) * step_words(P)..][..step_words(P)];
         for half in 0..2 {
-            let at = [block * BLOCK + half * LINES, step * STEP];
+            let at = [(first + block) * BLOCK + half * LINES, step * STEP];
             pack_tile::<P, T>(tiles, side, lines, at, &mut words[half * TILE..]);
         }
+    };
+    if lie_across(lines) {
+        (0..n_steps).for_each(|step| (0..n_blocks).for_each(|block| pack(block, step)));
+    } else {
+        (0..n_blocks).for_each(|block| (0..n_steps).for_each(|step| pack(block, step)));
     }
 }
 

@@ -75,6 +75,15 @@ fn product<const P: usize>(
     }
 }
 
+/// Lines of one of the items that some lines make, so that with `n_others` times as many items no thread waits long for
+/// another; whole blocks.
+pub(super) fn lines_per_item(n_lines: usize, n_others: usize) -> usize {
+    /// Items for every thread.
+    const ITEMS: usize = 4;
+    let n_items = (ITEMS * rayon::current_num_threads()).div_ceil(n_others.max(1));
+    n_lines.div_ceil(n_items).next_multiple_of(BLOCK)
+}
+
 /// [`product`] of factors that are packed whole.
 fn part_of_product<const P: usize>(
     tiles: Tiles,
@@ -88,7 +97,9 @@ fn part_of_product<const P: usize>(
     let n_steps = k.div_ceil(STEP);
     let block_words = n_steps * step_words(P);
     let steps: Vec<usize> = (0..n_steps).map(|step| step * step_words(P)).collect();
+    let n_row_items = m.div_ceil(ITEM_ROWS);
     let columns = (RIGHT_WORDS / block_words).max(1) * BLOCK;
+    let columns = columns.min(lines_per_item(n, n_row_items));
     let run = |mut item: Tile<'_>, left: &[u32], right: &[u32]| {
         tiles.configured(|tiles| {
             for row in (0..item.rows.len()).step_by(BLOCK) {
