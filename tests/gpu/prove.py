@@ -111,7 +111,7 @@ class Proof:
 
     def steps(self):
         shapes = "sprites" if self.wanted.tiny else "sd15"
-        steps, peer_size = (2, 32) if self.wanted.tiny else (10, 64)
+        steps = 2 if self.wanted.tiny else 10
         measured = self.results["steps"] = {}
         for more in ["--exhaust"], []:
             command = [self.programs / "stage_cost", "--sprites", SPRITES, "--shapes", shapes, "--steps", steps,
@@ -121,8 +121,9 @@ class Proof:
             for precision in PRECISIONS:
                 for layout in PEERS:
                     # The same threads as ours where the processor computes.
-                    command = [sys.executable, ROOT / "tests/reference/step_cost.py", shapes, peer_size, steps, os.cpu_count(),
-                               precision, layout, "--device", self.wanted.device, "--vocabulary", VOCABULARY, "--json", *WORKS]
+                    command = [sys.executable, ROOT / "tests/reference/step_cost.py", *WORKS, "--shapes", shapes, "--steps", steps,
+                               "--threads", os.cpu_count(), "--precision", precision, "--layout", layout,
+                               "--device", self.wanted.device, "--vocabulary", VOCABULARY]
                     self.peer(measured, f"PyTorch, {layout}", command)
 
     def peer(self, measured, name, command):

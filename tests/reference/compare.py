@@ -1,50 +1,71 @@
-"""Time and memory of one token-learning step beside PyTorch's, in turn, as ratios.
+"""Time and memory of every kind of work beside other programs, in turn, as ratios.
 
-    python compare.py [--model sprites|sd15] [--width 64] [--steps 3] [--rounds 2] [--threads 1] [--precision f32 bf16]
+    python compare.py [--work tokens lora sampling encode decode crf] [--shapes sprites|sd15] [--steps 3] [--rounds 2]
+        [--threads 1] [--precision f32 bf16]
 
-Every program runs alone, ours and PyTorch's variants one after the other, and again (A B A B); the first step of each does
-not count. A ratio is our median over that of PyTorch's faster variant at the same precision: processor time on one thread,
-time by the clock on more. Ours is measured with a graph that is kept, and `lean`. Both get the allocator settings that host-demo makes for itself. Nothing else may be running.
+Programs run alone, ours and the others one after the other, and again (A B A B); the first time of each does not count. A
+ratio is our median over that of the fastest other at the same precision: processor time on one thread, time by the clock on
+more. Nothing else may be running. The others: PyTorch with diffusers' modules in both memory layouts (`step_cost.py`); for
+sampling OpenVINO where it is installed, whose peak counts the network that it was made from; for the CRF pydensecrf, which has one thread. All get the
+allocator settings that host-demo makes for itself. The VAE computes in f32 whatever the precision.
 """
 
 import argparse
+import importlib.util
+import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = ROOT / "target/release/examples/step_cost"
-PEER = Path(__file__).with_name("step_cost.py")
+OURS = ROOT / "target/release/examples/stage_cost"
+SPRITES = ROOT / "plugin/crates/sprites/model"
+CRF = ROOT / "plugin/crates/densecrf/benches/against_pydensecrf.py"
 # As host-demo/src/memory.rs.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 63) - 1)}
-VARIANTS = ["contiguous", "channels_last"]
-STEP = re.compile(r"step (\d+): ([\d.]+) s .* CPU ([\d.]+) s;.* peak ([\d.]+) GiB")
-FORWARD = re.compile(r"without gradients: ([\d.]+) s")
+LAYOUTS = ["contiguous", "channels_last"]
+OF_THE_VAE = {"encode", "decode"}
+NAMES = {"tokens": "token-learning step", "lora": "joint step, LoRA", "sampling": "sampling step", "encode": "VAE, encode", "decode": "VAE, decode"}
 
 
 class Measured:
-    def __init__(self):
-        self.clock, self.cpu, self.forward, self.peak = [], [], [], 0.0
+    def __init__(self, command):
+        self.command, self.clock, self.cpu, self.peak = list(map(str, command)), [], [], 0
 
-    def run(self, command, threads):
-        environment = {**os.environ, **ALLOCATOR, "RAYON_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
-        text = subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True, text=True).stdout
-        for step, clock, cpu, peak in STEP.findall(text):
-            self.peak = max(self.peak, float(peak))
-            if int(step) > 0:
-                self.clock.append(float(clock))
-                self.cpu.append(float(cpu))
-        self.forward += map(float, FORWARD.findall(text))
+    def run(self, threads):
+        environment = {**os.environ, **ALLOCATOR, "CONCEPTLOOM_DEVICE": "cpu",
+                       "RAYON_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(self.command, env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            sys.exit(f"{' '.join(self.command)}\n{done.stderr}")
+        for line in map(json.loads, filter(lambda line: line.startswith("{"), done.stdout.splitlines())):
+            if "work" in line:
+                self.clock += line["seconds"]
+                self.cpu += line["cpu_seconds"]
+                self.peak = max(self.peak, line["peak_bytes"])
 
-    def step(self, threads):
+    def times(self, threads):
         return self.cpu if threads == 1 else self.clock
 
 
+def programs(work, precision, wanted):
+    ours = [OURS, "--sprites", SPRITES, "--shapes", wanted.shapes, "--work", work, "--steps", wanted.steps, "--precision", precision]
+    yield "ours", Measured(ours)
+    if work in ("tokens", "lora"):
+        yield "ours, lean", Measured([*ours, "--memory", "lean"])
+    same = ["--shapes", wanted.shapes, "--steps", wanted.steps, "--threads", wanted.threads, "--precision", precision]
+    for layout in LAYOUTS:
+        command = [sys.executable, Path(__file__).with_name("step_cost.py"), work, *same, "--layout", layout]
+        yield f"PyTorch, {layout}", Measured(command)
+    if work == "sampling" and importlib.util.find_spec("openvino"):
+        yield "OpenVINO", Measured([*command, "--openvino"])
+
+
 def spread(values):
-    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    digits = 3 if median(values) < 1 else 2
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def processor():
@@ -55,39 +76,48 @@ def processor():
     return name + "".join(f", {flag}" for flag in ["avx512_bf16", "amx_bf16"] if flag in flags)
 
 
+def compare(work, precision, wanted):
+    measured = dict(programs(work, precision, wanted))
+    for _ in range(wanted.rounds):
+        for program in measured.values():
+            program.run(wanted.threads)
+    title = f"{NAMES[work]}, {precision}"
+    for name, found in measured.items():
+        print(f"| {title} | {name} | {spread(found.times(wanted.threads))} | {found.peak / 2**30:.2f} |")
+    ours = measured.pop("ours")
+    lean = measured.pop("ours, lean", None)
+    fastest = min(measured, key=lambda name: median(measured[name].times(wanted.threads)))
+    least = min(other.peak for other in measured.values())
+    ratio = median(ours.times(wanted.threads)) / median(measured[fastest].times(wanted.threads))
+    print(f"| {title} | **ours / {fastest}** | **{ratio:.2f}** | **{ours.peak / least:.2f}** |")
+    if lean:
+        ratio = median(lean.times(wanted.threads)) / median(ours.times(wanted.threads))
+        print(f"| {title} | lean / ours | {ratio:.2f} | {lean.peak / ours.peak:.2f}; over the others {lean.peak / least:.2f} |")
+    sys.stdout.flush()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["sprites", "sd15"], default="sd15")
-    parser.add_argument("--width", type=int, default=64, help="of the latent")
+    parser.add_argument("--work", nargs="+", choices=[*NAMES, "crf"], default=[*NAMES, "crf"])
+    parser.add_argument("--shapes", choices=["sprites", "sd15"], default="sd15")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", nargs="+", choices=["f32", "bf16"], default=["f32", "bf16"])
     wanted = parser.parse_args()
-    what, threads = [wanted.model, wanted.width, wanted.steps], wanted.threads
     import diffusers
     import torch
 
-    print(f"{processor()}; {threads} thread(s); PyTorch {torch.__version__}, diffusers {diffusers.__version__}")
-    print(f"{wanted.model}, latents {wanted.width}x{wanted.width}; seconds: median (least to most)\n")
-    print("| precision | | step | forward without gradients | peak GiB |\n| --- | --- | --- | --- | --- |")
-    for precision in wanted.precision:
-        measured = {"ours": Measured(), "ours, lean": Measured()} | {f"PyTorch, {variant}": Measured() for variant in VARIANTS}
-        for _ in range(wanted.rounds):
-            measured["ours"].run([OURS, *what, precision, "fast"], threads)
-            measured["ours, lean"].run([OURS, *what, precision, "lean"], threads)
-            for variant in VARIANTS:
-                peer = [sys.executable, PEER, *what, threads, precision, variant]
-                measured[f"PyTorch, {variant}"].run(peer, threads)
-        for name, found in measured.items():
-            print(f"| {precision} | {name} | {spread(found.step(threads))} | {spread(found.forward)} | {found.peak:.2f} |")
-        ours, lean, *peers = measured.values()
-        step = median(ours.step(threads)) / min(median(peer.step(threads)) for peer in peers)
-        forward = median(ours.forward) / min(median(peer.forward) for peer in peers)
-        peak = ours.peak / min(peer.peak for peer in peers)
-        print(f"| {precision} | **ratio** | **{step:.2f}** | **{forward:.2f}** | **{peak:.2f}** |")
-        step = median(lean.step(threads)) / median(ours.step(threads))
-        print(f"| {precision} | lean over ours | {step:.2f} | | {lean.peak / ours.peak:.2f} |", flush=True)
+    print(f"{processor()}; {wanted.threads} thread(s); PyTorch {torch.__version__}, diffusers {diffusers.__version__}")
+    print(f"{wanted.shapes}; seconds{' of the processor' if wanted.threads == 1 else ''}: median (least to most)\n")
+    print("| work | program | seconds | peak GiB |\n| --- | --- | --- | --- |", flush=True)
+    for work in wanted.work:
+        if work != "crf":
+            for precision in wanted.precision if work not in OF_THE_VAE else ["f32"]:
+                compare(work, precision, wanted)
+    if "crf" in wanted.work:
+        print(flush=True)
+        subprocess.run([sys.executable, CRF, "--threads", str(wanted.threads)], check=True)
 
 
 if __name__ == "__main__":

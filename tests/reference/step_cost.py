@@ -1,14 +1,14 @@
-"""Seconds and memory of one token-learning step in PyTorch and diffusers, or of other work of the method.
+"""Seconds and memory of the method's kinds of work in PyTorch and diffusers: what the example `stage_cost` is compared with.
 
-The same step as `cargo run --release -p stable-diffusion --example step_cost`: prompt to context, U-Net forward,
-both losses, backward to two learned rows of the token table; U-Net and text encoder are frozen, weights random.
-Self-attention and unwatched cross-attention use torch's fused attention; watched layers compute their map.
+U-Net and text encoder are frozen, weights random. Self-attention and unwatched cross-attention use torch's fused attention;
+layers that are watched compute their map.
 
-    python step_cost.py [sprites|sd15] [latent width] [steps] [threads] [f32|bf16|f16] [contiguous|channels_last]
-        [--device cuda] [--json tokens e-step lora sampling decode] [--vocabulary 49408]
+    python step_cost.py WORK [WORK ..] [--shapes sprites|sd15] [--side N] [--steps 3] [--threads N] [--precision f32|bf16|f16]
+        [--layout contiguous|channels_last] [--openvino] [--device cuda] [--vocabulary 49408]
 
-With `--json` it does the work of the example `stage_cost`, and prints a JSON object for each as that does: seconds of every
-time but the first, and the most memory that torch had in tensors, or on a CPU the process. f32 is never TF32.
+WORK is tokens, e-step, lora, sampling, encode or decode. For each it prints a JSON object, as `stage_cost` does: seconds and
+seconds of the processor of every time but the first, and the most memory that torch had in tensors, or on a CPU the process.
+f32 is never TF32. With --openvino a sampling step is done by OpenVINO, which takes the network over.
 """
 
 import argparse
@@ -20,22 +20,26 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+WORKS = ["tokens", "e-step", "lora", "sampling", "encode", "decode"]
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("name", nargs="?", choices=["sprites", "sd15"], default="sprites")
-parser.add_argument("size", nargs="?", type=int, default=32, help="of the latent")
-parser.add_argument("steps", nargs="?", type=int, default=3)
-parser.add_argument("threads", nargs="?", type=int)
-parser.add_argument("precision", nargs="?", choices=["f32", "bf16", "f16"], default="f32")
-parser.add_argument("layout", nargs="?", choices=["contiguous", "channels_last"], default="contiguous")
+parser.add_argument("work", nargs="+", choices=WORKS)
+parser.add_argument("--shapes", choices=["sprites", "sd15"], default="sd15")
+parser.add_argument("--side", type=int, help="of the picture [default: 128 or 512]")
+parser.add_argument("--steps", type=int, default=3)
+parser.add_argument("--threads", type=int)
+parser.add_argument("--precision", choices=["f32", "bf16", "f16"], default="f32")
+parser.add_argument("--layout", choices=["contiguous", "channels_last"], default="contiguous")
+parser.add_argument("--openvino", action="store_true")
 parser.add_argument("--device", default="cpu")
-parser.add_argument("--json", nargs="+", choices=["tokens", "e-step", "lora", "sampling", "decode"])
 parser.add_argument("--vocabulary", type=int, default=49408, help="of sd15")
 wanted = parser.parse_args()
-name, size, n_steps = wanted.name, wanted.size, wanted.steps
+name, n_steps = wanted.shapes, wanted.steps
+side = wanted.side or {"sprites": 128, "sd15": 512}[name]
+size = side // {"sprites": 4, "sd15": 8}[name]
 if wanted.threads:
     torch.set_num_threads(wanted.threads)
 dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[wanted.precision]
-channels_last = wanted.layout == "channels_last"
+memory_format = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[wanted.layout]
 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 torch.manual_seed(0)
 torch.set_default_device(wanted.device)
@@ -45,15 +49,14 @@ if name == "sprites":
     unet = UNet2DConditionModel(sample_size=32, block_out_channels=(64, 128, 192), layers_per_block=1, down_block_types=down,
                                 up_block_types=up, cross_attention_dim=128, attention_head_dim=4)
     text = CLIPTextConfig(vocab_size=930, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
-    resolution = 16
+    resolution = size // 2
 else:
     unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     text = CLIPTextConfig(vocab_size=wanted.vocabulary, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    resolution = 16 * size // 64
+    resolution = size // 4
 text = CLIPTextModel(text)
 unet.requires_grad_(False).eval().to(dtype)
-if channels_last:
-    unet.to(memory_format=torch.channels_last)
+unet.to(memory_format=memory_format)
 text.requires_grad_(False).eval()
 
 maps = []
@@ -72,12 +75,16 @@ class Watched:
         return attn.to_out[0](attn.batch_to_head_dim(torch.bmm(p, v)))
 
 
-watched = Watched()
-unet.set_attn_processor({
-    key: watched if key.endswith("attn2.processor") and "mid" not in key else processor
-    for key, processor in unet.attn_processors.items()
-})
+plain = unet.attn_processors
 
+
+def watch():
+    watched = Watched()
+    unet.set_attn_processor({key: watched if key.endswith("attn2.processor") and "mid" not in key else processor
+                             for key, processor in plain.items()})
+
+
+watch()
 tokens = text.get_input_embeddings()
 rows = torch.randn(2, tokens.weight.shape[1]).requires_grad_(True)
 
@@ -127,6 +134,7 @@ class Adapted(torch.nn.Module):
 
 def adapt():
     """Adapts every projection of the attention; the factors."""
+    watch()
     factors = []
     for module in list(unet.modules()):
         for key in ["to_q", "to_k", "to_v"]:
@@ -160,22 +168,55 @@ def e_step():
         observed(latents, context)[0].cpu()
 
 
-@torch.no_grad()
-def sampling_step():
-    observed(noisy.expand(2, -1, -1, -1), context_of().expand(2, -1, -1))
+def sampling():
+    """A guided step with a prompt that is there."""
+    unet.set_attn_processor(dict(plain))
+    with torch.no_grad():
+        latents, context = noisy.expand(2, -1, -1, -1).to(dtype), context_of().expand(2, -1, -1)
+    if wanted.openvino:
+        return by_openvino(latents.float(), torch.tensor([421.0]), context.float())
+
+    @torch.no_grad()
+    def step():
+        unet(latents, torch.tensor([421]), context).sample.float()
+    return step
 
 
-def decoder():
+def by_openvino(*inputs):
+    import openvino
+
+    class Prediction(torch.nn.Module):
+        def forward(self, latents, timestep, context):
+            return unet(latents, timestep, context).sample
+
+    unet.float()
+    shapes = [list(tensor.shape) for tensor in inputs]
+    network = openvino.convert_model(Prediction(), example_input=inputs, input=shapes)
+    hints = {"INFERENCE_PRECISION_HINT": wanted.precision, "PERFORMANCE_HINT": "LATENCY"}
+    if wanted.threads:
+        hints["INFERENCE_NUM_THREADS"] = wanted.threads
+    compiled = openvino.compile_model(network, "CPU", hints)
+    arrays = [tensor.numpy() for tensor in inputs]
+    return lambda: compiled(arrays)
+
+
+def vae_work(encodes):
+    """At f32, as ours in any precision."""
     blocks = {"sprites": (32, 64, 64), "sd15": (128, 256, 512, 512)}[name]
     vae = AutoencoderKL(block_out_channels=blocks, layers_per_block={"sprites": 1, "sd15": 2}[name], latent_channels=4,
                         down_block_types=("DownEncoderBlock2D",) * len(blocks), up_block_types=("UpDecoderBlock2D",) * len(blocks),
                         norm_num_groups=8 if name == "sprites" else 32)
-    vae.requires_grad_(False).eval()
+    vae.requires_grad_(False).eval().to(memory_format=memory_format)
+    picture = torch.randn(1, 3, side, side).to(memory_format=memory_format)
+    z = noisy.contiguous(memory_format=memory_format)
 
-    def decode():
-        with torch.no_grad():
-            vae.decode(noisy).sample
-    return decode
+    @torch.no_grad()
+    def work():
+        if encodes:
+            vae.encode(picture)
+        else:
+            vae.decode(z)
+    return work
 
 
 def on_gpu():
@@ -197,46 +238,26 @@ def begin_peak():
 
 
 def measure(work):
-    # Of the text encoder's contexts sampling needs one, which costs next to nothing beside the steps.
     step, parts = {
         "tokens": lambda: (train([rows], 5e-4), 1),
         "e-step": lambda: (e_step, 2),
         "lora": lambda: (train([rows, *adapt()], 2e-6), 1),
-        "sampling": lambda: (sampling_step, 1),
-        "decode": lambda: (decoder(), 1),
+        "sampling": lambda: (sampling(), 1),
+        "encode": lambda: (vae_work(True), 1),
+        "decode": lambda: (vae_work(False), 1),
     }[work]()
     begin_peak()
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(n_steps + 1):
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         step()
         synchronize()
         seconds.append((time.perf_counter() - start) / parts)
-    print(json.dumps({"precision": wanted.precision, "work": work, "seconds": seconds[1:], "peak_bytes": peak_bytes()}), flush=True)
+        cpu_seconds.append((time.process_time() - cpu) / parts)
+    print(json.dumps({"precision": wanted.precision, "work": work, "seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:],
+                      "peak_bytes": peak_bytes()}), flush=True)
 
 
-def table():
-    for step in range(n_steps):
-        rows.grad = None
-        start, cpu = time.time(), time.process_time()
-        loss = loss_of()
-        synchronize()
-        forward = time.time() - start
-        loss.backward()
-        synchronize()
-        total = time.time() - start
-        print(f"step {step}: {total:.3f} s = forward {forward:.3f} + backward {total - forward:.3f}, CPU {time.process_time() - cpu:.2f} s; "
-              f"|gradient| {rows.grad.norm():.3e}; peak {peak_bytes() / 2**30:.2f} GiB", flush=True)
-    with torch.no_grad():
-        start = time.time()
-        loss_of()
-        synchronize()
-        print(f"without gradients: {time.time() - start:.3f} s")
-
-
-if wanted.json:
-    # Adapters stay where they are put: what is measured without them goes first.
-    for work in sorted(wanted.json, key=lambda work: work == "lora"):
-        measure(work)
-else:
-    table()
+# Adapters stay where they are put, and sampling takes the watching away: see `adapt`.
+for work in sorted(wanted.work, key=["tokens", "e-step", "sampling", "encode", "decode", "lora"].index):
+    measure(work)

@@ -1,5 +1,5 @@
 //! Seconds and memory of the method's stages on the device that `CONCEPTLOOM_DEVICE` names: token-learning steps, draws of
-//! the E-step, joint LoRA steps, sampling steps and decoding, of Stable Diffusion 1.5's shapes with random weights.
+//! the E-step, joint LoRA steps, sampling steps, encoding and decoding, of Stable Diffusion 1.5's shapes with random weights.
 //!
 //! ```sh
 //! cargo run --release -p personalization --example stage_cost -- --sprites plugin/crates/sprites/model --shapes sd15
@@ -27,6 +27,7 @@ use clap::{Parser, ValueEnum};
 use serde_json::{Value, json};
 use stable_diffusion::config::ModelConfig;
 use stable_diffusion::device::{self, describe};
+use stable_diffusion::memory::Memory;
 use stable_diffusion::ops::Precision;
 use stable_diffusion::{CheckpointSource, DiffusionModel};
 
@@ -47,6 +48,9 @@ struct Arguments {
     steps: usize,
     #[arg(long, value_enum, value_delimiter = ',', default_value = "f32")]
     precision: Vec<Factors>,
+    /// What a step of learning keeps
+    #[arg(long, value_enum, default_value = "fast")]
+    memory: Keeps,
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Work::ALL)]
     work: Vec<Work>,
     /// Then takes all memory of the device, tries a step, frees it, and tries again
@@ -58,6 +62,22 @@ struct Arguments {
 enum Shapes {
     Sprites,
     Sd15,
+}
+
+/// Of [`Memory`], by name.
+#[derive(Clone, Copy, ValueEnum)]
+enum Keeps {
+    Fast,
+    Lean,
+}
+
+impl Keeps {
+    fn memory(self) -> Memory {
+        match self {
+            Self::Fast => Memory::Fast,
+            Self::Lean => Memory::Lean,
+        }
+    }
 }
 
 /// The precisions of [`Precision`], by name.
@@ -110,12 +130,13 @@ fn measure(arguments: &Arguments) -> Result<()> {
         }
         // Made anew for each: weights in f32 would count with those in half precision.
         let model = model(arguments, device)?.with_precision(factors.precision())?;
+        let model = model.with_memory(arguments.memory.memory())?;
         let bench = Bench::new(model, arguments.side)?;
         for &work in &arguments.work {
             let cost = bench.measure(work, arguments.steps)?;
             say(&json!({
                 "precision": name, "work": work.name(), "side": bench.side, "seconds": cost.seconds,
-                "peak_bytes": cost.peak_bytes,
+                "cpu_seconds": cost.cpu_seconds, "peak_bytes": cost.peak_bytes,
             }));
         }
     }

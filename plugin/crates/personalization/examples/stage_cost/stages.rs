@@ -1,9 +1,10 @@
 //! The kinds of work, each done by the method's own functions.
 
+use std::fs;
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use personalization::config::{EmConfig, JointConfig, JointScope};
 use personalization::{
@@ -32,16 +33,19 @@ pub(crate) enum Work {
     Lora,
     /// A guided sampling step: two predictions in one pass.
     Sampling,
+    /// A picture to the moments of its latents.
+    Encode,
     /// Latents to a picture.
     Decode,
 }
 
 impl Work {
-    pub(crate) const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 6] = [
         Self::Tokens,
         Self::EStep,
         Self::Lora,
         Self::Sampling,
+        Self::Encode,
         Self::Decode,
     ];
 
@@ -61,6 +65,8 @@ impl std::fmt::Display for Work {
 pub(crate) struct Cost {
     /// Every time but the first.
     pub(crate) seconds: Vec<f64>,
+    /// Of the processor, of all threads.
+    pub(crate) cpu_seconds: Vec<f64>,
     pub(crate) peak_bytes: u64,
 }
 
@@ -121,6 +127,7 @@ impl Bench {
             Work::EStep => self.e_step((steps + 1) * DRAWS_OF_A_PASS, &mut clock)?,
             Work::Lora => self.lora(steps + 1, &mut clock)?,
             Work::Sampling => self.sampling(steps + 1, &mut clock)?,
+            Work::Encode => self.encode(steps + 1, &mut clock)?,
             Work::Decode => self.decode(steps + 1, &mut clock)?,
         }
         clock.cost(steps)
@@ -239,6 +246,16 @@ impl Bench {
         }
     }
 
+    fn encode(&self, times: usize, clock: &mut Clock<'_>) -> Result<()> {
+        let picture = stable_diffusion::rng::Rng::new(SEED, "encode", 0)
+            .normal(&[1, 3, self.side, self.side], &self.model.device)?;
+        for _ in 0..times {
+            self.model.vae.moments(&picture)?;
+            let _ = clock.on(true);
+        }
+        Ok(())
+    }
+
     fn decode(&self, times: usize, clock: &mut Clock<'_>) -> Result<()> {
         let side = self.side / self.model.config.vae.downsampling();
         let channels = self.model.config.vae.latent_channels;
@@ -252,11 +269,17 @@ impl Bench {
     }
 }
 
+/// Units done, when, and after how many seconds of the processor.
+struct Mark {
+    done: usize,
+    time: Instant,
+    cpu_seconds: f64,
+}
+
 /// Moments of the same device work: everything that was asked for before one is done.
 struct Clock<'a> {
     device: &'a candle_core::Device,
-    /// Units done, and when.
-    marks: Vec<(usize, Instant)>,
+    marks: Vec<Mark>,
     peak_bytes: u64,
     failed: Option<anyhow::Error>,
 }
@@ -276,20 +299,25 @@ impl<'a> Clock<'a> {
         if !is_end {
             return ControlFlow::Continue(());
         }
-        let done = self.marks.last().map_or(1, |(done, _)| done + 1);
+        let done = self.marks.last().map_or(1, |mark| mark.done + 1);
         self.until(done)
     }
 
     /// So many units are done.
     fn until(&mut self, done: usize) -> ControlFlow<()> {
-        let mark = || -> Result<u64> {
+        let read = || -> Result<(u64, f64)> {
             self.device.synchronize()?;
-            memory::peak(self.device)
+            Ok((memory::peak(self.device)?, cpu_seconds()?))
         };
-        match mark() {
-            Ok(peak) => {
+        match read() {
+            Ok((peak, cpu_seconds)) => {
                 self.peak_bytes = peak;
-                self.marks.push((done, Instant::now()));
+                let time = Instant::now();
+                self.marks.push(Mark {
+                    done,
+                    time,
+                    cpu_seconds,
+                });
                 ControlFlow::Continue(())
             }
             Err(error) => {
@@ -303,18 +331,34 @@ impl<'a> Clock<'a> {
         if let Some(error) = self.failed {
             return Err(error);
         }
-        let seconds: Vec<f64> = self
-            .marks
-            .windows(2)
-            .map(|pair| (pair[1].1 - pair[0].1).as_secs_f64() / (pair[1].0 - pair[0].0) as f64)
-            .collect();
+        let per_unit = |of: &dyn Fn(&[Mark]) -> f64| -> Vec<f64> {
+            let pairs = self.marks.windows(2);
+            pairs
+                .map(|pair| of(pair) / (pair[1].done - pair[0].done) as f64)
+                .collect()
+        };
+        let seconds = per_unit(&|pair| (pair[1].time - pair[0].time).as_secs_f64());
+        let cpu_seconds = per_unit(&|pair| pair[1].cpu_seconds - pair[0].cpu_seconds);
         ensure!(
             !seconds.is_empty(),
             "{steps} steps are too few to measure one; name more with --steps"
         );
         Ok(Cost {
             seconds,
+            cpu_seconds,
             peak_bytes: self.peak_bytes,
         })
     }
+}
+
+/// Of this process so far, as Linux counts them for every thread.
+fn cpu_seconds() -> Result<f64> {
+    let mut nanoseconds = 0u64;
+    for task in fs::read_dir("/proc/self/task")? {
+        let path = task?.path().join("schedstat");
+        let text = fs::read_to_string(&path)?;
+        let first = text.split(' ').next().and_then(|n| n.parse::<u64>().ok());
+        nanoseconds += first.with_context(|| format!("{} has no time", path.display()))?;
+    }
+    Ok(nanoseconds as f64 * 1e-9)
 }
