@@ -12,6 +12,7 @@ f32 is never TF32. With --openvino a sampling step is done by OpenVINO, which ta
 """
 
 import argparse
+import functools
 import json
 import resource
 import time
@@ -148,7 +149,8 @@ def adapt():
 
 
 def train(variables, rate):
-    """Does one step when it is called."""
+    """Does one step when it is called. The picture was encoded before."""
+    vae_work(True)()
     optimizer = torch.optim.AdamW(variables, lr=rate)
 
     def step():
@@ -200,22 +202,26 @@ def by_openvino(*inputs):
     return lambda: compiled(arrays)
 
 
-def vae_work(encodes):
+@functools.cache
+def vae():
     """At f32, as ours in any precision."""
     blocks = {"sprites": (32, 64, 64), "sd15": (128, 256, 512, 512)}[name]
-    vae = AutoencoderKL(block_out_channels=blocks, layers_per_block={"sprites": 1, "sd15": 2}[name], latent_channels=4,
+    made = AutoencoderKL(block_out_channels=blocks, layers_per_block={"sprites": 1, "sd15": 2}[name], latent_channels=4,
                         down_block_types=("DownEncoderBlock2D",) * len(blocks), up_block_types=("UpDecoderBlock2D",) * len(blocks),
                         norm_num_groups=8 if name == "sprites" else 32)
-    vae.requires_grad_(False).eval().to(memory_format=memory_format)
+    return made.requires_grad_(False).eval().to(memory_format=memory_format)
+
+
+def vae_work(encodes):
     picture = torch.randn(1, 3, side, side).to(memory_format=memory_format)
     z = noisy.contiguous(memory_format=memory_format)
 
     @torch.no_grad()
     def work():
         if encodes:
-            vae.encode(picture)
+            vae().encode(picture)
         else:
-            vae.decode(z)
+            vae().decode(z)
     return work
 
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
-use personalization::config::{EmConfig, JointConfig, JointScope};
+use personalization::config::{EmConfig, JointConfig, JointScope, MStepConfig};
 use personalization::{
     Concept, Event, ImageMasks, LearnedConcepts, Picture, PreparedScene, Role, SamplePrompts,
     Scene, ScenePicture, Silent, Size, init_tokens, joint_stage, m_step, observe, sample,
@@ -140,7 +140,7 @@ impl Bench {
         hear: &mut dyn FnMut(&Event<'_>) -> ControlFlow<()>,
     ) -> Result<LearnedConcepts> {
         let (scene, learned) = (self.scene()?, self.learned()?);
-        let config = EmConfig::likelihood().m_step;
+        let config = m_step_config();
         let mut hear = |event: &Event<'_>| hear(event);
         Ok(m_step(
             &self.model,
@@ -196,7 +196,7 @@ impl Bench {
             scope: JointScope::Lora { rank: RANK },
             ..JointConfig::break_a_scene()
         };
-        let m_step = EmConfig::likelihood().m_step;
+        let m_step = m_step_config();
         let mut hear = |event: &Event<'_>| clock.on(matches!(event, Event::Step { .. }));
         joint_stage(
             &self.model,
@@ -266,6 +266,14 @@ impl Bench {
             let _ = clock.on(true);
         }
         Ok(())
+    }
+}
+
+/// Without mirroring: the mirrored picture is encoded in the first step that sees it.
+fn m_step_config() -> MStepConfig {
+    MStepConfig {
+        flip_probability: 0.0,
+        ..EmConfig::likelihood().m_step
     }
 }
 

@@ -236,7 +236,6 @@ unsafe fn pack<const P: usize, const APART: usize, const ACROSS: bool, T: Number
         true => [2 * distance, distance],
         false => [distance, 16 * APART],
     };
-    let mut tiles = [[_mm512_setzero_si512(); 16]; P];
     for i in 0..16 {
         // SAFETY: by the caller.
         let parts = unsafe {
@@ -246,17 +245,22 @@ unsafe fn pack<const P: usize, const APART: usize, const ACROSS: bool, T: Number
                 sixteen::<APART, T>(row.add(second)),
             )
         };
-        for (tile, part) in tiles.iter_mut().zip(parts) {
-            tile[i] = if ACROSS { interleaved(part) } else { part };
+        for (p, row) in parts.into_iter().enumerate() {
+            let row = if ACROSS { interleaved(row) } else { row };
+            // SAFETY: by the caller.
+            unsafe { _mm512_storeu_si512(words.as_mut_ptr().add(p * part + 16 * i).cast(), row) }
         }
     }
-    for (p, tile) in tiles.into_iter().enumerate() {
-        let rows = if is_turned { turned(tile) } else { tile };
-        for (i, row) in rows.into_iter().enumerate() {
-            // SAFETY: by the caller.
-            unsafe {
-                let words = words.as_mut_ptr().add(p * part + 16 * i);
-                _mm512_storeu_si512(words.cast(), row);
+    if !is_turned {
+        return;
+    }
+    for p in 0..P {
+        // SAFETY: by the caller.
+        unsafe {
+            let tile = words.as_mut_ptr().add(p * part).cast::<__m512i>();
+            let columns = turned(std::array::from_fn(|i| _mm512_loadu_si512(tile.add(i))));
+            for (i, column) in columns.into_iter().enumerate() {
+                _mm512_storeu_si512(tile.add(i), column);
             }
         }
     }
