@@ -3,7 +3,8 @@
 #![expect(unsafe_code, reason = "mallopt")]
 
 /// Lets freed memory stay with the process: a step's tensors are as large as the next one's, and asking the system for
-/// them anew, page by page, takes up to a quarter of the step.
+/// them anew, page by page, takes up to a quarter of the step. All threads share one heap: each of glibc's heaps keeps what
+/// its busiest moment took, and those beside the first one give back what they should keep.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 pub(crate) fn keep_freed() {
     /// Tensors below are on the heap; the system's own limit would be 32 MiB.
@@ -12,6 +13,7 @@ pub(crate) fn keep_freed() {
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, LARGEST_ON_HEAP);
         libc::mallopt(libc::M_TRIM_THRESHOLD, -1);
+        libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 
@@ -36,21 +38,12 @@ pub(crate) fn is_scarce() -> bool {
     }
 }
 
-/// Makes all threads share one heap: each of glibc's heaps keeps what its busiest moment took. Few threads are busy at
-/// once.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-pub(crate) fn share_one_heap() {
-    // SAFETY: sets a number of the allocator; called before the server's threads start.
-    let _ = unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
-}
-
 /// Other allocators keep and give back as they see fit.
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
 mod elsewhere {
     pub(crate) fn keep_freed() {}
     pub(crate) fn give_back() {}
-    pub(crate) fn share_one_heap() {}
 }
 
 #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-pub(crate) use elsewhere::{give_back, keep_freed, share_one_heap};
+pub(crate) use elsewhere::{give_back, keep_freed};

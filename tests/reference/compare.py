@@ -24,7 +24,7 @@ OURS = ROOT / "target/release/examples/stage_cost"
 SPRITES = ROOT / "plugin/crates/sprites/model"
 CRF = ROOT / "plugin/crates/densecrf/benches/against_pydensecrf.py"
 # As host-demo/src/memory.rs.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 63) - 1)}
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 63) - 1), "MALLOC_ARENA_MAX": "1"}
 LAYOUTS = ["contiguous", "channels_last"]
 OF_THE_VAE = {"encode", "decode"}
 NAMES = {"tokens": "token-learning step", "lora": "joint step, LoRA", "sampling": "sampling step", "encode": "VAE, encode", "decode": "VAE, decode"}

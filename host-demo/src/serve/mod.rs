@@ -122,7 +122,6 @@ pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
              --resume does it at once, POST {{\"resume\": true}} to /api/queue from a program"
         ));
     }
-    crate::memory::share_one_heap();
     // Half-open connections must not use up what answers the others.
     let _ = rlimit::increase_nofile_limit(u64::from(u16::MAX));
     let runtime = tokio::runtime::Builder::new_multi_thread()
