@@ -8,12 +8,14 @@ use candle_core::cuda::{
     CudaDevice, set_gemm_reduced_precision_bf16, set_gemm_reduced_precision_f16,
     set_gemm_reduced_precision_f32,
 };
-use candle_core::{Device, Result};
+use candle_core::{Device, Error, Result};
 
 use super::DeviceMemory;
+use crate::ops::kernels::Kernels;
 
 /// Card `number`, with one stream for all threads: the per-thread stream of `new_cuda` orders nothing between workers.
 pub(super) fn open(number: usize) -> Result<Device> {
+    Kernels::of_environment().map_err(Error::Msg)?;
     // f32 is f32: TF32 multiplies 10 bits of every factor, which no parity survives, and who can do with that has the
     // precision bf16, which is faster still. f16 would be summed in f16, which overflows. The switch for bf16 asks for a
     // computation that cuBLAS has for f32 factors only; bf16 ones are multiplied as they are and summed in f32 without it.

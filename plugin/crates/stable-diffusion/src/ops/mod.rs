@@ -14,6 +14,7 @@ pub mod composed;
 use candle_core::{Result as TensorResult, Tensor, bail};
 
 pub use backend::Backend;
+pub use device::kernels;
 pub use precision::Precision;
 pub(crate) use workers::on_workers;
 

@@ -83,11 +83,12 @@ impl Case {
 
     pub(crate) fn check(&self) {
         for backend in BACKENDS {
-            backend.within(|| self.check_here(&format!("{backend:?}: {}", self.name)));
+            backend.within(|| self.check_as(&format!("{backend:?}: {}", self.name)));
         }
     }
 
-    fn check_here(&self, name: &str) {
+    /// Values, gradients for every set of trained operands, and slopes.
+    pub(crate) fn check_as(&self, name: &str) {
         for trained in 0..1 << self.shapes.len() {
             let (y, gradients) = self.gradients(&self.kernel, trained);
             let (expected, oracle) = self.gradients(&self.oracle, trained);
@@ -106,6 +107,50 @@ impl Case {
             }
         }
         self.check_finite_differences(name);
+    }
+
+    /// Values and gradients of half precision, the parameters of which may be of another type than what they are multiplied
+    /// with; the oracle has the same rounded numbers in f32. Returns the type of the value.
+    pub(crate) fn check_rounded(
+        &self,
+        name: &str,
+        half: DType,
+        parameters: DType,
+        tolerance: f32,
+    ) -> DType {
+        let operands = self.operands().into_iter().enumerate();
+        let operands: Vec<(Tensor, Tensor)> = operands
+            .map(|(index, tensor)| {
+                let own = if index == 0 || self.name.contains("attention") {
+                    half
+                } else {
+                    parameters
+                };
+                let variable = |tensor: Tensor| Var::from_tensor(&tensor).unwrap();
+                let rounded = variable(tensor.to_dtype(own).unwrap());
+                let oracle = variable(rounded.to_dtype(DType::F32).unwrap().detach());
+                (rounded.into_inner(), oracle.into_inner())
+            })
+            .collect();
+        let (rounded, oracle): (Vec<_>, Vec<_>) = operands.into_iter().unzip();
+        let y = (self.kernel)(&rounded).unwrap();
+        let expected = (self.oracle)(&oracle).unwrap();
+        let f32_of = |tensor: &Tensor| tensor.to_dtype(DType::F32).unwrap();
+        assert_close(name, "value", &f32_of(&y), &expected, tolerance);
+        let weights = random(y.dims(), 99).to_dtype(half).unwrap();
+        let gradients_of = |y: &Tensor| {
+            let loss = (f32_of(y) * f32_of(&weights)).unwrap();
+            loss.sum_all().unwrap().backward().unwrap()
+        };
+        let (found, expected) = (gradients_of(&y), gradients_of(&expected));
+        for (index, (own, oracle)) in rounded.iter().zip(&oracle).enumerate() {
+            let gradient = found.get(own).unwrap();
+            assert_eq!(gradient.dtype(), own.dtype(), "{name}: gradient {index}");
+            let what = format!("gradient {index}");
+            let expected = expected.get(oracle).unwrap();
+            assert_close(name, &what, &f32_of(gradient), expected, tolerance);
+        }
+        y.dtype()
     }
 
     /// The slope along a random direction of all operands.

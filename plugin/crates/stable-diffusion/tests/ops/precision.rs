@@ -60,46 +60,15 @@ fn frozen_weights_may_be_bf16_in_memory() {
 }
 
 /// Operations of half precision, the parameters of which are as what they are multiplied with or f32, as those that are
-/// trained are; the oracle has the same rounded numbers in f32.
+/// trained are.
 #[test]
 fn half_precision_keeps_to_its_bits() {
     for (half, tolerance) in [(DType::BF16, 2e-2), (DType::F16, 2.5e-3)] {
         for case in half_cases() {
             for parameters in [half, DType::F32] {
                 let name = format!("{half:?} with parameters {parameters:?}: {}", case.name);
-                let operands = case.operands().into_iter().enumerate();
-                let operands: Vec<(Tensor, Tensor)> = operands
-                    .map(|(index, tensor)| {
-                        let own = if index == 0 || case.name.contains("attention") {
-                            half
-                        } else {
-                            parameters
-                        };
-                        let variable = |tensor: Tensor| Var::from_tensor(&tensor).unwrap();
-                        let rounded = variable(tensor.to_dtype(own).unwrap());
-                        let oracle = variable(rounded.to_dtype(DType::F32).unwrap().detach());
-                        (rounded.into_inner(), oracle.into_inner())
-                    })
-                    .collect();
-                let (rounded, oracle): (Vec<_>, Vec<_>) = operands.into_iter().unzip();
-                let y = (case.kernel)(&rounded).unwrap();
-                let expected = (case.oracle)(&oracle).unwrap();
-                assert_eq!(y.dtype(), half, "{name}");
-                let f32_of = |tensor: &Tensor| tensor.to_dtype(DType::F32).unwrap();
-                assert_close(&name, "value", &f32_of(&y), &expected, tolerance);
-                let weights = random(y.dims(), 99).to_dtype(half).unwrap();
-                let gradients_of = |y: &Tensor| {
-                    let loss = (f32_of(y) * f32_of(&weights)).unwrap();
-                    loss.sum_all().unwrap().backward().unwrap()
-                };
-                let (found, expected) = (gradients_of(&y), gradients_of(&expected));
-                for (index, (own, oracle)) in rounded.iter().zip(&oracle).enumerate() {
-                    let gradient = found.get(own).unwrap();
-                    assert_eq!(gradient.dtype(), own.dtype(), "{name}: gradient {index}");
-                    let what = format!("gradient {index}");
-                    let expected = expected.get(oracle).unwrap();
-                    assert_close(&name, &what, &f32_of(gradient), expected, tolerance);
-                }
+                let y = case.check_rounded(&name, half, parameters, tolerance);
+                assert_eq!(y, half, "{name}");
             }
         }
     }

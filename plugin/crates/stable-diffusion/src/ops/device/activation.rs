@@ -22,6 +22,7 @@ impl Function for Elementwise {
     fn backward(
         &self,
         operands: &[Tensor],
+        _: &Tensor,
         dy: &Tensor,
         _: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
@@ -64,6 +65,7 @@ impl Function for Geglu {
     fn backward(
         &self,
         operands: &[Tensor],
+        _: &Tensor,
         dy: &Tensor,
         _: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
@@ -97,6 +99,7 @@ impl Function for Nearest {
     fn backward(
         &self,
         operands: &[Tensor],
+        _: &Tensor,
         dy: &Tensor,
         _: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {

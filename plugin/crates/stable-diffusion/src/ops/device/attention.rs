@@ -137,6 +137,7 @@ impl Function for Attended {
     fn backward(
         &self,
         operands: &[Tensor],
+        _: &Tensor,
         dy: &Tensor,
         wanted: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
@@ -200,6 +201,7 @@ impl Function for Watched {
     fn backward(
         &self,
         operands: &[Tensor],
+        _: &Tensor,
         dy: &Tensor,
         wanted: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {

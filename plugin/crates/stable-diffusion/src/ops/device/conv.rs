@@ -104,6 +104,7 @@ impl Function for Conv {
     fn backward(
         &self,
         operands: &[Tensor],
+        _: &Tensor,
         dy: &Tensor,
         wanted: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {

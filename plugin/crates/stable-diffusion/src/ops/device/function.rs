@@ -12,18 +12,18 @@ use candle_core::{
     bail,
 };
 
-/// What the node does. Operands are detached: nothing that is computed from them has a graph. The first one's type is the
-/// type of the value; gradients are brought into the types of their operands.
+/// What the node does. Operands are detached: nothing that is computed from them has a graph. Gradients are brought into the types of their operands.
 pub(super) trait Function: Send + Sync + 'static {
     const NAME: &'static str;
 
     /// The value: a tensor of its own, no view of an operand.
     fn forward(&self, operands: &[Tensor]) -> Result<Tensor>;
 
-    /// Gradients of the operands that are `wanted`, from that of the value.
+    /// Gradients of the operands that are `wanted`, from the value and its gradient.
     fn backward(
         &self,
         operands: &[Tensor],
+        y: &Tensor,
         dy: &Tensor,
         wanted: &[bool],
     ) -> Result<Vec<Option<Tensor>>>;
@@ -86,10 +86,11 @@ struct Node<F> {
 
 impl<F: Function> Node<F> {
     /// Gradients of the tracked operands, in their order.
-    fn gradients<const N: usize>(&self, dy: &Tensor) -> Result<[Option<Tensor>; N]> {
+    fn gradients<const N: usize>(&self, y: &Tensor, dy: &Tensor) -> Result<[Option<Tensor>; N]> {
+        let (y, dy) = (y.detach(), dy.detach());
         let all = self
             .function
-            .backward(&self.operands, &dy.detach(), &self.wanted)?;
+            .backward(&self.operands, &y, &dy, &self.wanted)?;
         let mut gradients = Vec::with_capacity(N);
         let operands = all.into_iter().zip(&self.wanted).zip(&self.operands);
         for ((gradient, _), operand) in operands.filter(|((_, wanted), _)| **wanted) {
@@ -231,8 +232,8 @@ impl<F: Function> CustomOp1 for Node<F> {
         self.value.metal()
     }
 
-    fn bwd(&self, _: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let [gradient] = self.gradients(dy)?;
+    fn bwd(&self, _: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let [gradient] = self.gradients(y, dy)?;
         Ok(gradient)
     }
 }
@@ -276,10 +277,10 @@ impl<F: Function> CustomOp2 for Node<F> {
         &self,
         _: &Tensor,
         _: &Tensor,
-        _: &Tensor,
+        y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let [first, second] = self.gradients(dy)?;
+        let [first, second] = self.gradients(y, dy)?;
         Ok((first, second))
     }
 }
@@ -330,10 +331,10 @@ impl<F: Function> CustomOp3 for Node<F> {
         _: &Tensor,
         _: &Tensor,
         _: &Tensor,
-        _: &Tensor,
+        y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [first, second, third] = self.gradients(dy)?;
+        let [first, second, third] = self.gradients(y, dy)?;
         Ok((first, second, third))
     }
 }

@@ -20,6 +20,7 @@ impl Function for Linear {
     fn backward(
         &self,
         operands: &[Tensor],
+        _: &Tensor,
         dy: &Tensor,
         wanted: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {

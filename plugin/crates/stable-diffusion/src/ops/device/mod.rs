@@ -4,8 +4,12 @@
 //! operation here is one node ([`function`]): its inside is computed without a graph, its backward computes again what it
 //! needs, and only operands that are tracked get gradients. Softmax, statistics and slopes are computed in f32 whatever the
 //! operands are.
+//!
+//! On a CUDA device some of them are done by kernels of our own ([`kernels`] says which and when), each of which is tested
+//! against the form in candle's operations.
 
 mod function;
+pub mod kernels;
 
 mod activation;
 mod attention;
@@ -19,6 +23,7 @@ use self::{
     activation::{Elementwise, Geglu, Nearest},
     attention::{Attended, Heads, Watched},
     conv::Conv,
+    kernels::{Fused, FusedGeglu, FusedGroups},
     linear::Linear,
     norm::Normalization,
 };
@@ -65,10 +70,14 @@ pub(super) fn group_norm(
     epsilon: f64,
     after: After,
 ) -> Result<Tensor> {
-    function::apply(
-        Normalization::of_groups(n_groups, epsilon, after),
-        &[x, weight, bias],
-    )
+    let operands = [x, weight, bias];
+    match FusedGroups::of(x, [weight, bias], n_groups, epsilon, after) {
+        Some(fused) => function::apply(fused, &operands),
+        None => function::apply(
+            Normalization::of_groups(n_groups, epsilon, after),
+            &operands,
+        ),
+    }
 }
 
 pub(super) fn layer_norm(x: &Tensor, [weight, bias]: [&Tensor; 2], epsilon: f64) -> Result<Tensor> {
@@ -80,7 +89,10 @@ pub(super) fn activation(x: &Tensor, which: Activation) -> Result<Tensor> {
 }
 
 pub(super) fn geglu(x: &Tensor) -> Result<Tensor> {
-    function::apply(Geglu, &[x])
+    match FusedGeglu::of(x) {
+        Some(fused) => function::apply(fused, &[x]),
+        None => function::apply(Geglu, &[x]),
+    }
 }
 
 pub(super) fn upsample_nearest(x: &Tensor, [height, width]: [usize; 2]) -> Result<Tensor> {
@@ -88,18 +100,26 @@ pub(super) fn upsample_nearest(x: &Tensor, [height, width]: [usize; 2]) -> Resul
 }
 
 pub(super) fn attention(operands: [&Tensor; 3], n_heads: usize, mask: Mask) -> Result<Tensor> {
-    let heads = Heads { n_heads, mask };
-    function::apply(Attended(heads), &operands)
+    match Fused::of(operands, n_heads, mask, &[]) {
+        Some(fused) => function::apply(fused, &operands),
+        None => function::apply(Attended(Heads { n_heads, mask }), &operands),
+    }
 }
 
-/// Two nodes, as the output has the operands' type and the probabilities are f32; those of the watched keys cost little
-/// where there are as few keys as words.
+/// Without a kernel, two nodes, as the output has the operands' type and the probabilities are f32; those of the watched keys
+/// cost little where there are as few keys as words.
 pub(super) fn observed_attention(
     [q, k, v]: [&Tensor; 3],
     n_heads: usize,
     positions: &[usize],
 ) -> Result<(Tensor, Tensor)> {
     let mask = Mask::None;
+    if !positions.is_empty()
+        && let Some(fused) = Fused::of([q, k, v], n_heads, mask, positions)
+    {
+        let value = function::apply(fused, &[q, k, v])?;
+        return Fused::unpack(&value, q, n_heads, positions.len());
+    }
     let output = attention([q, k, v], n_heads, mask)?;
     let watched = Watched {
         heads: Heads { n_heads, mask },

@@ -118,6 +118,7 @@ impl Function for Normalization {
     fn backward(
         &self,
         operands: &[Tensor],
+        _: &Tensor,
         dy: &Tensor,
         wanted: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {

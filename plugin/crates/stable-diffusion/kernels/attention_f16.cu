@@ -1,0 +1,3 @@
+#include "attention.cuh"
+
+HALF_ATTENTION(f16)

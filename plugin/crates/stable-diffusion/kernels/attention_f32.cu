@@ -1,0 +1,10 @@
+#include "attention.cuh"
+
+using f32 = float;
+
+ATTENTION_KERNELS(f32, 32, 32, Lanes<32>)
+ATTENTION_KERNELS(f32, 48, 48, Lanes<48>)
+ATTENTION_KERNELS(f32, 64, 64, Lanes<64>)
+ATTENTION_KERNELS(f32, 80, 80, Lanes<80>)
+ATTENTION_KERNELS(f32, 160, 80, Lanes<160>)
+MEANS_KERNEL(f32)

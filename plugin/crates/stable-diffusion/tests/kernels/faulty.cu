@@ -1,0 +1,42 @@
+// Kernels with the faults that the emulation is there to find.
+#include "common.cuh"
+
+// Every thread reads what the next one writes.
+__device__ inline void shift(const float *x, float *y, bool does_wait) {
+    SHARED_MEMORY(shared);
+    float *values = reinterpret_cast<float *>(shared);
+    values[threadIdx.x] = x[threadIdx.x];
+    if (does_wait) __syncthreads();
+    y[threadIdx.x] = values[(threadIdx.x + 1) % blockDim.x];
+}
+
+extern "C" __global__ void faultless(const float *x, float *y) { shift(x, y, true); }
+REGISTER(faultless)
+
+extern "C" __global__ void does_not_wait(const float *x, float *y) { shift(x, y, false); }
+REGISTER(does_not_wait)
+
+extern "C" __global__ void reads_outside(const float *x, float *y) { y[threadIdx.x] = x[threadIdx.x + 1]; }
+REGISTER(reads_outside)
+
+extern "C" __global__ void shares_outside(const float *x, float *y) {
+    SHARED_MEMORY(shared);
+    float *values = reinterpret_cast<float *>(shared);
+    values[threadIdx.x + 1] = x[threadIdx.x];
+    y[threadIdx.x] = values[threadIdx.x + 1];
+}
+REGISTER(shares_outside)
+
+extern "C" __global__ void waits_alone(const float *x, float *y) {
+    if (threadIdx.x < 7) __syncthreads();
+    y[threadIdx.x] = x[threadIdx.x];
+}
+REGISTER(waits_alone)
+
+// A warp has to shuffle together.
+extern "C" __global__ void shuffles_alone(const float *x, float *y) {
+    float sum = x[threadIdx.x];
+    if (threadIdx.x < 40) sum += __shfl_xor_sync(~0u, sum, 1);
+    y[threadIdx.x] = sum;
+}
+REGISTER(shuffles_alone)
