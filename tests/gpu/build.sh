@@ -8,7 +8,7 @@
 #   CUDA_PREFIX        the toolkit                 (~/.cache/conceptloom-cuda; 0.3 GB)
 #   CARGO_TARGET_DIR   as ever                     (OUT/target; 2 GB)
 #   CUDA_COMPUTE_CAP   90 makes code for Hopper alone; 80 makes PTX that any GPU from Ampere on compiles for itself
-# Needs bash, gcc, python3 with venv, unzip and cargo, on x86-64. Then, on the GPU machine: tests/gpu/prove.py.
+# Needs bash, gcc, python3 with venv and cargo, on x86-64. Then, on the GPU machine: tests/gpu/prove.py.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -16,19 +16,9 @@ out=${1:-$root/target/cuda}
 prefix=${CUDA_PREFIX:-$HOME/.cache/conceptloom-cuda}
 export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:-90} CARGO_BUILD_JOBS=${CARGO_BUILD_JOBS:-2}
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$out/target}
-mkdir -p "$prefix" "$out"
-prefix=$(realpath "$prefix") out=$(realpath "$out")
-
-# The compiler. nvcc finds its parts relative to itself.
-toolkit=$prefix/nvidia/cu13
-if [ ! -e "$prefix/toolkit.done" ]; then
-    [ -x "$prefix/venv/bin/pip" ] || python3 -m venv "$prefix/venv"
-    "$prefix/venv/bin/pip" download -q --no-deps --only-binary=:all: --require-hashes -d "$prefix/wheels" -r "$here/toolkit.txt"
-    for wheel in "$prefix"/wheels/*.whl; do unzip -qo "$wheel" 'nvidia/*' -d "$prefix"; done
-    chmod -R u+x "$toolkit/bin" "$toolkit/nvvm/bin"
-    rm -rf "$prefix/wheels"
-    touch "$prefix/toolkit.done"
-fi
+mkdir -p "$out"
+out=$(realpath "$out")
+. "$here/toolkit.sh"
 
 # What the linker asks for: candle-core builds cudarc for linked libraries, and none of the real ones is needed for that.
 cd "$root"

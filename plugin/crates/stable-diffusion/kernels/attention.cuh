@@ -166,27 +166,22 @@ struct Sizes {
     __device__ bool sees(int query, int key) const { return key < n_keys && (!is_causal || key <= query); }
 };
 
-// Rows `first` and after of a head, `n` in all, into a tile of N rows: zeros where there is none. With `chosen`, they are those
-// of that list.
+// Sends for rows `first` and after of a head, `n` in all, into a tile of N rows: zeros where there is none. With `chosen`, they
+// are those of that list. They are one group of copies.
 template <class E, int N, class T>
-__device__ inline void load_tile(T *tile, const T *x, const int *chosen, const Sizes &sizes, int first, int n) {
+__device__ inline void send_for_tile(T *tile, const T *x, const int *chosen, const Sizes &sizes, int first, int n) {
     constexpr int PACK = whole_pack<T>, PER_ROW = E::WIDTH / PACK;
     for (int i = threadIdx.x; i < N * PER_ROW; i += E::THREADS) {
         const int row = i / PER_ROW, at = i % PER_ROW * PACK;
-        Pack<T, PACK> pack;
-        if (first + row < n && at < sizes.head_width) {
-            const int source = chosen ? chosen[first + row] : first + row;
-            pack = load_pack<PACK>(x + static_cast<size_t>(source) * (sizes.n_heads * sizes.head_width) + at);
-        } else {
-#pragma unroll
-            for (int j = 0; j < PACK; ++j) from_float(pack.values[j], 0.0f);
-        }
-        store_pack(tile + row * E::PITCH + at, pack);
+        const bool is_there = first + row < n && at < sizes.head_width;
+        const int source = !is_there ? 0 : chosen ? chosen[first + row] : first + row;
+        const T *from = x + static_cast<size_t>(source) * (sizes.n_heads * sizes.head_width) + (is_there ? at : 0);
+        send_for_pack(tile + row * E::PITCH + at, from, is_there);
     }
+    close_group();
 }
 
-// Bytes of shared memory: `n_rows` tiles of rows, `n_columns` of columns, and what the engine needs. The launch has the same
-// sum.
+// Shared memory, cut into tiles of rows, tiles of columns, and what the engine needs; the launch asks for the sum of them.
 template <class E> struct Tiles {
     using T = typename E::Element;
     T *at;
@@ -212,8 +207,9 @@ __device__ void attend(const typename E::Element *q, const typename E::Element *
     Tiles<E> tiles(shared);
     T *queries = tiles.rows(), *keys = tiles.columns(), *values = tiles.columns(), *scratch = tiles.scratch();
     const int first = blockIdx.x * E::ROWS, head = blockIdx.y, sample = blockIdx.z;
-    load_tile<E, E::ROWS>(queries, q + sizes.at(sample, sizes.n_queries, 0, head), nullptr, sizes, first, sizes.n_queries);
     const size_t of_keys = sizes.at(sample, sizes.n_keys, 0, head);
+    send_for_tile<E, E::ROWS>(queries, q + sizes.at(sample, sizes.n_queries, 0, head), nullptr, sizes, first, sizes.n_queries);
+    send_for_tile<E, E::COLUMNS>(keys, k + of_keys, nullptr, sizes, 0, sizes.n_keys);
 
     float sum[E::OWN_ROWS][E::OWN_WIDTH], s[E::OWN_ROWS][E::OWN_COLUMNS], largest[E::OWN_ROWS], total[E::OWN_ROWS];
 #pragma unroll
@@ -224,11 +220,15 @@ __device__ void attend(const typename E::Element *q, const typename E::Element *
     }
     const int n_keys = sizes.is_causal ? min(sizes.n_keys, first + E::ROWS) : sizes.n_keys;
     for (int key = 0; key < n_keys; key += E::COLUMNS) {
+        // The keys are there, and nobody reads the values before these any more, which come while the scores are computed, as
+        // the next keys come while the values are summed.
+        wait_for_groups<0>();
         __syncthreads();
-        load_tile<E, E::COLUMNS>(keys, k + of_keys, nullptr, sizes, key, sizes.n_keys);
-        load_tile<E, E::COLUMNS>(values, v + of_keys, nullptr, sizes, key, sizes.n_keys);
-        __syncthreads();
+        send_for_tile<E, E::COLUMNS>(values, v + of_keys, nullptr, sizes, key, sizes.n_keys);
         E::product(s, queries, keys);
+        __syncthreads();
+        const bool is_last = key + E::COLUMNS >= n_keys;
+        if (!is_last) send_for_tile<E, E::COLUMNS>(keys, k + of_keys, nullptr, sizes, key + E::COLUMNS, sizes.n_keys);
 #pragma unroll
         for (int r = 0; r < E::OWN_ROWS; ++r) {
             float larger = largest[r];
@@ -252,6 +252,11 @@ __device__ void attend(const typename E::Element *q, const typename E::Element *
 #pragma unroll
             for (int c = 0; c < E::OWN_WIDTH; ++c) sum[r][c] *= factor;
         }
+        if (is_last)
+            wait_for_groups<0>();
+        else
+            wait_for_groups<1>();
+        __syncthreads();
         E::add_product(sum, s, values, scratch);
     }
 
@@ -275,7 +280,8 @@ __device__ void attend(const typename E::Element *q, const typename E::Element *
 
     for (int slot = 0; slot < sizes.n_observed; slot += E::COLUMNS) {
         __syncthreads();
-        load_tile<E, E::COLUMNS>(keys, k + of_keys, positions, sizes, slot, sizes.n_observed);
+        send_for_tile<E, E::COLUMNS>(keys, k + of_keys, positions, sizes, slot, sizes.n_observed);
+        wait_for_groups<0>();
         __syncthreads();
         E::product(s, queries, keys);
 #pragma unroll
@@ -336,8 +342,8 @@ __device__ void query_gradient(const typename E::Element *q, const typename E::E
     const int first = blockIdx.x * E::ROWS, head = blockIdx.y, sample = blockIdx.z;
     const size_t of_queries = sizes.at(sample, sizes.n_queries, 0, head), of_keys = sizes.at(sample, sizes.n_keys, 0, head);
     const size_t of_rows = sizes.at_row(sample, head, 0);
-    load_tile<E, E::ROWS>(queries, q + of_queries, nullptr, sizes, first, sizes.n_queries);
-    load_tile<E, E::ROWS>(d_outs, d_out + of_queries, nullptr, sizes, first, sizes.n_queries);
+    send_for_tile<E, E::ROWS>(queries, q + of_queries, nullptr, sizes, first, sizes.n_queries);
+    send_for_tile<E, E::ROWS>(d_outs, d_out + of_queries, nullptr, sizes, first, sizes.n_queries);
     if (d_observed) d_observed += of_rows * sizes.n_observed;
 
     float sum[E::OWN_ROWS][E::OWN_WIDTH], s[E::OWN_ROWS][E::OWN_COLUMNS], dp[E::OWN_ROWS][E::OWN_COLUMNS];
@@ -353,8 +359,9 @@ __device__ void query_gradient(const typename E::Element *q, const typename E::E
     const int n_keys = sizes.is_causal ? min(sizes.n_keys, first + E::ROWS) : sizes.n_keys;
     for (int key = 0; key < n_keys; key += E::COLUMNS) {
         __syncthreads();
-        load_tile<E, E::COLUMNS>(keys, k + of_keys, nullptr, sizes, key, sizes.n_keys);
-        load_tile<E, E::COLUMNS>(values, v + of_keys, nullptr, sizes, key, sizes.n_keys);
+        send_for_tile<E, E::COLUMNS>(keys, k + of_keys, nullptr, sizes, key, sizes.n_keys);
+        send_for_tile<E, E::COLUMNS>(values, v + of_keys, nullptr, sizes, key, sizes.n_keys);
+        wait_for_groups<0>();
         __syncthreads();
         E::product(s, queries, keys);
         E::product(dp, d_outs, values);
@@ -397,8 +404,8 @@ __device__ void key_gradients(const typename E::Element *q, const typename E::El
     const int first = blockIdx.x / (n_parts * CUTS) * E::ROWS, head = blockIdx.y, sample = blockIdx.z;
     const size_t of_queries = sizes.at(sample, sizes.n_queries, 0, head), of_keys = sizes.at(sample, sizes.n_keys, 0, head);
     const size_t of_rows = sizes.at_row(sample, head, 0);
-    load_tile<E, E::ROWS>(keys, k + of_keys, nullptr, sizes, first, sizes.n_keys);
-    load_tile<E, E::ROWS>(values, v + of_keys, nullptr, sizes, first, sizes.n_keys);
+    send_for_tile<E, E::ROWS>(keys, k + of_keys, nullptr, sizes, first, sizes.n_keys);
+    send_for_tile<E, E::ROWS>(values, v + of_keys, nullptr, sizes, first, sizes.n_keys);
     if (d_observed) d_observed += of_rows * sizes.n_observed;
 
     float k_sum[E::OWN_ROWS][OWN_PART], v_sum[E::OWN_ROWS][OWN_PART];
@@ -413,8 +420,9 @@ __device__ void key_gradients(const typename E::Element *q, const typename E::El
     for (int tile = from; tile < to; ++tile) {
         const int query = tile * E::COLUMNS;
         __syncthreads();
-        load_tile<E, E::COLUMNS>(queries, q + of_queries, nullptr, sizes, query, sizes.n_queries);
-        load_tile<E, E::COLUMNS>(d_outs, d_out + of_queries, nullptr, sizes, query, sizes.n_queries);
+        send_for_tile<E, E::COLUMNS>(queries, q + of_queries, nullptr, sizes, query, sizes.n_queries);
+        send_for_tile<E, E::COLUMNS>(d_outs, d_out + of_queries, nullptr, sizes, query, sizes.n_queries);
+        wait_for_groups<0>();
         __syncthreads();
         E::product(s, keys, queries);
         E::product(dp, values, d_outs);
@@ -433,6 +441,8 @@ __device__ void key_gradients(const typename E::Element *q, const typename E::El
         E::add_product(v_sum, s, d_outs + cut, scratch);
         E::add_product(k_sum, dp, queries + cut, scratch);
     }
+    // For a part without queries: its own tiles.
+    wait_for_groups<0>();
 
     const float scale = sizes.scale * 0.69314718f;
 #pragma unroll
@@ -453,21 +463,22 @@ __device__ void key_gradients(const typename E::Element *q, const typename E::El
     int n_queries, int n_keys, int n_observed, int n_heads, int head_width, int is_causal, float scale
 #define OF_SIZES {n_queries, n_keys, n_observed, n_heads, head_width, is_causal, scale}
 
-// The kernels of an engine, whose names end in that of a type and a width.
+// The kernels of an engine, whose names end in that of a type and a width. Nothing is asked of a multiprocessor but one block:
+// ptxas would spill registers to have more.
 #define ATTENTION_KERNELS(TYPE, WIDTH, PART, ...)                                                                              \
-    extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS) attend_##TYPE##_##WIDTH(                                \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS, 1) attend_##TYPE##_##WIDTH(                                \
         const TYPE *q, const TYPE *k, const TYPE *v, const int *positions, TYPE *out, float *wide_out, float *log_sums,        \
         float *observed, SIZES) {                                                                                              \
         attend<__VA_ARGS__>(q, k, v, positions, out, wide_out, log_sums, observed, OF_SIZES);                                  \
     }                                                                                                                          \
     REGISTER(attend_##TYPE##_##WIDTH)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS) query_gradient_##TYPE##_##WIDTH(                        \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS, 1) query_gradient_##TYPE##_##WIDTH(                        \
         const TYPE *q, const TYPE *k, const TYPE *v, const TYPE *d_out, const float *log_sums, const float *means,             \
         const int *slots, const float *d_observed, TYPE *dq, SIZES) {                                                          \
         query_gradient<__VA_ARGS__>(q, k, v, d_out, log_sums, means, slots, d_observed, dq, OF_SIZES);                         \
     }                                                                                                                          \
     REGISTER(query_gradient_##TYPE##_##WIDTH)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS) key_gradients_##TYPE##_##WIDTH(                         \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__::THREADS, 1) key_gradients_##TYPE##_##WIDTH(                         \
         const TYPE *q, const TYPE *k, const TYPE *v, const TYPE *d_out, const float *log_sums, const float *means,             \
         const int *slots, const float *d_observed, float *dk, float *dv, int n_parts, SIZES) {                                 \
         key_gradients<__VA_ARGS__, PART>(q, k, v, d_out, log_sums, means, slots, d_observed, dk, dv, n_parts, OF_SIZES);       \

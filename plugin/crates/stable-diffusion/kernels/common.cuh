@@ -30,6 +30,16 @@ template <> __device__ inline unsigned pack<bf16>(float low, float high) {
     return reinterpret_cast<const unsigned &>(pair);
 }
 
+// Copies of 16 bytes from global to shared memory, or zeros, that are made while the thread goes on. They are in groups; a
+// thread may wait until no more than so many of its last groups are on their way.
+__device__ inline void send_for_pack(void *shared, const void *global, bool is_there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+                 "l"(__cvta_generic_to_global(global)), "r"(is_there ? 16 : 0)
+                 : "memory");
+}
+__device__ inline void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ inline void wait_for_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
 // Four matrices of 8x8 numbers of 16 bits from shared memory: lane i has the address of row i % 8 of matrix i / 8, and gets of
 // each matrix the numbers 2·(i % 4) and the next of row i / 4; or, transposed, of column i / 4.
 __device__ inline void load_matrices(unsigned (&y)[4], const void *row) {

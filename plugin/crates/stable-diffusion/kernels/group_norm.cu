@@ -204,24 +204,24 @@ __device__ void group_gradient(const T *x, const T *dy, const float *sums, const
     else                                                                                                                       \
         FUNCTION<TYPE, 1>(__VA_ARGS__, group)
 #define GROUP_NORM_KERNELS(NAME, TYPE)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(256) group_statistics_##NAME(const TYPE *x, float *sums, GROUP) {             \
+    extern "C" __global__ void __launch_bounds__(256, 1) group_statistics_##NAME(const TYPE *x, float *sums, GROUP) {             \
         BY_PACKS(group_statistics, TYPE, x, sums);                                                                             \
     }                                                                                                                          \
     REGISTER(group_statistics_##NAME)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(256) group_normalize_##NAME(                                                  \
+    extern "C" __global__ void __launch_bounds__(256, 1) group_normalize_##NAME(                                                  \
         const TYPE *x, const float *sums, const void *weight, const void *bias, int are_f32, TYPE *y, int with_silu, GROUP) {  \
         const Parameters<TYPE> parameters = {weight, bias, are_f32};                                                           \
         BY_PACKS(group_normalize, TYPE, x, sums, parameters, y, with_silu);                                                    \
     }                                                                                                                          \
     REGISTER(group_normalize_##NAME)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(256) group_gradient_sums_##NAME(                                              \
+    extern "C" __global__ void __launch_bounds__(256, 1) group_gradient_sums_##NAME(                                              \
         const TYPE *x, const TYPE *dy, const float *sums, const void *weight, const void *bias, int are_f32,                   \
         float *gradient_sums, int with_silu, GROUP) {                                                                          \
         const Parameters<TYPE> parameters = {weight, bias, are_f32};                                                           \
         BY_PACKS(group_gradient_sums, TYPE, x, dy, sums, parameters, gradient_sums, with_silu);                                \
     }                                                                                                                          \
     REGISTER(group_gradient_sums_##NAME)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(256) group_gradient_##NAME(                                                   \
+    extern "C" __global__ void __launch_bounds__(256, 1) group_gradient_##NAME(                                                   \
         const TYPE *x, const TYPE *dy, const float *sums, const float *gradient_sums, const void *weight, const void *bias,    \
         int are_f32, TYPE *dx, int with_silu, GROUP) {                                                                         \
         const Parameters<TYPE> parameters = {weight, bias, are_f32};                                                           \

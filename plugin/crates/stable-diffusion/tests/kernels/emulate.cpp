@@ -19,6 +19,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -68,6 +69,13 @@ constexpr size_t STACK = 64 << 10;
 
 enum class State { Runs, WaitsForWarp, WaitsForBlock, Done };
 
+struct Copy {
+    void *to;
+    const void *from;
+    size_t n;
+    bool is_there;
+};
+
 struct Fiber {
     std::unique_ptr<unsigned char[]> stack{new unsigned char[STACK]};
     void *at = nullptr;
@@ -75,6 +83,8 @@ struct Fiber {
     // How many exchanges there were.
     unsigned round = 0;
     void *fake_stack = nullptr;
+    // On their way, by groups, the last of which is open.
+    std::vector<std::vector<Copy>> copies;
 };
 
 struct Block {
@@ -119,6 +129,8 @@ void wait_as(State state) {
 void start() {
     enter_stack(nullptr, &block.scheduler_stack, &block.scheduler_size);
     block.kernel->call(block.kernel->function, block.arguments);
+    const auto &copies = block.fibers[block.own].copies;
+    if (copies.size() > 1 || !copies.front().empty()) failure = "a thread ends before what it sent for has come";
     wait_as(State::Done);
 }
 
@@ -135,6 +147,10 @@ void resume(unsigned thread) {
 void run_block(const std::vector<unsigned> &order) {
     for (unsigned thread = 0; thread < block.n_threads; ++thread) {
         Fiber &fiber = block.fibers[thread];
+#if defined(__SANITIZE_ADDRESS__)
+        // The frames of the fiber before, which never returned.
+        __asan_unpoison_memory_region(fiber.stack.get(), STACK);
+#endif
         auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + STACK) / 16 * 16;
         auto *frame = reinterpret_cast<void **>(top) - 8;
         std::fill(frame, frame + 8, nullptr);
@@ -143,6 +159,7 @@ void run_block(const std::vector<unsigned> &order) {
         fiber.at = frame;
         fiber.state = State::Runs;
         fiber.round = 0;
+        fiber.copies.assign(1, {});
     }
     // A signaling pattern: what a kernel reads of shared memory without having written it shows.
     std::fill(block.shared.begin(), block.shared.end(), 0xff);
@@ -166,6 +183,7 @@ void run_block(const std::vector<unsigned> &order) {
             return std::all_of(from, to, [&](const Fiber &fiber) { return fiber.state == state; });
         };
         if (all(State::Done)) return;
+        if (!failure.empty()) return;
         if (!all(State::WaitsForBlock)) {
             failure = "threads wait for others that do not come";
             return;
@@ -295,6 +313,25 @@ const Left *exchange(const Left &own) {
     const unsigned warp = block.own / 32 * 32;
     wait_as(State::WaitsForWarp);
     return &left[warp];
+}
+
+void send(void *to, const void *from, size_t n, bool is_there) {
+    block.fibers[block.own].copies.back().push_back({to, from, n, is_there});
+}
+
+void close_group() { block.fibers[block.own].copies.emplace_back(); }
+
+void wait_for_groups(size_t n) {
+    auto &copies = block.fibers[block.own].copies;
+    while (copies.size() > n + 1) {
+        for (const Copy &copy : copies.front()) {
+            if (copy.is_there)
+                std::memcpy(copy.to, copy.from, copy.n);
+            else
+                std::memset(copy.to, 0, copy.n);
+        }
+        copies.erase(copies.begin());
+    }
 }
 
 void Kernel::add(const char *name, size_t n, void (*function)(), void (*call)(void (*)(), void **)) {

@@ -40,6 +40,11 @@ struct Left {
 };
 const Left *exchange(const Left &own);
 
+// Copies that are made when they are waited for, and not before: who reads too early finds what was there.
+void send(void *to, const void *from, size_t n, bool is_there);
+void close_group();
+void wait_for_groups(size_t n);
+
 // A kernel by its name. Arguments come as the launch has them: their addresses.
 struct Kernel {
     template <class... A> Kernel(const char *name, void (*function)(A...)) {
@@ -96,7 +101,15 @@ template <class T> float half_of(unsigned pair, int which) {
     return to_float(T{static_cast<uint16_t>(which ? pair >> 16 : pair & 0xffff)});
 }
 
-// See common.cuh for what lanes give and get.
+// See common.cuh for what copies do, and what lanes give and get.
+inline void send_for_pack(void *shared, const void *global, bool is_there) {
+    // The instruction wants multiples of 16 bytes.
+    if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16 != 0) __builtin_trap();
+    emulated::send(shared, global, 16, is_there);
+}
+inline void close_group() { emulated::close_group(); }
+template <int N> void wait_for_groups() { emulated::wait_for_groups(N); }
+
 inline void load_matrices_by(unsigned (&y)[4], const void *row, bool transposed) {
     const auto address = reinterpret_cast<uintptr_t>(row);
     // The instruction wants rows of 16 bytes.

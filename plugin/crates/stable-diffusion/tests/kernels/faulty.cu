@@ -40,3 +40,24 @@ extern "C" __global__ void shuffles_alone(const float *x, float *y) {
     y[threadIdx.x] = sum;
 }
 REGISTER(shuffles_alone)
+
+// What was sent for is read before it has come, or never waited for.
+__device__ inline void send(const float *x, float *y, bool waits_before, bool waits_after) {
+    SHARED_MEMORY(shared);
+    float *values = reinterpret_cast<float *>(shared);
+    if (threadIdx.x < 16) send_for_pack(values + 4 * threadIdx.x, x + 4 * threadIdx.x, true);
+    close_group();
+    if (waits_before) wait_for_groups<0>();
+    __syncthreads();
+    y[threadIdx.x] = values[threadIdx.x];
+    if (waits_after) wait_for_groups<0>();
+}
+
+extern "C" __global__ void sends(const float *x, float *y) { send(x, y, true, false); }
+REGISTER(sends)
+
+extern "C" __global__ void reads_too_early(const float *x, float *y) { send(x, y, false, true); }
+REGISTER(reads_too_early)
+
+extern "C" __global__ void does_not_wait_at_all(const float *x, float *y) { send(x, y, false, false); }
+REGISTER(does_not_wait_at_all)
