@@ -63,7 +63,7 @@ mkdir -p "$CARGO_TARGET_DIR"
 echo "$CUDA_COMPUTE_CAP" > "$CARGO_TARGET_DIR/compute-cap"
 # The whole workspace, so that all programs share one build of candle.
 nice -n 19 cargo build --workspace --locked --release --features plugin/cuda --message-format=json-render-diagnostics \
-    --lib --bin host-demo --example stage_cost --test parity > "$out/built.json"
+    --lib --bin host-demo --example stage_cost --example kernel_cost --test parity > "$out/built.json"
 nice -n 19 cargo test --workspace --locked --release --features plugin/cuda --message-format=json-render-diagnostics \
     --lib --no-run | grep '"name":"conceptloom"' >> "$out/built.json"
 

@@ -6,11 +6,13 @@ PROGRAMS is what unpack.py unpacked. The device is that of CONCEPTLOOM_DEVICE (d
 minutes go:
 
   parity   every recorded tensor of PyTorch and diffusers, on the CPU and on the device; gradients among them
+  kernels  our own kernels beside the same operations in candle's: what they differ by, and seconds of both in turn
   wires    tensors between nodes: the very same memory within the library, values, order and addresses of another's
   demo     the bundled workflow from end to end, with the IoU of its masks
   steps    seconds and peak memory of token-learning steps, draws of the E-step, joint LoRA steps, sampling steps and decoding
-           of SD 1.5's shapes at 512 pixels with random weights, beside PyTorch's, in turn (A B A B); and a step without any
-           memory left, which is an error, and one after it, which works
+           of SD 1.5's shapes at 512 pixels with random weights, beside those with candle's kernels alone
+           (CONCEPTLOOM_KERNELS=candle) and PyTorch's, in turn (A B A B); and a step without any memory left, which is an
+           error, and one after it, which works
 
 PyTorch is that of this Python; PEERS has pure-Python packages that it lacks, as wheels (diffusers). Needs no Rust and no
 network. `--tiny` is for a machine without a GPU: the bundled model's shapes and few steps, so that the program is tried. Ends with 0 if
@@ -30,13 +32,16 @@ import zipfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PROGRAMS = ["host-demo", "libconceptloom.so", "parity", "stage_cost", "conceptloom-unit-tests"]
+PROGRAMS = ["host-demo", "libconceptloom.so", "parity", "stage_cost", "kernel_cost", "conceptloom-unit-tests"]
 WORKS = ["tokens", "e-step", "lora", "sampling", "decode"]
 NAMES = {"tokens": "token-learning step", "e-step": "draw of the E-step", "lora": "joint LoRA step (rank 16)",
          "sampling": "guided sampling step", "decode": "latents to a picture"}
 # What stage_cost can be asked for. A precision that it does not have on this device it says so of.
 PRECISIONS = ["f32", "bf16", "f16"]
 PEERS = ["contiguous", "channels_last"]
+# What a kernel's result may differ by from f32 in parts of the largest number, or twice as much as candle's does.
+KERNEL_ERRORS = {"f32": 1e-4, "bf16": 2e-2, "f16": 4e-3}
+CANDLE = "ours, candle's kernels"
 # Of the bundled tokenizer, which the random model has.
 VOCABULARY = 930
 TINY_DEMO = {"EmLoop.steps": 4, "EmLoop.steps_per_round": 2, "EmLoop.first_timesteps": 2, "EmLoop.timesteps": 2,
@@ -109,7 +114,19 @@ class Proof:
             raise Failed(last_line(done.stderr))
         self.results["wires"] = {"passed": done.returncode == 0, "tests": int(n_passed[1])}
 
+    def kernels(self):
+        shapes, times, precisions = ("sprites", 1, "f32") if self.wanted.tiny else ("sd15", 10, ",".join(PRECISIONS))
+        _, done = self.run([self.programs / "kernel_cost", shapes, times, precisions], self.wanted.device)
+        self.results["kernels"] = lines_of(done)
+        for line in self.results["kernels"]:
+            # JSON has no other word for what is not a number.
+            for side in line["own"], line["candle"]:
+                side["error"] = float("inf") if side["error"] is None else side["error"]
+            allowed = max(KERNEL_ERRORS[line["precision"]], 2 * line["candle"]["error"])
+            line["differs"] = not line["own"]["error"] <= allowed
+
     def steps(self):
+        has_own = any(line["has_own"] for line in self.results.get("kernels", []))
         shapes = "sprites" if self.wanted.tiny else "sd15"
         steps = 2 if self.wanted.tiny else 10
         measured = self.results["steps"] = {}
@@ -118,6 +135,10 @@ class Proof:
                        "--precision", ",".join(PRECISIONS), *more]
             _, done = self.run(command, self.wanted.device)
             self.add(measured, "ours", lines_of(done))
+            if has_own:
+                command = [part for part in command if part != "--exhaust"]
+                _, done = self.run(command, self.wanted.device, extra={"CONCEPTLOOM_KERNELS": "candle"})
+                self.add(measured, CANDLE, lines_of(done))
             for precision in PRECISIONS:
                 for layout in PEERS:
                     # The same threads as ours where the processor computes.
@@ -161,7 +182,8 @@ class Proof:
     def holds(self):
         """Nothing that was tried came out wrong."""
         tried = [*self.results.get("parity", {}).values(), self.results.get("wires", {"passed": True})]
-        return all(found["passed"] for found in tried) and self.results.get("memory", {"survived": True})["survived"]
+        kernels = self.results.get("kernels", [])
+        return all(found["passed"] for found in tried) and not any(line["differs"] for line in kernels) and self.results.get("memory", {"survived": True})["survived"]
 
     # What is written.
 
@@ -187,6 +209,13 @@ class Proof:
         if "wires" in results:
             verdict = "passed" if results["wires"]["passed"] else "**not all passed**"
             yield f"\nTensors between nodes: {results['wires']['tests']} tests, {verdict}"
+        if results.get("kernels"):
+            own = "our own" if results["kernels"][0]["has_own"] else "candle's too: none of our own are here"
+            yield f"\nKernels, {own}, beside candle's: median milliseconds forward, and forward and backward; greatest error beside f32."
+            yield "\n| precision | operation | forward | candle's | and backward | candle's | error | candle's |"
+            yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+            for line in results["kernels"]:
+                yield kernel_row(line)
         if results.get("steps"):
             yield "\nSeconds: median (least to most); memory: the most."
             yield "\n| precision | work | | seconds | GiB | ratio of time | of memory |\n| --- | --- | --- | --- | --- | --- | --- |"
@@ -213,12 +242,22 @@ class Failed(Exception):
 SPRITES = ROOT / "plugin/crates/sprites/model"
 
 
+def kernel_row(line):
+    def milliseconds(times):
+        return f"{1e3 * statistics.median(times):.3f}"
+
+    own, candle = line["own"], line["candle"]
+    times = [milliseconds(side[what]) for what in ("forward", "both") for side in (own, candle)]
+    verdict = " **differs**" if line["differs"] else ""
+    return f"| {line['precision']} | {line['operation']} | {' | '.join(times)} | {own['error']:.1e}{verdict} | {candle['error']:.1e} |"
+
+
 def rows(precision, work, found):
     def cells(one):
         times = one["seconds"]
         return f"{statistics.median(times):.4f} ({min(times):.4f} to {max(times):.4f}) | {one['peak_bytes'] / 2**30:.2f}"
 
-    others = [one for name, one in found.items() if name != "ours"]
+    others = [one for name, one in found.items() if name not in ("ours", CANDLE)]
     ratios = "|  | "
     if "ours" in found and others:
         time_ratio = statistics.median(found["ours"]["seconds"]) / min(statistics.median(one["seconds"]) for one in others)
@@ -287,7 +326,7 @@ def main():
     wanted.out.mkdir(parents=True, exist_ok=True)
     proof = Proof(wanted)
     proof.device()
-    for name in ["parity", "wires", "demo", "steps"]:
+    for name in ["parity", "kernels", "wires", "demo", "steps"]:
         proof.stage(name, getattr(proof, name))
         proof.write()
     sys.exit(0 if proof.holds() else 1)

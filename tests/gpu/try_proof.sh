@@ -22,6 +22,11 @@ assert proof["device"]["device"] == "cpu", proof["device"]
 parity = proof["parity"]["cpu"]
 assert parity["passed"] and len(parity["tensors"]) > 200, len(parity["tensors"])
 assert any("gradient" in line["tensor"] for line in parity["tensors"]) and not any(line["differs"] for line in parity["tensors"])
+kernels = proof["kernels"]
+assert {line["operation"].split()[0] for line in kernels} == {"self-attention", "cross-attention", "observed", "group", "GEGLU"}
+# Without a card both are candle's.
+assert not any(line["has_own"] or line["differs"] for line in kernels)
+assert all(line[side]["error"] < 1e-6 and min(line[side]["both"]) > 0 for line in kernels for side in ("own", "candle")), kernels
 assert proof["wires"]["passed"] and proof["wires"]["tests"] >= 4, proof["wires"]
 for work in "tokens", "e-step", "lora", "sampling", "decode":
     ours = proof["steps"]["f32"][work]["ours"]

@@ -26,7 +26,7 @@ mod norm;
 use std::cell::Cell;
 use std::sync::OnceLock;
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 pub(super) use attention::Fused;
 pub(super) use geglu::FusedGeglu;
@@ -57,6 +57,12 @@ impl Kernels {
     /// Does some work on this thread, and the backward passes of what comes out of it on any, with these kernels.
     pub fn within<R>(self, work: impl FnOnce() -> R) -> R {
         within(&CHOSEN, Some(self), work)
+    }
+
+    /// Whether there are some of our own for tensors of a device, and nobody asked for candle's.
+    #[must_use]
+    pub fn are_own(device: &Device) -> bool {
+        matches!(Self::of_environment(), Ok(Self::Own)) && of_device(device).is_some()
     }
 
     /// Whose [`VARIABLE`] asks for.
@@ -126,26 +132,28 @@ fn launcher(tensors: &[&Tensor]) -> Option<&'static dyn Launcher> {
     let [first, ..] = tensors else {
         return None;
     };
-    let is_fit = |tensor: &&Tensor| tensor.dtype() == first.dtype() && tensor.elem_count() > 0;
+    let is_fit = |tensor: &&Tensor| {
+        tensor.dtype() == first.dtype()
+            && tensor.device().same_device(first.device())
+            && tensor.elem_count() > 0
+    };
     if type_name(first.dtype()).is_none() || !tensors.iter().all(is_fit) {
         return None;
     }
     match CHOSEN.get().or_else(|| Kernels::of_environment().ok())? {
         Kernels::Candle => None,
-        Kernels::Own => of_device(tensors),
+        Kernels::Own => of_device(first.device()),
         Kernels::By(launcher) => Some(launcher),
     }
 }
 
-#[cfg(feature = "cuda")]
-fn of_device(tensors: &[&Tensor]) -> Option<&'static dyn Launcher> {
-    let is_on_card = |tensor: &&Tensor| tensor.device().is_cuda();
-    tensors.iter().all(is_on_card).then(cuda::launcher)?
-}
-
-#[cfg(not(feature = "cuda"))]
-fn of_device(_: &[&Tensor]) -> Option<&'static dyn Launcher> {
-    None
+/// Who runs kernels on a device, if this build has some for it.
+fn of_device(device: &Device) -> Option<&'static dyn Launcher> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) => cuda::launcher(),
+        _ => None,
+    }
 }
 
 /// What kernels of a type are called by.
