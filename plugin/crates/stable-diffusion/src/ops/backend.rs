@@ -17,7 +17,8 @@ use candle_core::{DType, Tensor};
 pub enum Backend {
     /// Kernels of this crate, for f32 in memory, weights of products in bf16 too; the same bits for any number of threads.
     Host,
-    /// candle's operations in nodes of their own, for every device and type. On a CPU it is slow, and tested.
+    /// candle's operations in nodes of their own, for every device and type, and on CUDA devices some kernels of our own
+    /// ([`super::kernels`]). On a CPU it is slow, and tested.
     Device,
 }
 

@@ -8,7 +8,8 @@
 //            2 one that is written, u32 length, u32 offset; 3 u32 word, the bits of an int or a float
 //   result   u32 length and a sentence: empty if all went well; then the bytes of what was written, in order
 //
-// Every launch is done with its threads, warps and blocks in several orders. A kernel whose result hangs on that has a race.
+// Every launch is done with its threads, warps and blocks in several orders, and with copies that come at once or as late as
+// they may. A kernel whose result hangs on that has a race.
 #include "emulate.h"
 
 #include <cstdio>
@@ -96,6 +97,8 @@ struct Block {
     void *scheduler = nullptr, *fake_stack = nullptr;
     const void *scheduler_stack = nullptr;
     size_t scheduler_size = 0;
+    // Copies are made at once, not when they are waited for.
+    bool is_eager = false;
     const Known *kernel = nullptr;
     void **arguments = nullptr;
 };
@@ -143,8 +146,39 @@ void resume(unsigned thread) {
     enter_stack(block.fake_stack, nullptr, nullptr);
 }
 
-// The threads of a block in some order, until all are done.
-void run_block(const std::vector<unsigned> &order) {
+// Numbers from 0 to n in the order of a schedule: as they come, backwards, and mixed.
+constexpr unsigned N_SCHEDULES = 3;
+std::vector<unsigned> ordered(unsigned n, unsigned schedule) {
+    std::vector<unsigned> order(n);
+    std::iota(order.begin(), order.end(), 0u);
+    if (schedule == 1) std::reverse(order.begin(), order.end());
+    if (schedule == 2)
+        for (unsigned i = n, random = 12345; i > 1; --i) {
+            random = random * 1664525 + 1013904223;
+            std::swap(order[i - 1], order[(random >> 8) % i]);
+        }
+    return order;
+}
+
+// Lets the lanes of a warp run until none can go on by itself.
+void run_warp(unsigned warp, const std::vector<unsigned> &lanes) {
+    const auto from = block.fibers.begin() + 32 * warp, to = from + 32;
+    for (;;) {
+        bool does_run = false;
+        for (const unsigned lane : lanes) {
+            if (from[lane].state != State::Runs) continue;
+            resume(32 * warp + lane);
+            does_run = true;
+        }
+        if (std::all_of(from, to, [](const Fiber &fiber) { return fiber.state == State::WaitsForWarp; }))
+            std::for_each(from, to, [](Fiber &fiber) { fiber.state = State::Runs; });
+        else if (!does_run)
+            return;
+    }
+}
+
+// The threads of a block, a warp as far as it comes before the next one, until all are done.
+void run_block(const std::vector<unsigned> &warps, const std::vector<unsigned> &lanes) {
     for (unsigned thread = 0; thread < block.n_threads; ++thread) {
         Fiber &fiber = block.fibers[thread];
 #if defined(__SANITIZE_ADDRESS__)
@@ -161,23 +195,10 @@ void run_block(const std::vector<unsigned> &order) {
         fiber.round = 0;
         fiber.copies.assign(1, {});
     }
-    // A signaling pattern: what a kernel reads of shared memory without having written it shows.
+    // Not a number: what a kernel reads of shared memory without having written it shows.
     std::fill(block.shared.begin(), block.shared.end(), 0xff);
     for (;;) {
-        bool has_run = false;
-        for (const unsigned thread : order) {
-            if (block.fibers[thread].state != State::Runs) continue;
-            resume(thread);
-            has_run = true;
-        }
-        if (has_run) {
-            for (unsigned warp = 0; warp < block.n_threads; warp += 32) {
-                const auto from = block.fibers.begin() + warp, to = from + 32;
-                if (std::all_of(from, to, [](const Fiber &fiber) { return fiber.state == State::WaitsForWarp; }))
-                    std::for_each(from, to, [](Fiber &fiber) { fiber.state = State::Runs; });
-            }
-            continue;
-        }
+        for (const unsigned warp : warps) run_warp(warp, lanes);
         const auto from = block.fibers.begin(), to = from + block.n_threads;
         const auto all = [&](State state) {
             return std::all_of(from, to, [&](const Fiber &fiber) { return fiber.state == state; });
@@ -190,20 +211,6 @@ void run_block(const std::vector<unsigned> &order) {
         }
         std::for_each(from, to, [](Fiber &fiber) { fiber.state = State::Runs; });
     }
-}
-
-// Numbers from 0 to n in the order of a schedule: as they come, backwards, and mixed.
-constexpr unsigned N_SCHEDULES = 3;
-std::vector<unsigned> ordered(unsigned n, unsigned schedule) {
-    std::vector<unsigned> order(n);
-    std::iota(order.begin(), order.end(), 0u);
-    if (schedule == 1) std::reverse(order.begin(), order.end());
-    if (schedule == 2)
-        for (unsigned i = n, random = 12345; i > 1; --i) {
-            random = random * 1664525 + 1013904223;
-            std::swap(order[i - 1], order[(random >> 8) % i]);
-        }
-    return order;
 }
 
 void read_exactly(void *to, size_t n) {
@@ -270,6 +277,7 @@ void launch() {
         failure = "a block is 32 to 1024 threads, whole warps";
     std::vector<std::vector<unsigned char>> first;
     for (unsigned schedule = 0; schedule < N_SCHEDULES && failure.empty(); ++schedule) {
+        block.is_eager = schedule == 1;
         block.kernel = &found->second;
         block.arguments = addresses.data();
         block.n_threads = blockDim.x;
@@ -279,10 +287,10 @@ void launch() {
         block.shared = std::vector<unsigned char>(shared);
         for (Buffer &buffer : buffers)
             if (buffer.is_written) std::memset(buffer.at, 0xff, buffer.n);
-        const auto threads = ordered(block.n_threads, schedule);
+        const auto warps = ordered(block.n_threads / 32, schedule), lanes = ordered(32, schedule);
         for (const unsigned index : ordered(gridDim.x * gridDim.y * gridDim.z, schedule)) {
             blockIdx = {index % gridDim.x, index / gridDim.x % gridDim.y, index / gridDim.x / gridDim.y};
-            run_block(threads);
+            run_block(warps, lanes);
             if (!failure.empty()) break;
         }
         std::vector<std::vector<unsigned char>> written;
@@ -315,8 +323,19 @@ const Left *exchange(const Left &own) {
     return &left[warp];
 }
 
+namespace {
+void make(const Copy &copy) {
+    if (copy.is_there)
+        std::memcpy(copy.to, copy.from, copy.n);
+    else
+        std::memset(copy.to, 0, copy.n);
+}
+}  // namespace
+
 void send(void *to, const void *from, size_t n, bool is_there) {
-    block.fibers[block.own].copies.back().push_back({to, from, n, is_there});
+    const Copy copy = {to, from, n, is_there};
+    if (block.is_eager) make(copy);
+    block.fibers[block.own].copies.back().push_back(copy);
 }
 
 void close_group() { block.fibers[block.own].copies.emplace_back(); }
@@ -324,12 +343,7 @@ void close_group() { block.fibers[block.own].copies.emplace_back(); }
 void wait_for_groups(size_t n) {
     auto &copies = block.fibers[block.own].copies;
     while (copies.size() > n + 1) {
-        for (const Copy &copy : copies.front()) {
-            if (copy.is_there)
-                std::memcpy(copy.to, copy.from, copy.n);
-            else
-                std::memset(copy.to, 0, copy.n);
-        }
+        if (!block.is_eager) std::for_each(copies.front().begin(), copies.front().end(), make);
         copies.erase(copies.begin());
     }
 }

@@ -40,7 +40,7 @@ struct Left {
 };
 const Left *exchange(const Left &own);
 
-// Copies that are made when they are waited for, and not before: who reads too early finds what was there.
+// Copies that are made at once or when they are waited for.
 void send(void *to, const void *from, size_t n, bool is_there);
 void close_group();
 void wait_for_groups(size_t n);

@@ -62,47 +62,37 @@ fn build() -> PathBuf {
     }
     let _ = std::fs::remove_dir_all(&folder);
     std::fs::create_dir_all(&folder).unwrap();
-    let sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
-    let compiling = sources
-        .iter()
-        .filter(|path| !path.extension().is_some_and(|e| e == "h" || e == "cuh"));
-    let compiling: Vec<(PathBuf, Child)> = compiling
-        .map(|source| {
-            let object = folder.join(source.file_name().unwrap()).with_extension("o");
-            let child = compiler()
-                .args([
-                    "-std=c++17",
-                    "-O2",
-                    "-g1",
-                    "-Wall",
-                    "-Wextra",
-                    "-Werror",
-                    "-Wno-unknown-pragmas",
-                ])
-                // Numbers are read as packs of them.
-                .arg("-fno-strict-aliasing")
-                .args(sanitizers)
-                .arg(format!("-I{}", own.display()))
-                .arg(format!("-I{}", kernels.display()))
-                .args(["-x", "c++", "-c"])
-                .arg(source)
-                .arg("-o")
-                .arg(&object)
-                .spawn()
-                .expect("a C++ compiler, c++ or what CXX names");
-            (object, child)
-        })
-        .collect();
+    let sanitizers = &["-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
+    let is_compiled = |path: &&PathBuf| !path.extension().is_some_and(|e| e == "h" || e == "cuh");
+    let compile = |source: &PathBuf| {
+        let object = folder.join(source.file_name().unwrap()).with_extension("o");
+        let status = compiler()
+            .args(["-std=c++17", "-O2", "-g1", "-Wall", "-Wextra", "-Werror"])
+            .arg("-Wno-unknown-pragmas")
+            // Numbers are read as packs of them.
+            .arg("-fno-strict-aliasing")
+            .args(sanitizers)
+            .arg(format!("-I{}", own.display()))
+            .arg(format!("-I{}", kernels.display()))
+            .args(["-x", "c++", "-c"])
+            .arg(source)
+            .arg("-o")
+            .arg(&object)
+            .status()
+            .expect("a C++ compiler, c++ or what CXX names");
+        assert!(status.success(), "{} is not compiled", source.display());
+        object
+    };
+    let objects: Vec<PathBuf> = std::thread::scope(|scope| {
+        let compiling = sources.iter().filter(is_compiled);
+        let compiling: Vec<_> = compiling
+            .map(|source| scope.spawn(|| compile(source)))
+            .collect();
+        let done = compiling.into_iter().map(|thread| thread.join().unwrap());
+        done.collect()
+    });
     let mut link = compiler();
-    link.args(sanitizers);
-    for (object, mut child) in compiling {
-        assert!(
-            child.wait().unwrap().success(),
-            "{} could not be compiled",
-            object.display()
-        );
-        link.arg(object);
-    }
+    link.args(sanitizers).args(objects);
     // Another process may be doing the same.
     let new = folder.join(format!("new-{}", std::process::id()));
     assert!(link.arg("-o").arg(&new).status().unwrap().success());
@@ -161,7 +151,7 @@ impl Launcher for Emulator {
 
         let mut message = Vec::new();
         let word = |message: &mut Vec<u8>, n: usize| {
-            message.extend_from_slice(&u32::try_from(n).unwrap().to_le_bytes())
+            message.extend_from_slice(&u32::try_from(n).unwrap().to_le_bytes());
         };
         word(&mut message, kernel.len());
         message.extend_from_slice(kernel.as_bytes());
@@ -198,43 +188,57 @@ impl Launcher for Emulator {
             }
         }
 
+        let written = arguments.iter().filter_map(|argument| match argument {
+            Argument::Write(tensor) => Some(*tensor),
+            _ => None,
+        });
+        let written: Vec<&Tensor> = written.collect();
         let idle = self.idle.lock().unwrap().pop();
         let mut child = idle.unwrap_or_else(|| self.start());
-        let answer = (|| -> std::io::Result<String> {
-            let input = child.stdin.as_mut().unwrap();
-            input.write_all(&message)?;
-            input.flush()?;
-            let output = child.stdout.as_mut().unwrap();
-            let mut length = [0; 4];
-            output.read_exact(&mut length)?;
-            let mut sentence = vec![0; u32::from_le_bytes(length) as usize];
-            output.read_exact(&mut sentence)?;
-            Ok(String::from_utf8(sentence).unwrap())
-        })();
-        match answer {
+        match converse(&mut child, &message, &written) {
+            Ok((sentence, results)) => {
+                self.idle.lock().unwrap().push(child);
+                if !sentence.is_empty() {
+                    bail!("{sentence}");
+                }
+                for (tensor, bytes) in written.iter().zip(results) {
+                    tensor.inplace_op1(&Fill(bytes))?;
+                }
+                Ok(())
+            }
             Err(_) => {
                 let mut report = String::new();
-                child.stderr.as_mut().unwrap().read_to_string(&mut report)?;
+                let _ = child.stderr.as_mut().unwrap().read_to_string(&mut report);
                 let _ = child.wait();
                 bail!("{kernel} ended the emulation: {report}")
             }
-            Ok(sentence) if !sentence.is_empty() => {
-                self.idle.lock().unwrap().push(child);
-                bail!("{sentence}")
-            }
-            Ok(_) => {}
         }
-        let output = child.stdout.as_mut().unwrap();
-        for argument in arguments {
-            if let Argument::Write(tensor) = argument {
-                let mut bytes = vec![0; tensor.elem_count() * tensor.dtype().size_in_bytes()];
-                output.read_exact(&mut bytes)?;
-                tensor.inplace_op1(&Fill(bytes))?;
-            }
-        }
-        self.idle.lock().unwrap().push(child);
-        Ok(())
     }
+}
+
+/// Sends a launch, and receives a sentence or what was written.
+fn converse(
+    child: &mut Child,
+    message: &[u8],
+    written: &[&Tensor],
+) -> std::io::Result<(String, Vec<Vec<u8>>)> {
+    let input = child.stdin.as_mut().unwrap();
+    input.write_all(message)?;
+    input.flush()?;
+    let output = child.stdout.as_mut().unwrap();
+    let mut length = [0; 4];
+    output.read_exact(&mut length)?;
+    let mut sentence = vec![0; u32::from_le_bytes(length) as usize];
+    output.read_exact(&mut sentence)?;
+    let mut results = Vec::new();
+    if sentence.is_empty() {
+        for tensor in written {
+            let mut bytes = vec![0; tensor.elem_count() * tensor.dtype().size_in_bytes()];
+            output.read_exact(&mut bytes)?;
+            results.push(bytes);
+        }
+    }
+    Ok((String::from_utf8(sentence).unwrap(), results))
 }
 
 /// What a contiguous tensor holds, and how far behind a multiple of 16 bytes it begins.

@@ -396,11 +396,6 @@ fn faults_are_found() {
     assert_eq!(found, expected);
     let values = |y: Tensor| y.to_vec1::<f32>().unwrap();
     assert_eq!(values(run("sends").unwrap()), values(x.clone()));
-    assert!(
-        values(run("reads_too_early").unwrap())
-            .iter()
-            .all(|y| y.is_nan())
-    );
     for (kernel, sentence) in [
         ("does_not_wait", "in another order"),
         ("reads_too_early", "in another order"),

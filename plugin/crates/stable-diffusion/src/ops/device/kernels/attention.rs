@@ -114,7 +114,7 @@ impl Fused {
         // A key has one column at most.
         let mut seen = HashSet::new();
         let are_distinct = positions.iter().all(|position| seen.insert(position));
-        let is_fit = sizes.head_width % 8 == 0
+        let is_fit = sizes.head_width.is_multiple_of(8)
             && are_distinct
             && n_samples.max(n_heads) <= MOST_BLOCKS
             && n_samples * n_heads * n_queries <= MOST

@@ -23,7 +23,7 @@ impl FusedGeglu {
         let n_rows = x.elem_count() / (2 * width);
         // As the kernel does: packs where a row is whole ones.
         let pack = PACK_BYTES / x.dtype().size_in_bytes();
-        let pack = if width % pack == 0 { pack } else { 1 };
+        let pack = if width.is_multiple_of(pack) { pack } else { 1 };
         let mut arguments = vec![Argument::Read(x)];
         arguments.extend_from_slice(more);
         arguments.extend([int(n_rows), int(width)]);

@@ -171,7 +171,7 @@ fn aligned(x: &Tensor) -> Result<Tensor> {
     let x = x.contiguous()?;
     let is_aligned = {
         let (_, layout) = x.storage_and_layout();
-        layout.start_offset() * x.dtype().size_in_bytes() % PACK_BYTES == 0
+        (layout.start_offset() * x.dtype().size_in_bytes()).is_multiple_of(PACK_BYTES)
     };
     if is_aligned {
         Ok(x)
