@@ -7,7 +7,7 @@
 //! | GEGLU and its gradient | passes | all |
 //!
 //! They are used for tensors on a CUDA device, all of them f32, f16 or bf16, by a build whose `nvcc` compiled them (for compute
-//! capability 8.0 or more); everything else, and any other device, computes as [`super`] says, which is what they are tested
+//! capability 8.0 or more); everything else, and any other device, computes in candle's operations, which they are tested
 //! against. Which of both a call takes hangs on its shapes and types alone: a kernel that cannot be launched is an error. Sums
 //! are f32 whatever the numbers are, nothing is added atomically, and factors of 16 bits are multiplied by tensor cores.
 //!
