@@ -12,7 +12,8 @@ use candle_core::{
     bail,
 };
 
-/// What the node does. Operands are detached: nothing that is computed from them has a graph. Gradients are brought into the types of their operands.
+/// What the node does. Operands are detached: nothing that is computed from them has a graph. Gradients are brought into the
+/// types of their operands.
 pub(super) trait Function: Send + Sync + 'static {
     const NAME: &'static str;
 

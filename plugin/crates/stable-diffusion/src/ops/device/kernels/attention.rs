@@ -55,6 +55,13 @@ struct Engine {
     bytes: usize,
 }
 
+/// What a value consists of: O of the operands' type, or in f32 and with observed columns.
+struct Parts {
+    narrow: Option<Tensor>,
+    wide: Option<Tensor>,
+    observed: Option<Tensor>,
+}
+
 impl Engine {
     fn new(dtype: DType, head_width: usize) -> Option<Self> {
         let width = WIDTHS.into_iter().find(|&width| width >= head_width)?;
@@ -204,58 +211,64 @@ impl Fused {
         [n_tiles, self.sizes.n_heads, self.sizes.n_samples]
     }
 
-    /// O into the value, L, and the observed columns.
+    /// The value and L.
     fn attend(&self, [q, k, v]: [&Tensor; 3]) -> Result<(Tensor, Tensor)> {
         let (n_out, n_observed) = self.lengths();
         let (sizes, engine) = (&self.sizes, &self.engine);
+        let is_plain = self.positions.is_empty();
+        let value = if is_plain {
+            output(q.shape(), q.dtype(), q.device())?
+        } else {
+            output(n_out + n_observed, DType::F32, q.device())?
+        };
+        let positions: Vec<u32> = self.positions.iter().map(|&i| i as u32).collect();
+        let positions = (!is_plain).then(|| Tensor::new(positions, q.device()));
+        let positions = positions.transpose()?;
+        let parts = self.parts(&value)?;
         let log_sums = output(
             (sizes.n_samples, sizes.n_heads, sizes.n_queries),
             DType::F32,
             q.device(),
         )?;
+        let arguments = vec![
+            Argument::Read(q),
+            Argument::Read(k),
+            Argument::Read(v),
+            Argument::read_if(positions.as_ref()),
+            Argument::write_if(parts.narrow.as_ref()),
+            Argument::write_if(parts.wide.as_ref()),
+            Argument::Write(&log_sums),
+            Argument::write_if(parts.observed.as_ref()),
+        ];
         let grid = self.grid(sizes.n_queries.div_ceil(engine.rows));
         let block = (engine.n_threads, engine.shared_bytes(1, 2));
-        let mut arguments = vec![Argument::Read(q), Argument::Read(k), Argument::Read(v)];
-        let value = if self.positions.is_empty() {
-            let value = output(q.shape(), q.dtype(), q.device())?;
-            arguments.extend([Argument::Null, Argument::Write(&value), Argument::Null]);
-            arguments.extend([Argument::Write(&log_sums), Argument::Null]);
-            self.launch(
-                self.named("attend", q.dtype()),
-                q.dtype(),
-                grid,
-                block,
-                arguments,
-            )?;
-            value
-        } else {
-            let value = output(n_out + n_observed, DType::F32, q.device())?;
-            let (out, observed) = (
-                value.narrow(0, 0, n_out)?,
-                value.narrow(0, n_out, n_observed)?,
-            );
-            let positions: Vec<u32> = self
-                .positions
-                .iter()
-                .map(|&position| position as u32)
-                .collect();
-            let positions = Tensor::new(positions, q.device())?;
-            arguments.extend([
-                Argument::Read(&positions),
-                Argument::Null,
-                Argument::Write(&out),
-            ]);
-            arguments.extend([Argument::Write(&log_sums), Argument::Write(&observed)]);
-            self.launch(
-                self.named("attend", q.dtype()),
-                q.dtype(),
-                grid,
-                block,
-                arguments,
-            )?;
-            value
-        };
+        self.launch(
+            self.named("attend", q.dtype()),
+            q.dtype(),
+            grid,
+            block,
+            arguments,
+        )?;
         Ok((value, log_sums))
+    }
+
+    /// Of a value or its gradient.
+    fn parts(&self, value: &Tensor) -> Result<Parts> {
+        let (n_out, n_observed) = self.lengths();
+        let value = value.contiguous()?;
+        Ok(if self.positions.is_empty() {
+            Parts {
+                narrow: Some(value),
+                wide: None,
+                observed: None,
+            }
+        } else {
+            Parts {
+                narrow: None,
+                wide: Some(value.narrow(0, 0, n_out)?),
+                observed: Some(value.narrow(0, n_out, n_observed)?),
+            }
+        })
     }
 
     /// The observed column of every key; -1 for those without one, of the same bits.
@@ -279,33 +292,6 @@ impl Fused {
     /// Tiles of keys, each for every part of a head's width.
     fn n_key_tiles(&self) -> usize {
         self.sizes.n_keys.div_ceil(self.engine.rows) * (self.engine.width / self.engine.part)
-    }
-}
-
-/// The value's O and observed columns, or their gradients: `(of the operands' type, f32, observed)`.
-struct Parts {
-    narrow: Option<Tensor>,
-    wide: Option<Tensor>,
-    observed: Option<Tensor>,
-}
-
-impl Fused {
-    fn parts(&self, value: &Tensor) -> Result<Parts> {
-        let (n_out, n_observed) = self.lengths();
-        Ok(if self.positions.is_empty() {
-            Parts {
-                narrow: Some(value.contiguous()?),
-                wide: None,
-                observed: None,
-            }
-        } else {
-            let value = value.contiguous()?;
-            Parts {
-                narrow: None,
-                wide: Some(value.narrow(0, 0, n_out)?),
-                observed: Some(value.narrow(0, n_out, n_observed)?),
-            }
-        })
     }
 }
 

@@ -125,6 +125,10 @@ impl<'a> Argument<'a> {
     fn read_if(tensor: Option<&'a Tensor>) -> Self {
         tensor.map_or(Self::Null, Self::Read)
     }
+
+    fn write_if(tensor: Option<&'a Tensor>) -> Self {
+        tensor.map_or(Self::Null, Self::Write)
+    }
 }
 
 /// Who runs kernels for these tensors, all of them of the first one's type; `None` if candle's are to be used.
