@@ -1,0 +1,216 @@
+"""Where ComfyUI keeps its files: what parameters name is looked up there, and what was learned is put there."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import struct
+import tempfile
+
+import folder_paths
+
+
+def _files(kind):
+    """Names of the files of a folder that are read at all: no pickles."""
+    return [name for name in folder_paths.get_filename_list(kind) if name.endswith(".safetensors")]
+
+
+def _diffusers():
+    roots = [pathlib.Path(root) for root in folder_paths.get_folder_paths("diffusers")]
+    found = ((root, path.parent) for root in roots for path in root.glob("**/model_index.json"))
+    return [str(path.relative_to(root)) for root, path in found]
+
+
+def _tuned():
+    root = pathlib.Path(folder_paths.get_output_directory())
+    found = [path.parent.parent for path in root.glob("*/unet/config.json")]
+    return sorted(str(path.relative_to(root)) for path in found)
+
+
+def _checkpoint(name):
+    path = folder_paths.get_full_path("checkpoints", name)
+    return _beside_tokenizer(path) if path else _below("diffusers", name)
+
+
+def _below(kind, name):
+    paths = (os.path.join(root, name) for root in folder_paths.get_folder_paths(kind))
+    return next(filter(os.path.exists, paths), None)
+
+
+def _beside_tokenizer(checkpoint):
+    """The checkpoint, linked beside ComfyUI's own vocabulary of CLIP if nothing is beside it: the file holds none."""
+    folder = os.path.dirname(checkpoint)
+    if any(os.path.exists(os.path.join(folder, name)) for name in ("tokenizer", "tokenizer.json", "vocab.json")):
+        return checkpoint
+    import comfy.sd1_clip
+
+    vocabulary = os.path.join(os.path.dirname(comfy.sd1_clip.__file__), "sd1_tokenizer")
+    if not os.path.isdir(vocabulary):
+        return checkpoint
+    stat = os.stat(checkpoint)
+    key = hashlib.blake2b(f"{checkpoint} {stat.st_mtime_ns} {stat.st_size}".encode(), digest_size=8).hexdigest()
+    linked = os.path.join(_own("checkpoints"), key)
+    os.makedirs(linked, exist_ok=True)
+    for source, name in ((checkpoint, os.path.basename(checkpoint)), (vocabulary, "tokenizer")):
+        with contextlib.suppress(FileExistsError):
+            os.symlink(source, os.path.join(linked, name))
+    return os.path.join(linked, os.path.basename(checkpoint))
+
+
+def _output(name):
+    path = os.path.join(folder_paths.get_output_directory(), name)
+    return path if os.path.exists(path) else None
+
+
+class Choice:
+    """A parameter that names one file or folder of ComfyUI's."""
+
+    def __init__(self, options, find):
+        self.options, self._find = options, find
+
+    def resolved(self, value):
+        """The path; what is none of ComfyUI's stays as it is."""
+        return (self._find(value) if value else None) or value
+
+
+class Lines:
+    """A text that names a file per line."""
+
+    def __init__(self, kind):
+        self._kind = kind
+
+    def _line(self, line):
+        name = line.strip().removeprefix("embedding:")
+        names = (name, f"{name}.safetensors")
+        return next(filter(None, (folder_paths.get_full_path(self._kind, name) for name in names if name)), line)
+
+    def resolved(self, value):
+        """Every line's path; lines that are none of ComfyUI's stay as they are."""
+        return "\n".join(self._line(line) for line in value.split("\n"))
+
+
+# What ComfyUI has folders for, by node and parameter. The only place that knows parameters of the library by name.
+NAMED = {
+    ("LoadDiffusionModel", "checkpoint"): Choice(lambda: _files("checkpoints") + _diffusers(), _checkpoint),
+    ("LoadDiffusionModel", "vae"): Choice(
+        lambda: _files("vae"), lambda name: folder_paths.get_full_path("vae", name)
+    ),
+    ("LoadTunedModel", "path"): Choice(
+        lambda: _files("loras") + _tuned(), lambda name: folder_paths.get_full_path("loras", name) or _output(name)
+    ),
+    ("LoadConcepts", "files"): Lines("embeddings"),
+}
+
+
+def resolved(class_name, parameters):
+    """Parameters with the paths of what they name."""
+    named = {name: NAMED.get((class_name, name)) for name in parameters}
+    return {name: named[name].resolved(value) if named[name] else value for name, value in parameters.items()}
+
+
+def _own(name):
+    """A folder of ours in ComfyUI's temporary one, which is emptied when it starts and ends."""
+    folder = os.path.join(folder_paths.get_temp_directory(), "conceptloom", name)
+    os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def work(key):
+    """A folder that stays if what is done in it ends with an exception: the same key goes on there."""
+    folder = os.path.join(_own("work"), key)
+    os.makedirs(folder, exist_ok=True)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staging():
+    """An empty folder for what a node writes, until it is put in its place."""
+    with tempfile.TemporaryDirectory(dir=_own("saved")) as folder:
+        yield folder
+
+
+class Saved:
+    """What a node wrote, in its places."""
+
+    def __init__(self):
+        self.embeddings, self.loras, self.others = [], [], []
+
+    def lines(self):
+        """A line per file, for a person."""
+        return (
+            [f"embedding:{name}" for name in self.embeddings]
+            + [f"LoRA {name}" for name in self.loras]
+            + [f"output/{name}" for name in self.others]
+        )
+
+
+def put_in_place(files, folder):
+    """Moves files of a staging folder to where ComfyUI's own nodes look for them."""
+    saved = Saved()
+    for path in map(pathlib.Path, files):
+        inside = path.relative_to(folder)
+        if not path.exists():
+            continue
+        if (path.parent / "config.json").exists():
+            # A whole network: all of its folder at once, as the library names it.
+            output = pathlib.Path(folder_paths.get_output_directory())
+            target = _moved_folder(path.parent, output / inside.parent.parent, inside.parent.name)
+            saved.others.append(target.relative_to(output).as_posix())
+        elif path.suffix == ".safetensors":
+            kind = "loras" if _is_lora(path) else "embeddings"
+            root = pathlib.Path(folder_paths.get_folder_paths(kind)[0])
+            name = _moved(path, root / inside).relative_to(root)
+            if kind == "loras":
+                # As the list of LoraLoader has it.
+                saved.loras.append(str(name))
+            else:
+                saved.embeddings.append(name.with_suffix("").as_posix())
+        else:
+            output = pathlib.Path(folder_paths.get_output_directory())
+            saved.others.append(_moved(path, output / inside).relative_to(output).as_posix())
+    return saved
+
+
+def _is_lora(path):
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        names = json.loads(file.read(length))
+    return any("lora" in name for name in names if name != "__metadata__")
+
+
+def _numbered(path):
+    yield path
+    for n in itertools.count(2):
+        yield path.with_name(f"{path.stem}-{n}{path.suffix}")
+
+
+def _moved(source, target):
+    """The name that it got; a taken one gets a number."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as near:
+        # On the file system of its place, where a name is taken or not, and never half a file.
+        near = pathlib.Path(shutil.move(source, near))
+        for name in _numbered(target):
+            try:
+                os.link(near, name)
+            except FileExistsError:
+                continue
+            except OSError:  # No hard links here.
+                if name.exists():
+                    continue
+                os.rename(near, name)
+            return name
+
+
+def _moved_folder(source, parent, leaf):
+    for place in _numbered(parent):
+        if not (place / leaf).exists():
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=place, prefix=".") as near:
+                os.rename(shutil.move(source, near), place / leaf)
+            return place / leaf
