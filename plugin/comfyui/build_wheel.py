@@ -48,20 +48,21 @@ conceptloom = ["bin/*", "example_workflows/*"]
 
 # What is in it is no Python, so it is for one platform and every Python.
 SETUP = """\
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 
-class Wheel(bdist_wheel):
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = False
+class Binaries(Distribution):
+    def has_ext_modules(self):
+        return True
 
+
+class Wheel(bdist_wheel):
     def get_tag(self):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(cmdclass={"bdist_wheel": Wheel})
+setup(distclass=Binaries, cmdclass={"bdist_wheel": Wheel})
 """
 
 

@@ -1,0 +1,247 @@
+"""The nodes, made from the library's description, at work."""
+
+import json
+import logging
+import pathlib
+import struct
+
+import numpy as np
+import pytest
+
+import folder_paths
+from conceptloom import contract, folders
+from conceptloom.library import Library
+from conceptloom.nodes import ConceptloomError
+from conftest import BUILT, ROOT, executed, loaded
+
+LIST = "<a> ball\n<b> wall (background)"
+
+
+def picture(side=64):
+    """A bright disc on a dark ground, [1, side, side, 3], and the masks of both."""
+    y, x = np.mgrid[0:side, 0:side]
+    disc = ((x - side / 2) ** 2 + (y - side / 2) ** 2 < (side / 3) ** 2).astype(np.float32)
+    return np.stack([0.1 + 0.8 * disc] * 3, axis=-1)[None].astype(np.float32), np.stack([disc, 1 - disc])
+
+
+def learned(nodes, **parameters):
+    [model] = executed(nodes["ConceptloomLoadDiffusionModel"]).args
+    images, masks = picture()
+    learner = nodes["ConceptloomConceptTokenLearner"]
+    parameters = {"concept_list": LIST, "steps": 1, "sample_every": 0, **parameters}
+    return model, executed(learner, model=model, images=images, masks=masks, **parameters)
+
+
+def test_schemas_are_the_librarys_description(nodes, comfyui):
+    described = Library(BUILT / "libconceptloom.so").nodes
+    assert list(nodes) == [f"Conceptloom{node['class']}" for node in described] and len(nodes) == 9
+    for node in described:
+        schema = nodes[f"Conceptloom{node['class']}"].define_schema()
+        assert (schema.display_name, schema.description) == (node["display_name"], node["description"])
+        assert [slot.id for slot in schema.inputs] == [slot["name"] for slot in node["inputs"] + node["widgets"]]
+        for slot, widget in zip(schema.inputs[len(node["inputs"]) :], node["widgets"], strict=True):
+            assert (slot.options["tooltip"], slot.options["default"]) == (widget["tooltip"], widget["kind"]["default"])
+        names = [slot.options["display_name"] for slot in schema.outputs]
+        assert names[: len(node["outputs"])] == [slot["name"] for slot in node["outputs"]]
+    learner = {slot.id: slot for slot in nodes["ConceptloomEmLoop"].define_schema().inputs}
+    assert learner["model"].io_type == "CONCEPTLOOM_DIFFUSION_MODEL" and learner["images"].io_type == "IMAGE"
+    assert learner["seed"].options["control_after_generate"] and learner["masks"].options["optional"]
+
+
+def test_parameters_that_name_files_are_the_librarys():
+    known = {(node["class"], widget["name"]) for node in Library(BUILT / "libconceptloom.so").nodes for widget in node["widgets"]}
+    assert set(folders.NAMED) <= known
+
+
+def test_tensors_are_shared_by_address(comfyui, monkeypatch):
+    monkeypatch.setenv("CONCEPTLOOM_PLUGIN", str(BUILT / "libfaulty_plugin.so"))
+    images = np.arange(48, dtype=np.float32).reshape(1, 4, 4, 3)
+    strided = np.arange(96, dtype=np.float32).reshape(1, 4, 8, 3)[:, :, ::2]
+    passthrough = loaded()["ConceptloomPassthrough"]
+    for given in (images, strided):
+        [passed] = executed(passthrough, images=given).args
+        assert np.shares_memory(passed, given) and (passed == given).all()
+        assert passed.__array_interface__["data"][0] == given.__array_interface__["data"][0]
+
+
+def test_masks_are_refined(nodes, comfyui):
+    images, masks = picture()
+    noise = np.random.default_rng(0).random((64, 64)) < 0.1
+    noisy = np.abs(masks - noise).astype(np.float32)
+    refined, overlay = executed(nodes["ConceptloomDenseCrfRefine"], images=images, masks=noisy).args
+    assert refined.shape == (2, 64, 64) and overlay.shape == (1, 64, 64, 3)
+    assert (refined[0] != masks[0]).sum() < (noisy[0] != masks[0]).sum() / 4
+    assert {node_id for node_id, *_ in comfyui.utils.shown} == {"7"}
+    previews = [preview for *_, preview in comfyui.utils.shown if preview]
+    assert previews and all(kind == "JPEG" and shown.size == (64, 64) for kind, shown, _ in previews)
+
+
+def test_cancel_stops_within_one_step(nodes, comfyui):
+    steps = []
+
+    def cancel(bar):
+        if bar.total == 50:
+            steps.append(bar.current)
+        if len(steps) == 3:
+            comfyui.management.interrupted = True
+
+    comfyui.utils.on_update = cancel
+    with pytest.raises(comfyui.management.InterruptProcessingException):
+        learned(nodes, steps=50)
+    assert len(steps) <= 4, steps
+    assert not comfyui.management.interrupted, "the flag is taken back, as ComfyUI does"
+
+
+def test_cancel_between_two_steps_is_seen_by_the_node(nodes, comfyui, monkeypatch):
+    steps = []
+    # This bar does not look at the flag.
+    monkeypatch.setattr(
+        comfyui.utils.ProgressBar,
+        "update_absolute",
+        lambda bar, value, total=None, preview=None: total == 50 and steps.append(value),
+    )
+    monkeypatch.setattr(comfyui.management, "processing_interrupted", lambda: len(steps) >= 3)
+    with pytest.raises(comfyui.management.InterruptProcessingException):
+        learned(nodes, steps=50)
+    assert len(steps) <= 4, steps
+
+
+def test_a_canceled_loop_goes_on_where_it_was(nodes, comfyui, caplog):
+    [model] = executed(nodes["ConceptloomLoadDiffusionModel"]).args
+    images, _ = picture()
+    loop = {"model": model, "images": images, "concept_list": LIST, "steps": 4, "steps_per_round": 2}
+    loop |= {"first_timesteps": 1, "timesteps": 1, "joint_steps": 0, "sample_every": 0}
+
+    def cancel(bar):
+        comfyui.management.interrupted = (bar.current, bar.total) == (3, 4)
+
+    comfyui.utils.on_update = cancel
+    with pytest.raises(comfyui.management.InterruptProcessingException):
+        executed(nodes["ConceptloomEmLoop"], **loop)
+    comfyui.utils.on_update = None
+    with caplog.at_level(logging.INFO, "conceptloom"):
+        executed(nodes["ConceptloomEmLoop"], **loop)
+    assert "going on after step 2" in caplog.text
+    assert not list((comfyui.root / "temp/conceptloom/work").iterdir()), "nothing is kept of what is done"
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "conceptloom"):
+        executed(nodes["ConceptloomEmLoop"], **loop | {"images": images * np.float32(0.5)})
+    assert "going on" not in caplog.text
+
+
+def test_what_is_learned_lies_where_stock_nodes_look(nodes, comfyui):
+    [model] = executed(nodes["ConceptloomLoadDiffusionModel"]).args
+    images, masks = picture()
+    loop = {"mode": "given", "steps": 1, "steps_per_round": 1, "joint_steps": 1, "sample_every": 0}
+    concepts, tuned, *_ = executed(
+        nodes["ConceptloomEmLoop"], model=model, images=images, masks=masks, concept_list=LIST, **loop
+    ).args
+    save = nodes["ConceptloomSaveConcepts"]
+    result = executed(save, concepts=concepts, model=tuned, filename_prefix="mine/")
+    assert result.args == (["embedding:mine/a", "embedding:mine/b"], "mine/lora.safetensors")
+    assert folder_paths.get_filename_list("embeddings") == ["mine/a.safetensors", "mine/b.safetensors"]
+    assert folder_paths.get_filename_list("loras") == ["mine/lora.safetensors"]
+    assert "LoRA mine/lora.safetensors" in result.ui["text"][0]
+    # Nothing is overwritten, and what is said is what was written.
+    again = executed(save, concepts=concepts, model=tuned, filename_prefix="mine/")
+    assert again.args == (["embedding:mine/a-2", "embedding:mine/b-2"], "mine/lora-2.safetensors")
+    token = (comfyui.models / "embeddings/mine/a.safetensors").read_bytes()
+    head = json.loads(token[8 : 8 + struct.unpack("<Q", token[:8])[0]])
+    assert json.loads(head["__metadata__"]["workflow"]) == {"nodes": []}
+    assert not list((comfyui.root / "temp/conceptloom/saved").iterdir())
+    # Our own loaders find them by the same names.
+    [loaded_again] = executed(nodes["ConceptloomLoadConcepts"], files="mine/a.safetensors\nembedding:mine/b").args
+    assert loaded_again.type_name == concepts.type_name
+    load = nodes["ConceptloomLoadTunedModel"]
+    assert "mine/lora.safetensors" in {slot.id: slot for slot in load.define_schema().inputs}["path"].options["options"]
+    executed(load, model=model, path="mine/lora.safetensors")
+    # Without a LoRA there is no name to hand on.
+    alone = executed(save, concepts=concepts, filename_prefix="alone")
+    assert "joint_scope" in alone.args[1].message
+
+
+def test_a_whole_network_stays_a_folder(nodes, comfyui):
+    [model] = executed(nodes["ConceptloomLoadDiffusionModel"]).args
+    images, masks = picture()
+    loop = {"mode": "given", "steps": 1, "steps_per_round": 1, "joint_steps": 1, "joint_scope": "key_value", "sample_every": 0}
+    concepts, tuned, *_ = executed(
+        nodes["ConceptloomEmLoop"], model=model, images=images, masks=masks, concept_list=LIST, **loop
+    ).args
+    for name in ("mine", "mine-2"):
+        executed(nodes["ConceptloomSaveConcepts"], concepts=concepts, model=tuned, filename_prefix="mine/")
+        assert (comfyui.root / "output" / name / "unet/config.json").is_file()
+    assert "mine" in folders.NAMED["LoadTunedModel", "path"].options()
+    executed(nodes["ConceptloomLoadTunedModel"], model=model, path="mine-2")
+
+
+def test_errors_are_one_sentence(nodes, comfyui):
+    with pytest.raises(ConceptloomError, match="^the token <a> is listed twice; every concept needs its own$"):
+        learned(nodes, concept_list="<a>\n<a>")
+    images, masks = picture()
+    with pytest.raises(ConceptloomError, match="^masks: a tensor is needed, and this is a dict$"):
+        executed(nodes["ConceptloomDenseCrfRefine"], images=images, masks={})
+    with pytest.raises(ConceptloomError, match="model"):
+        executed(nodes["ConceptloomConceptTokenLearner"], model=masks, images=images, concept_list=LIST)
+    load = nodes["ConceptloomLoadConcepts"]
+    assert "does not exist" in load.validate_inputs(files="nowhere.safetensors")
+    assert load.validate_inputs(files=None) is True, "a linked text has no value yet"
+    assert "leads out of" in nodes["ConceptloomSaveConcepts"].validate_inputs(filename_prefix="../x")
+
+
+def test_a_changed_file_is_another_input(nodes, comfyui):
+    load = nodes["ConceptloomLoadConcepts"]
+    file = pathlib.Path(folder_paths.get_folder_paths("embeddings")[0]) / "x.safetensors"
+    file.write_bytes(b"1")
+    first = load.fingerprint_inputs(files="x")
+    assert load.fingerprint_inputs(files="x.safetensors") == first
+    file.write_bytes(b"2")
+    assert load.fingerprint_inputs(files="x") != first
+    assert load.fingerprint_inputs(files=None) == ""
+
+
+def test_memory_that_runs_out_unloads_comfyuis_models_once(nodes, comfyui, monkeypatch):
+    from conceptloom.library import Failed
+
+    def full(*_):
+        raise Failed(contract.OUT_OF_MEMORY, "", "memory ran out")
+
+    before = comfyui.management.unloaded
+    monkeypatch.setattr(Library, "run", full)
+    with pytest.raises(ConceptloomError, match="memory ran out"):
+        executed(nodes["ConceptloomLoadDiffusionModel"])
+    assert comfyui.management.unloaded == before + 1
+
+
+@pytest.mark.parametrize(
+    ("library", "sentence"),
+    [("nowhere.so", "there is no such file"), ("README.md", "cannot be loaded"), ("libc.so.6", "has no node_plugin")],
+)
+def test_without_a_library_the_pack_loads_and_says_so(comfyui, monkeypatch, caplog, tmp_path, library, sentence):
+    named = {"README.md": ROOT / "README.md", "libc.so.6": libc()}.get(library, tmp_path / library)
+    monkeypatch.setenv("CONCEPTLOOM_PLUGIN", str(named))
+    says_so(sentence, caplog)
+
+
+def test_another_version_is_said(comfyui, monkeypatch, caplog):
+    monkeypatch.setattr(contract, "MAJOR", 2)
+    says_so("speaks version 1.0 of the contract, these nodes version 2", caplog)
+
+
+def test_a_library_that_the_wheel_should_bring(comfyui, monkeypatch, caplog):
+    monkeypatch.delenv("CONCEPTLOOM_PLUGIN")
+    says_so("install Conceptloom's wheel", caplog)
+
+
+def libc():
+    maps = pathlib.Path("/proc/self/maps").read_text()
+    return next(line.split()[-1] for line in maps.splitlines() if "/libc.so.6" in line or "/libc-" in line)
+
+
+def says_so(sentence, caplog):
+    [(name, node)] = loaded().items()
+    schema = node.define_schema()
+    assert name == "ConceptloomUnavailable" and sentence in schema.description
+    assert sentence in caplog.text
+    with pytest.raises(ConceptloomError) as told:
+        node.execute()
+    assert str(told.value) == schema.description and "\n" not in schema.description
