@@ -157,7 +157,7 @@ def test_what_is_learned_lies_where_stock_nodes_look(nodes, comfyui):
     executed(load, model=model, path="mine/lora.safetensors")
     # Without a LoRA there is no name to hand on.
     alone = executed(save, concepts=concepts, filename_prefix="alone")
-    assert "joint_scope" in alone.args[1].message
+    assert "no LoRA" in alone.args[1].message
 
 
 def test_a_whole_network_stays_a_folder(nodes, comfyui):
@@ -186,6 +186,27 @@ def test_errors_are_one_sentence(nodes, comfyui):
     assert "does not exist" in load.validate_inputs(files="nowhere.safetensors")
     assert load.validate_inputs(files=None) is True, "a linked text has no value yet"
     assert "leads out of" in nodes["ConceptloomSaveConcepts"].validate_inputs(filename_prefix="../x")
+
+
+def test_a_checkpoint_without_a_vocabulary_gets_comfyuis(nodes, comfyui, monkeypatch, tmp_path):
+    import comfy.sd1_clip
+
+    monkeypatch.setattr(comfy.sd1_clip, "__file__", str(tmp_path / "sd1_clip.py"))
+    (tmp_path / "sd1_tokenizer").mkdir()
+    (tmp_path / "sd1_tokenizer/vocab.json").write_text("{}")
+    checkpoint = pathlib.Path(folder_paths.get_folder_paths("checkpoints")[0]) / "x.safetensors"
+    checkpoint.write_bytes(b"nothing")
+    load = nodes["ConceptloomLoadDiffusionModel"]
+    assert "x.safetensors" in {slot.id: slot for slot in load.define_schema().inputs}["checkpoint"].options["options"]
+    for _ in range(2):
+        linked = pathlib.Path(folders.resolved("LoadDiffusionModel", {"checkpoint": "x.safetensors"})["checkpoint"])
+        assert linked.resolve() == checkpoint and (linked.parent / "tokenizer/vocab.json").is_file()
+    with pytest.raises(ConceptloomError) as told:
+        executed(load, checkpoint="x.safetensors")
+    assert str(checkpoint) in str(told.value) and str(linked.parent) not in str(told.value)
+    # One that has a vocabulary is read where it is.
+    (checkpoint.parent / "tokenizer").mkdir()
+    assert folders.resolved("LoadDiffusionModel", {"checkpoint": "x.safetensors"})["checkpoint"] == str(checkpoint)
 
 
 def test_a_changed_file_is_another_input(nodes, comfyui):

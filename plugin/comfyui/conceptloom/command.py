@@ -1,7 +1,9 @@
 """The command `conceptloom`: host-demo, and what ties this package to a ComfyUI."""
 
+import os
 import pathlib
 import shutil
+import subprocess
 import sys
 
 PACKAGE = pathlib.Path(__file__).parent
@@ -43,11 +45,7 @@ def main():
     if not program.is_file():
         sys.exit(f"error: {program} is missing; install Conceptloom's wheel")
     if sys.platform == "win32":
-        import subprocess
-
         sys.exit(subprocess.call([program, *arguments]))
-    import os
-
     os.execv(program, ["conceptloom", *arguments])
 
 

@@ -30,6 +30,17 @@ def _tuned():
     return sorted(str(path.relative_to(root)) for path in found)
 
 
+# Folders that checkpoints are linked in, and where they are.
+_linked = {}
+
+
+def readable(text):
+    """A sentence with the paths that the user knows."""
+    for linked, folder in _linked.items():
+        text = text.replace(linked, folder)
+    return text
+
+
 def _checkpoint(name):
     path = folder_paths.get_full_path("checkpoints", name)
     return _beside_tokenizer(path) if path else _below("diffusers", name)
@@ -57,6 +68,7 @@ def _beside_tokenizer(checkpoint):
     for source, name in ((checkpoint, os.path.basename(checkpoint)), (vocabulary, "tokenizer")):
         with contextlib.suppress(FileExistsError):
             os.symlink(source, os.path.join(linked, name))
+    _linked[linked] = folder
     return os.path.join(linked, os.path.basename(checkpoint))
 
 

@@ -95,7 +95,7 @@ def node_class(library, described):
         try:
             library.validate(class_name, parameters_of(values))
         except Failed as error:
-            return str(error)
+            return folders.readable(str(error))
         return True
 
     if texts:
@@ -196,7 +196,9 @@ def run(library, described, parameters, values, hidden):
             return io.NodeOutput(*outputs)
         saved = folders.put_in_place(services.saved, staged)
         embeddings = [f"embedding:{name}" for name in saved.embeddings]
-        return io.NodeOutput(*outputs, embeddings, _lora(saved), ui={"text": ["\n".join(saved.lines())]})
+        text = "\n".join(saved.lines())
+        services.show(text)
+        return io.NodeOutput(*outputs, embeddings, _lora(saved), ui={"text": [text]})
 
 
 def _run_twice(library, class_name, inputs, parameters, services):
@@ -208,7 +210,7 @@ def _run_twice(library, class_name, inputs, parameters, services):
             if services.failure is not None or error.code == contract.CANCELED:
                 services.raise_cancellation()
             if error.code != contract.OUT_OF_MEMORY or attempt == 2:
-                raise ConceptloomError(str(error)) from None
+                raise ConceptloomError(folders.readable(str(error))) from None
             comfy.model_management.unload_all_models()
             comfy.model_management.soft_empty_cache()
             continue
@@ -227,7 +229,7 @@ def _lora(saved):
         return saved.loras[0]
     from comfy_execution.graph_utils import ExecutionBlocker
 
-    return ExecutionBlocker("SaveConcepts saved no LoRA: link a model that was tuned with joint_scope lora")
+    return ExecutionBlocker("no LoRA was saved: link a model that was tuned as one")
 
 
 def _metadata(hidden):

@@ -7,7 +7,7 @@ import logging
 import comfy.model_management
 import comfy.utils
 
-from . import contract, tensors
+from . import contract, folders, tensors
 from .contract import Host, Value
 from .library import Text, let_go
 
@@ -52,6 +52,15 @@ class Services:
         comfy.model_management.throw_exception_if_processing_interrupted()
         raise comfy.model_management.InterruptProcessingException()
 
+    def show(self, text):
+        """Shows text under the node, in editors that can."""
+        try:
+            from server import PromptServer
+
+            PromptServer.instance.send_progress_text(text, self._node_id)
+        except (ImportError, AttributeError):
+            log.debug("%s", text)
+
     def _guarded(self, function, default=None):
         def call(_, *arguments):
             try:
@@ -67,16 +76,7 @@ class Services:
 
     def _progress(self, stage, done, total, text):
         self._bar.update_absolute(done, max(total, 1))
-        self._show(f"{stage.decode()}: {text.decode()}" if text else stage.decode())
-
-    def _show(self, text):
-        """Under the node, in editors that can."""
-        try:
-            from server import PromptServer
-
-            PromptServer.instance.send_progress_text(text, self._node_id)
-        except (ImportError, AttributeError):
-            log.debug("%s", text)
+        self.show(folders.readable(f"{stage.decode()}: {text.decode()}" if text else stage.decode()))
 
     def _preview(self, picture, _series, _label):
         from PIL import Image
