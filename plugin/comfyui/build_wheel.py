@@ -2,8 +2,8 @@
 
     cargo build --release --locked && python3 plugin/comfyui/build_wheel.py
 
-Takes them from target/release, or from --built FOLDER, and writes dist/conceptloom-….whl, or into --out FOLDER. The wheel is
-for this platform and every Python from 3.10 on.
+Takes them from target/release, or from --built FOLDER, and writes dist/conceptloom-….whl, or into --out FOLDER. The
+wheel is for this platform and every Python from 3.10 on.
 """
 
 import argparse

@@ -42,7 +42,9 @@ def comfyui(tmp_path, monkeypatch):
     monkeypatch.setattr(comfy.model_management, "interrupted", False)
     monkeypatch.setattr(comfy.utils, "shown", [])
     monkeypatch.setattr(comfy.utils, "on_update", None)
-    return types.SimpleNamespace(root=tmp_path, models=tmp_path / "models", management=comfy.model_management, utils=comfy.utils)
+    return types.SimpleNamespace(
+        root=tmp_path, models=tmp_path / "models", management=comfy.model_management, utils=comfy.utils
+    )
 
 
 @pytest.fixture

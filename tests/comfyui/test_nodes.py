@@ -49,7 +49,11 @@ def test_schemas_are_the_librarys_description(nodes, comfyui):
 
 
 def test_parameters_that_name_files_are_the_librarys():
-    known = {(node["class"], widget["name"]) for node in Library(BUILT / "libconceptloom.so").nodes for widget in node["widgets"]}
+    known = {
+        (node["class"], widget["name"])
+        for node in Library(BUILT / "libconceptloom.so").nodes
+        for widget in node["widgets"]
+    }
     assert set(folders.NAMED) <= known
 
 
@@ -163,7 +167,14 @@ def test_what_is_learned_lies_where_stock_nodes_look(nodes, comfyui):
 def test_a_whole_network_stays_a_folder(nodes, comfyui):
     [model] = executed(nodes["ConceptloomLoadDiffusionModel"]).args
     images, masks = picture()
-    loop = {"mode": "given", "steps": 1, "steps_per_round": 1, "joint_steps": 1, "joint_scope": "key_value", "sample_every": 0}
+    loop = {
+        "mode": "given",
+        "steps": 1,
+        "steps_per_round": 1,
+        "joint_steps": 1,
+        "joint_scope": "key_value",
+        "sample_every": 0,
+    }
     concepts, tuned, *_ = executed(
         nodes["ConceptloomEmLoop"], model=model, images=images, masks=masks, concept_list=LIST, **loop
     ).args

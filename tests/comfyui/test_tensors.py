@@ -102,7 +102,12 @@ def test_devices_are_waited_for_before_a_tensor_changes_hands(array, monkeypatch
 def test_pictures_differ_by_elements_shape_and_type(array):
     same = tensors.digest(array.copy())
     assert tensors.digest(array) == same
-    assert len({same, tensors.digest(array + 1), tensors.digest(array.reshape(4, 3)), tensors.digest(array.view(np.int32))}) == 4
+    assert (
+        len(
+            {same, tensors.digest(array + 1), tensors.digest(array.reshape(4, 3)), tensors.digest(array.view(np.int32))}
+        )
+        == 4
+    )
 
 
 def test_contract_is_laid_out_as_the_header_has_it():

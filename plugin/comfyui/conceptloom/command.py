@@ -15,9 +15,9 @@ __all__ = ["comfy_entrypoint"]
 
 
 def install_nodes(comfyui):
-    """Makes ComfyUI find the nodes of this package: it imports what lies in its custom_nodes. Returns the folder made there.
+    """Makes ComfyUI find the nodes of this package: it imports what lies in its custom_nodes.
 
-    Raises ValueError for what is no folder of ComfyUI.
+    Returns the folder that is made there. Raises ValueError for what is no folder of ComfyUI.
     """
     custom_nodes = pathlib.Path(comfyui) / "custom_nodes"
     if not custom_nodes.is_dir():

@@ -124,9 +124,7 @@ class Extension(c.Structure):
     pass
 
 
-ExtensionCall = c.CFUNCTYPE(
-    c.c_uint32, c.POINTER(Extension), c.POINTER(Value), c.c_size_t, ValueSink, c.POINTER(Error)
-)
+ExtensionCall = c.CFUNCTYPE(c.c_uint32, c.POINTER(Extension), c.POINTER(Value), c.c_size_t, ValueSink, c.POINTER(Error))
 Extension._fields_ = [("struct_size", c.c_uint32), ("reserved", c.c_uint32), ("call", ExtensionCall)]
 
 

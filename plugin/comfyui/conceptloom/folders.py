@@ -107,9 +107,7 @@ class Lines:
 # What ComfyUI has folders for, by node and parameter. The only place that knows parameters of the library by name.
 NAMED = {
     ("LoadDiffusionModel", "checkpoint"): Choice(lambda: _files("checkpoints") + _diffusers(), _checkpoint),
-    ("LoadDiffusionModel", "vae"): Choice(
-        lambda: _files("vae"), lambda name: folder_paths.get_full_path("vae", name)
-    ),
+    ("LoadDiffusionModel", "vae"): Choice(lambda: _files("vae"), lambda name: folder_paths.get_full_path("vae", name)),
     ("LoadTunedModel", "path"): Choice(
         lambda: _files("loras") + _tuned(), lambda name: folder_paths.get_full_path("loras", name) or _output(name)
     ),

@@ -108,9 +108,10 @@ def path():
     named = os.environ.get("CONCEPTLOOM_PLUGIN")
     found = pathlib.Path(named) if named else pathlib.Path(__file__).parent / "bin" / NAME
     if not found.is_file():
-        remedy = "correct the variable" if named else "install Conceptloom's wheel, or name a library in CONCEPTLOOM_PLUGIN"
-        whose = "CONCEPTLOOM_PLUGIN names" if named else "Conceptloom's library should be"
-        raise Unusable(f"{whose} {found}, and there is no such file; {remedy}")
+        if named:
+            raise Unusable(f"CONCEPTLOOM_PLUGIN names {found}, and there is no such file; correct the variable")
+        remedy = "install Conceptloom's wheel, or name a library in CONCEPTLOOM_PLUGIN"
+        raise Unusable(f"Conceptloom's library should be {found}, and there is no such file; {remedy}")
     return found
 
 
@@ -133,8 +134,8 @@ class Library:
         self.name, self.version = head.name.decode(), head.version.decode()
         if head.major != contract.MAJOR or head.struct_size < c.sizeof(Table):
             raise Unusable(
-                f"{library_path} is {self.name} {self.version} and speaks version {head.major}.{head.minor} of the contract, "
-                f"these nodes version {contract.MAJOR}; install both from one wheel"
+                f"{library_path} is {self.name} {self.version} and speaks version {head.major}.{head.minor} of the "
+                f"contract, these nodes version {contract.MAJOR}; install both from one wheel"
             )
         self._table = c.cast(address, c.POINTER(Table)).contents
         sink, text = collecting()
@@ -199,9 +200,7 @@ class Library:
                 slot.name = name.encode()
                 slot.value = _exported(name, value, kept)
             sink = ValueSink(None, ValueSink.PUSH(push))
-            self._checked(
-                lambda error: self._table.node_run(node, given, len(given), text, c.byref(host), sink, error)
-            )
+            self._checked(lambda error: self._table.node_run(node, given, len(given), text, c.byref(host), sink, error))
         if failures:
             raise failures[0]
         return outputs

@@ -91,7 +91,7 @@ def node_class(library, described):
         for name, value in values.items():
             kind = widgets[name]
             if kind["type"] == "choice" and value not in kind["options"] and value not in kind["former"]:
-                return f"{name}: there is no \"{value}\"; choose one of {', '.join(kind['options'])}"
+                return f'{name}: there is no "{value}"; choose one of {", ".join(kind["options"])}'
         try:
             library.validate(class_name, parameters_of(values))
         except Failed as error:
@@ -242,9 +242,7 @@ def _metadata(hidden):
 
 def _key(class_name, parameters, inputs):
     """Differs where a run would be another one."""
-    values = {
-        name: value.serial if isinstance(value, Reference) else _digest(value) for name, value in inputs.items()
-    }
+    values = {name: value.serial if isinstance(value, Reference) else _digest(value) for name, value in inputs.items()}
     text = json.dumps([class_name, parameters, values], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

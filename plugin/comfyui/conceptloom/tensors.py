@@ -147,9 +147,13 @@ def digest(tensor):
     """Text that differs where shapes, types or elements do."""
     import numpy
 
-    array = numpy.ascontiguousarray(tensor.cpu().numpy() if hasattr(tensor, "cpu") else tensor)
-    head = f"{array.dtype} {array.shape}".encode()
-    return hashlib.blake2b(array.view(numpy.uint8).data, key=hashlib.blake2b(head).digest()).hexdigest()
+    if hasattr(tensor, "cpu"):
+        # numpy lacks some of PyTorch's types, but not bytes.
+        elements = tensor.detach().cpu().contiguous().flatten().view(_library().uint8).numpy()
+    else:
+        elements = numpy.ascontiguousarray(tensor).reshape(-1).view(numpy.uint8)
+    head = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+    return hashlib.blake2b(elements.data, key=hashlib.blake2b(head).digest()).hexdigest()
 
 
 def wait(kind, index):
