@@ -80,6 +80,15 @@ def test_masks_are_refined(nodes, comfyui):
     assert previews and all(kind == "JPEG" and shown.size == (64, 64) for kind, shown, _ in previews)
 
 
+def test_what_cannot_be_shown_stops_nothing(nodes, comfyui, monkeypatch, caplog):
+    from conceptloom import tensors
+
+    monkeypatch.setattr(tensors, "picture", lambda managed: 1 / 0)
+    images, masks = picture()
+    refined, _ = executed(nodes["ConceptloomDenseCrfRefine"], images=images, masks=masks).args
+    assert refined.shape == masks.shape and "ZeroDivisionError" in caplog.text
+
+
 def test_cancel_stops_within_one_step(nodes, comfyui):
     steps = []
 
@@ -94,6 +103,16 @@ def test_cancel_stops_within_one_step(nodes, comfyui):
         learned(nodes, steps=50)
     assert len(steps) <= 4, steps
     assert not comfyui.management.interrupted, "the flag is taken back, as ComfyUI does"
+
+
+def test_cancel_at_the_end_of_a_node_stops_the_next(nodes, comfyui):
+    def cancel(bar):
+        comfyui.management.interrupted = bar.current == bar.total
+
+    comfyui.utils.on_update = cancel
+    images, masks = picture()
+    assert len(executed(nodes["ConceptloomDenseCrfRefine"], images=images, masks=masks).args) == 2
+    assert comfyui.management.interrupted
 
 
 def test_cancel_between_two_steps_is_seen_by_the_node(nodes, comfyui, monkeypatch):

@@ -206,17 +206,15 @@ def _run_twice(library, class_name, inputs, parameters, services):
     for attempt in (1, 2):
         try:
             outputs = library.run(class_name, inputs, parameters, services.table)
+            services.pass_cancellation_on()
+            return outputs
         except Failed as error:
-            if services.failure is not None or error.code == contract.CANCELED:
+            if error.code == contract.CANCELED:
                 services.raise_cancellation()
             if error.code != contract.OUT_OF_MEMORY or attempt == 2:
                 raise ConceptloomError(folders.readable(str(error))) from None
             comfy.model_management.unload_all_models()
             comfy.model_management.soft_empty_cache()
-            continue
-        if services.failure is not None:
-            raise services.failure
-        return outputs
 
 
 def _where_comfyui_keeps_it(value):

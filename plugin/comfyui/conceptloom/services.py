@@ -21,8 +21,8 @@ class Services:
 
     def __init__(self, node_id, output_dir, work_dir, metadata):
         self.saved = []
-        # What a callback raised; it cannot leave there, so the node is stopped and it is raised afterwards.
-        self.failure = None
+        # The user's Cancel, if ComfyUI raised it in a callback: it cannot leave there, and its flag is gone.
+        self._stop = None
         self._node_id = node_id
         # The library calls from threads of its own too, which know nothing of the node that ComfyUI runs.
         self._context = contextvars.copy_context()
@@ -36,7 +36,7 @@ class Services:
             node_id=str(node_id).encode(),
             output_dir=output_dir.encode(),
             work_dir=work_dir.encode(),
-            is_canceled=Host.IS_CANCELED(self._guarded(self._is_canceled, 1)),
+            is_canceled=Host.IS_CANCELED(self._guarded(self._is_canceled, 0)),
             progress=Host.PROGRESS(self._guarded(self._progress)),
             preview=Host.PREVIEW(self._guarded(self._preview)),
             metric=Host.METRIC(self._guarded(self._metric)),
@@ -47,10 +47,15 @@ class Services:
 
     def raise_cancellation(self):
         """Raises what stopped the node, as ComfyUI knows it."""
-        if self.failure is not None:
-            raise self.failure
+        if self._stop is not None:
+            raise self._stop
         comfy.model_management.throw_exception_if_processing_interrupted()
         raise comfy.model_management.InterruptProcessingException()
+
+    def pass_cancellation_on(self):
+        """Sets ComfyUI's flag again if the node was done before it saw that: what comes next is stopped."""
+        if self._stop is not None:
+            comfy.model_management.interrupt_current_processing()
 
     def show(self, text):
         """Shows text under the node, in editors that can."""
@@ -65,14 +70,17 @@ class Services:
         def call(_, *arguments):
             try:
                 return self._context.copy().run(function, *arguments)
-            except BaseException as failure:
-                self.failure = self.failure or failure
-                return default
+            except comfy.model_management.InterruptProcessingException as stop:
+                self._stop = stop
+            except Exception:
+                # Nobody loses what was learned because something could not be shown.
+                log.exception("ComfyUI was not told something")
+            return default
 
         return call
 
     def _is_canceled(self):
-        return int(self.failure is not None or comfy.model_management.processing_interrupted())
+        return int(self._stop is not None or comfy.model_management.processing_interrupted())
 
     def _progress(self, stage, done, total, text):
         self._bar.update_absolute(done, max(total, 1))

@@ -12,6 +12,11 @@ def processing_interrupted():
     return interrupted
 
 
+def interrupt_current_processing(value=True):
+    global interrupted
+    interrupted = value
+
+
 def throw_exception_if_processing_interrupted():
     global interrupted
     if interrupted:
