@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use plugin_api::Value;
+use serde::{Deserialize, Serialize};
 
 use crate::graph::{GraphNode, Input, NodeId};
 
@@ -18,7 +19,7 @@ pub(crate) fn default_budget() -> u64 {
 const MAX_ENTRIES: usize = 64;
 
 /// BLAKE3 of everything that a result hangs on.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) struct Signature(String);
 
 impl Signature {

@@ -100,6 +100,11 @@ impl Catalog {
         self.classes.values().map(|class| &class.descriptor)
     }
 
+    /// Where the host's nodes look for files.
+    pub(crate) fn places(&self) -> &Places {
+        &self.places
+    }
+
     /// The loaded plugins.
     pub(crate) fn plugins(&self) -> &[Plugin] {
         &self.plugins

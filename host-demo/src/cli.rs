@@ -13,19 +13,20 @@ use serde_json::Value;
 
 use crate::batch::{self, BatchEnd, Shard};
 use crate::builtin_nodes::Places;
-use crate::cache::{self, Cache};
+use crate::cache;
 use crate::catalog::Catalog;
 use crate::clock;
 use crate::console::{complain, say, tell_devices};
 use crate::events::Observers;
-use crate::executor::{self, Job, RunError};
+use crate::executor::{Job, RunError};
 use crate::interrupt::{self, EXIT_CANCELED};
+use crate::isolated::{self, Engine, IsolationArguments};
 use crate::recorder::Recorder;
 use crate::run_folder::{Destination, RunFolder};
 use crate::terminal::Terminal;
 use crate::validate::{Plan, Problem, validate};
 use crate::workflow_file::Workflow;
-use crate::{demo, loader, report, serve};
+use crate::{check, demo, loader, report, serve};
 
 const EXIT_FAILED: u8 = 1;
 
@@ -97,6 +98,13 @@ enum Command {
         #[command(flatten)]
         libraries: Libraries,
     },
+    /// Checks a plugin against the contract, for its author: every case of every node in a process of its own
+    Check(check::Options),
+    #[command(hide = true)]
+    CheckUnit(check::UnitOptions),
+    /// The process of --isolate; only this program calls itself so
+    #[command(hide = true)]
+    Worker { setup: String },
 }
 
 #[derive(Debug, Clone, Default, Args)]
@@ -120,6 +128,8 @@ struct RunArguments {
     disable_metadata: bool,
     #[command(flatten)]
     cache: CacheArguments,
+    #[command(flatten)]
+    isolation: IsolationArguments,
     #[command(flatten)]
     libraries: Libraries,
 }
@@ -152,6 +162,8 @@ struct ServeArguments {
     /// Writes no workflow into pictures and learned concepts
     #[arg(long)]
     disable_metadata: bool,
+    #[command(flatten)]
+    isolation: IsolationArguments,
     #[command(flatten)]
     libraries: Libraries,
 }
@@ -247,7 +259,14 @@ fn dispatch(arguments: Arguments) -> Result<(), Ended> {
             disable_metadata: arguments.disable_metadata,
             resume: arguments.resume,
             plugins: arguments.libraries.plugin,
+            isolation: arguments.isolation,
         })?),
+        Some(Command::Worker { setup }) => Ok(isolated::serve(&setup)?),
+        Some(Command::Check(options)) => match check::run(&options)? {
+            true => Ok(()),
+            false => Err(Ended(EXIT_FAILED)),
+        },
+        Some(Command::CheckUnit(options)) => Ok(check::run_one(&options)?),
         Some(Command::Nodes { json, libraries }) => {
             let catalog = catalog(&libraries, Places::default())?;
             if json {
@@ -424,7 +443,11 @@ fn execute(
         cancel,
         observer: Arc::new(Observers(vec![recorder.clone(), Arc::new(Terminal::new())])),
     };
-    executor::run(&job, &mut Cache::new(arguments.cache.budget()))
+    let (isolation, budget) = (&arguments.isolation, arguments.cache.budget());
+    let libraries = catalog.plugins().iter().map(|plugin| plugin.path.clone());
+    let engine = Engine::new(isolation, budget, libraries.collect(), catalog.places());
+    let mut engine = engine.map_err(|error| RunError::Worker(error.to_string()))?;
+    engine.run(&job)
 }
 
 fn tell_run_error(error: &RunError, folder: &RunFolder) -> Ended {
@@ -438,7 +461,7 @@ fn tell_run_error(error: &RunError, folder: &RunFolder) -> Ended {
             complain(&format!("{error}; nothing was written{more}"));
             Ended(EXIT_CANCELED)
         }
-        RunError::Node { .. } | RunError::Worker(_) => {
+        RunError::Node { .. } | RunError::Crashed { .. } | RunError::Worker(_) => {
             anyhow!(folder.after_commit(&error.to_string())).into()
         }
     }

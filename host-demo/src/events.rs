@@ -4,12 +4,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use plugin_api::{OutputSocket, Progress, Value};
+use serde::{Deserialize, Serialize};
 
 use crate::cache::Signature;
 use crate::pictures::RgbPicture;
 
 /// A node as observers name it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct NodeLabel {
     pub(crate) id: String,
     pub(crate) class: String,
@@ -54,6 +55,12 @@ pub(crate) enum Event<'a> {
 pub(crate) trait Observer: Send + Sync {
     /// Takes one event.
     fn on_event(&self, node: &NodeLabel, event: &Event<'_>);
+
+    /// A node is next: from here on its code is called.
+    fn entered(&self, _node: &NodeLabel) {}
+
+    /// The node asked whether to stop: it lives. Called as often as it asks.
+    fn polled(&self) {}
 }
 
 /// Tells several.
@@ -63,6 +70,18 @@ impl Observer for Observers {
     fn on_event(&self, node: &NodeLabel, event: &Event<'_>) {
         for observer in &self.0 {
             observer.on_event(node, event);
+        }
+    }
+
+    fn entered(&self, node: &NodeLabel) {
+        for observer in &self.0 {
+            observer.entered(node);
+        }
+    }
+
+    fn polled(&self) {
+        for observer in &self.0 {
+            observer.polled();
         }
     }
 }

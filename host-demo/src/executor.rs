@@ -25,7 +25,7 @@ use crate::run_folder::{WorkDir, WorkDirs};
 use crate::validate::Plan;
 
 /// Deep graphs of automatic differentiation are freed by recursion.
-const WORKER_STACK: usize = 256 << 20;
+pub(crate) const WORKER_STACK: usize = 256 << 20;
 
 /// Everything that one run needs.
 pub(crate) struct Job<'a> {
@@ -56,8 +56,13 @@ pub(crate) enum RunError {
         node: NodeLabel,
         error: Box<NodeError>,
     },
+    /// The process that ran it is gone: see [`crate::isolated`].
+    #[error(
+        "PluginCrashed: node {} ({}) took its process down: {how}; only this job is lost", node.id, node.class
+    )]
+    Crashed { node: NodeLabel, how: String },
     /// The worker thread could not be started or died.
-    #[error("the worker thread {0}; this is a fault of the host, please report it")]
+    #[error("the worker {0}; this is a fault of the host, please report it")]
     Worker(String),
 }
 
@@ -196,6 +201,7 @@ impl<'a> Worker<'a> {
         if job.cancel.load(Ordering::SeqCst) {
             return Err(NodeError::canceled());
         }
+        job.observer.entered(label);
         let mut instance = job.catalog.create(&node.class)?;
         let Some(descriptor) = job.catalog.descriptor(&node.class) else {
             return Err(NodeError::new(
@@ -388,7 +394,10 @@ fn run_with_retry(
 }
 
 /// A node must return what its descriptor promises.
-fn check_outputs(descriptor: &NodeDescriptor, outputs: &[Value]) -> Result<(), NodeError> {
+pub(crate) fn check_outputs(
+    descriptor: &NodeDescriptor,
+    outputs: &[Value],
+) -> Result<(), NodeError> {
     let lie = |text: String| {
         NodeError::new(
             ErrorCode::Internal,
@@ -487,6 +496,7 @@ impl Context {
 
 impl HostContext for Context {
     fn is_canceled(&self) -> bool {
+        self.observer.polled();
         self.cancel.load(Ordering::Relaxed)
     }
 

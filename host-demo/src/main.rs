@@ -3,7 +3,7 @@
 //! In reading order: what a workflow is (`graph`, `workflow_file`), what nodes there are (`catalog` from `loader` and
 //! `builtin_nodes`), whether it can run (`validate`, `schedule`), running it (`executor`, with `cache` and `events`),
 //! and what is left afterwards (`run_folder`, `recorder`, `report`). `cli` ties them together for one run, `serve` for an
-//! editor, `batch` for many machines.
+//! editor, `batch` for many machines, `check` for authors of plugins.
 
 mod confined;
 mod graph;
@@ -24,6 +24,7 @@ mod cache;
 mod events;
 mod executor;
 mod file_words;
+mod isolated;
 
 mod clock;
 mod console;
@@ -32,6 +33,8 @@ mod report;
 mod run_folder;
 
 mod batch;
+mod check;
+mod child;
 mod cli;
 mod demo;
 mod interrupt;

@@ -307,6 +307,11 @@ impl WorkDirs {
         Self { root }
     }
 
+    /// Where they are.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// The folder of the node with this signature; `None` if another process uses it now.
     ///
     /// # Errors

@@ -30,6 +30,7 @@ use tokio::net::TcpListener;
 use crate::builtin_nodes::Places;
 use crate::catalog::Catalog;
 use crate::console::{complain, say, tell_devices};
+use crate::isolated::{Engine, IsolationArguments};
 use crate::{demo, loader};
 
 pub(crate) use folders::Folders;
@@ -57,6 +58,7 @@ pub(crate) struct Options {
     pub(crate) disable_metadata: bool,
     pub(crate) resume: bool,
     pub(crate) plugins: Vec<PathBuf>,
+    pub(crate) isolation: IsolationArguments,
 }
 
 /// Everything that requests share.
@@ -95,7 +97,10 @@ pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
         output: folders.output.clone(),
         temp: folders.temp.clone(),
     };
-    let plugins = loader::find(&options.plugins)?
+    let libraries = loader::find(&options.plugins)?;
+    let budget = options.cache_budget;
+    let engine = Engine::new(&options.isolation, budget, libraries.clone(), &places)?;
+    let plugins = libraries
         .iter()
         .map(|path| loader::load(path))
         .collect::<Result<Vec<_>, _>>()?;
@@ -132,10 +137,10 @@ pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
         .build()
         .context("the server's threads cannot be started")?;
     let worker = {
-        let (server, budget) = (server.clone(), options.cache_budget);
+        let server = server.clone();
         std::thread::Builder::new()
             .name("jobs".to_owned())
-            .spawn(move || worker::work(&server, budget))
+            .spawn(move || worker::work(&server, engine))
             .context("the worker cannot be started")?
     };
     let served = runtime.block_on(answer(&server, options));

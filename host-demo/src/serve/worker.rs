@@ -1,4 +1,4 @@
-//! The one thread that runs jobs: it owns the cache, and with it the device.
+//! The one thread that runs jobs: it owns the cache, and with it the device, or the process that does.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -11,28 +11,26 @@ use super::ended::{Ended, Outcome, Results};
 use super::job::Job;
 use super::live::{Live, Previews, ShownBefore};
 use super::queue::{Running, Task};
-use crate::cache::Cache;
 use crate::clock::now_ms;
 use crate::console::complain;
 use crate::executor::{self, RunError};
 use crate::graph::{Graph, NodeId};
+use crate::isolated::Engine;
 use crate::memory;
 use crate::validate::{Problem, judge};
 
 /// Runs jobs until the queue is closed.
-pub(crate) fn work(server: &Server, cache_budget: u64) {
-    let mut cache = Cache::new(cache_budget);
+pub(crate) fn work(server: &Server, mut engine: Engine) {
     let shown_before = ShownBefore::default();
     loop {
         match server.queue.next() {
             Task::Stop => return,
             Task::FreeCache => {
-                cache.clear();
+                engine.free();
                 shown_before.lock().clear();
-                memory::give_back();
             }
             Task::Run(job) => {
-                run(server, *job, &mut cache, &shown_before);
+                run(server, *job, &mut engine, &shown_before);
                 server.tell_status();
                 memory::give_back();
             }
@@ -40,7 +38,7 @@ pub(crate) fn work(server: &Server, cache_budget: u64) {
     }
 }
 
-fn run(server: &Server, job: Job, cache: &mut Cache, shown_before: &ShownBefore) {
+fn run(server: &Server, job: Job, engine: &mut Engine, shown_before: &ShownBefore) {
     let live = Arc::new(Live::new(
         server.hub.clone(),
         server.folders.clone(),
@@ -60,7 +58,7 @@ fn run(server: &Server, job: Job, cache: &mut Cache, shown_before: &ShownBefore)
     live.tell("execution_start", json!({}));
     // Nodes from the cache are told as they are reached; clients expect one such message in any case.
     live.tell("execution_cached", json!({"nodes": []}));
-    let (outcome, kind, data) = match execute(server, &running, cache) {
+    let (outcome, kind, data) = match execute(server, &running, engine) {
         Ok(()) => (Outcome::Completed, "execution_success", json!({})),
         Err(Failure::Run(RunError::Canceled { node, .. })) => {
             let data =
@@ -114,6 +112,15 @@ fn describe(failure: &Failure, live: &Live) -> Value {
                 message,
             )
         }
+        Failure::Run(RunError::Crashed { node, how }) => {
+            let message = format!("the node took its process down: {how}; only this job is lost");
+            (
+                node.id.clone(),
+                node.class.clone(),
+                "PluginCrashed",
+                message,
+            )
+        }
         Failure::Run(error) => (none(), none(), internal, error.to_string()),
         Failure::Invalid(problems) => {
             let all: Vec<_> = problems.iter().map(ToString::to_string).collect();
@@ -135,7 +142,7 @@ fn exception_type(code: ErrorCode) -> &'static str {
     }
 }
 
-fn execute(server: &Server, running: &Running, cache: &mut Cache) -> Result<(), Failure> {
+fn execute(server: &Server, running: &Running, engine: &mut Engine) -> Result<(), Failure> {
     let job = &running.job;
     let no_graph = || Failure::Unreadable("the prompt is no graph".to_owned());
     let prompt = job.prompt.as_object().ok_or_else(no_graph)?;
@@ -165,5 +172,5 @@ fn execute(server: &Server, running: &Running, cache: &mut Cache) -> Result<(), 
         cancel: running.cancel.clone(),
         observer: running.live.clone(),
     };
-    executor::run(&job, cache).map_err(Failure::Run)
+    engine.run(&job).map_err(Failure::Run)
 }

@@ -12,8 +12,10 @@
 //! | `Scribble` | writes to its input |
 //! | `Panic` | panics |
 //! | `PanicAnywhere` | panics wherever a test wants it to, in all that a plugin has |
+//! | `Hazard` | has one of many bad habits, of which crashes are some |
 
 mod counted;
+mod hazard;
 mod honest;
 mod misbehaving;
 mod panicking;
@@ -40,6 +42,7 @@ plugin_api::export_plugin! {
         misbehaving::Scribble,
         misbehaving::Panic,
         panicking::PanicAnywhere,
+        hazard::Hazard,
     ],
     devices: devices,
     extensions: [

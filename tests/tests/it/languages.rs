@@ -13,7 +13,7 @@ use crate::support::{self, Place, node, pixels, repository};
 
 /// The plugin in C, compiled by the system's compiler; nothing where there is none.
 #[expect(clippy::print_stdout, reason = "says what was not tested")]
-fn in_c() -> Option<PathBuf> {
+pub(crate) fn in_c() -> Option<PathBuf> {
     static BUILT: OnceLock<Option<(tempfile::TempDir, PathBuf)>> = OnceLock::new();
     let built = BUILT.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();

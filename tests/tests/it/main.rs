@@ -4,9 +4,11 @@
 //! | --- | --- |
 //! | `contract` | a library through the contract alone, by both of its doors: memory is shared, objects are freed, panics are errors |
 //! | `languages` | the example on the contract's front page, a plugin in C, a host in Python |
+//! | `check` | the validator for authors: good plugins pass, bad habits are named |
 //! | `commands` | `nodes`, `validate`, usage; `nodes.json` is what the plugin says |
 //! | `running` | the run's folder, its report, metadata, cache, formats |
 //! | `interrupting` | Ctrl-C and going on |
+//! | `isolate` | nodes in a process of their own: crashes and hangs lose one job |
 //! | `bad_input` | files, graphs and folders that cannot be used: one sentence, nothing left behind |
 //! | `bad_plugin` | libraries that cannot be loaded, nodes that fail, lie and panic |
 //! | `devices` | where it is computed: on start, in `system_stats`, in the report; devices that cannot be used |
@@ -24,11 +26,14 @@ mod support;
 mod contract;
 mod languages;
 
+mod check;
+
 mod commands;
 mod running;
 
 mod batch;
 mod interrupting;
+mod isolate;
 
 mod bad_input;
 mod bad_plugin;

@@ -1,0 +1,155 @@
+//! Child processes that may crash or hang: how they ended, in words.
+
+use std::io::{self, Read};
+use std::process::{Command, ExitStatus, Stdio};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How often it is looked whether a child has ended.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+
+/// How a child ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// By itself, with this code.
+    Code(i32),
+    /// The system ended it; why, in words: `segmentation fault`.
+    Crashed(String),
+    /// It was ended here: it took longer than it may.
+    TimedOut,
+}
+
+/// What a child left.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    pub(crate) ended: Ended,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+/// This program once more, with other arguments.
+///
+/// # Errors
+/// The system does not say where the program is.
+pub(crate) fn own_program() -> io::Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.stdin(Stdio::null());
+    Ok(command)
+}
+
+/// Runs a program for at most `limit`.
+///
+/// # Errors
+/// It cannot be started.
+pub(crate) fn run(command: &mut Command, limit: Duration) -> io::Result<Finished> {
+    let mut child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let stdout = child.stdout.take().map(read_all);
+    let stderr = child.stderr.take().map(read_all);
+    let started = Instant::now();
+    let mut timed_out = false;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if started.elapsed() >= limit {
+            timed_out = true;
+            child.kill()?;
+            break child.wait()?;
+        }
+        std::thread::sleep(LOOK_EVERY);
+    };
+    Ok(Finished {
+        ended: if timed_out {
+            Ended::TimedOut
+        } else {
+            Ended::of(status)
+        },
+        stdout: text(stdout),
+        stderr: text(stderr),
+    })
+}
+
+fn read_all(mut pipe: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // What came before an error is what there is.
+        let _ = pipe.read_to_end(&mut bytes);
+        bytes
+    })
+}
+
+fn text(reader: Option<JoinHandle<Vec<u8>>>) -> String {
+    let bytes = reader.and_then(|reader| reader.join().ok());
+    String::from_utf8_lossy(&bytes.unwrap_or_default()).into_owned()
+}
+
+impl Ended {
+    /// What the system says of a process that is gone.
+    pub(crate) fn of(status: ExitStatus) -> Self {
+        match status.code() {
+            Some(code) => Self::Code(code),
+            None => Self::Crashed(signal_words(status)),
+        }
+    }
+}
+
+#[cfg(unix)]
+fn signal_words(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt as _;
+    match status.signal() {
+        Some(libc::SIGSEGV) => "segmentation fault".to_owned(),
+        Some(libc::SIGABRT) => "abort".to_owned(),
+        Some(libc::SIGBUS) => "bus error".to_owned(),
+        Some(libc::SIGILL) => "illegal instruction".to_owned(),
+        Some(libc::SIGFPE) => "arithmetic exception".to_owned(),
+        Some(libc::SIGKILL) => "killed, as by a system that runs out of memory".to_owned(),
+        Some(other) => format!("signal {other}"),
+        None => "ended in an unknown way".to_owned(),
+    }
+}
+
+#[cfg(not(unix))]
+fn signal_words(_: ExitStatus) -> String {
+    "ended in an unknown way".to_owned()
+}
+
+/// No core files of what is expected to crash.
+pub(crate) fn without_core_files() {
+    #[cfg(unix)]
+    let _ = rlimit::setrlimit(rlimit::Resource::CORE, 0, 0);
+}
+
+/// Where memory runs out, the system ends this process before others.
+pub(crate) fn first_to_go() {
+    const LIKELIER: &str = "500";
+    // Where the system knows no such thing it chooses by itself.
+    let _ = std::fs::write("/proc/self/oom_score_adj", LIKELIER);
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str, limit: Duration) -> Finished {
+        run(Command::new("sh").args(["-c", script]), limit).unwrap()
+    }
+
+    #[test]
+    fn how_a_child_ended_is_told_apart() {
+        let long = Duration::from_secs(60);
+        let done = shell("echo out; echo err >&2; exit 3", long);
+        assert_eq!(done.ended, Ended::Code(3));
+        assert_eq!((&*done.stdout, &*done.stderr), ("out\n", "err\n"));
+        let crashed = |signal: &str| shell(&format!("kill -{signal} $$"), long).ended;
+        assert_eq!(
+            crashed("SEGV"),
+            Ended::Crashed("segmentation fault".to_owned())
+        );
+        assert_eq!(crashed("ABRT"), Ended::Crashed("abort".to_owned()));
+        let hangs = shell("exec sleep 60", Duration::from_millis(50));
+        assert_eq!(hangs.ended, Ended::TimedOut);
+    }
+}
