@@ -21,12 +21,13 @@ use crate::events::Observers;
 use crate::executor::{Job, RunError};
 use crate::interrupt::{self, EXIT_CANCELED};
 use crate::isolated::{self, Engine, IsolationArguments};
+use crate::plugin_search::Libraries;
 use crate::recorder::Recorder;
 use crate::run_folder::{Destination, RunFolder};
 use crate::terminal::Terminal;
 use crate::validate::{Plan, Problem, validate};
 use crate::workflow_file::Workflow;
-use crate::{check, demo, loader, report, serve};
+use crate::{check, demo, plugin_search, report, serve};
 
 const EXIT_FAILED: u8 = 1;
 
@@ -43,14 +44,6 @@ struct Arguments {
     command: Option<Command>,
     #[command(flatten)]
     libraries: Libraries,
-}
-
-#[derive(Debug, Clone, Default, Args)]
-struct Libraries {
-    /// A plugin library to load; may be given several times [default: $CONCEPTLOOM_PLUGIN, or the one beside the
-    /// program]
-    #[arg(long, value_name = "LIBRARY")]
-    plugin: Vec<PathBuf>,
 }
 
 #[derive(Debug, Clone, Default, Args)]
@@ -102,6 +95,9 @@ enum Command {
     Check(check::Options),
     #[command(hide = true)]
     CheckUnit(check::UnitOptions),
+    /// Loads one library, in a process of its own; only this program calls itself so
+    #[command(hide = true)]
+    TryPlugin { path: PathBuf },
     /// The process of --isolate; only this program calls itself so
     #[command(hide = true)]
     Worker { setup: String },
@@ -240,7 +236,7 @@ fn dispatch(arguments: Arguments) -> Result<(), Ended> {
                 resume: arguments.resume,
                 cache_budget: arguments.cache.budget(),
                 disable_metadata: arguments.disable_metadata,
-                plugins: arguments.libraries.plugin,
+                libraries: arguments.libraries,
             })?;
             match ended {
                 BatchEnd::Complete => Ok(()),
@@ -258,13 +254,17 @@ fn dispatch(arguments: Arguments) -> Result<(), Ended> {
             cache_budget: arguments.cache.budget(),
             disable_metadata: arguments.disable_metadata,
             resume: arguments.resume,
-            plugins: arguments.libraries.plugin,
+            libraries: arguments.libraries,
             isolation: arguments.isolation,
         })?),
         Some(Command::Worker { setup }) => Ok(isolated::serve(&setup)?),
         Some(Command::Check(options)) => match check::run(&options)? {
             true => Ok(()),
             false => Err(Ended(EXIT_FAILED)),
+        },
+        Some(Command::TryPlugin { path }) => match plugin_search::try_here(&path) {
+            0 => Ok(()),
+            code => Err(Ended(code)),
         },
         Some(Command::CheckUnit(options)) => Ok(check::run_one(&options)?),
         Some(Command::Nodes { json, libraries }) => {
@@ -305,12 +305,7 @@ fn dispatch(arguments: Arguments) -> Result<(), Ended> {
 }
 
 fn catalog(libraries: &Libraries, places: Places) -> Result<Catalog, Ended> {
-    let paths = loader::find(&libraries.plugin).map_err(anyhow::Error::from)?;
-    let plugins = paths
-        .iter()
-        .map(|path| loader::load(path))
-        .collect::<Result<Vec<_>, _>>();
-    let catalog = Catalog::new(plugins.map_err(anyhow::Error::from)?, places);
+    let catalog = Catalog::new(libraries.load()?, places);
     Ok(catalog.map_err(anyhow::Error::from)?)
 }
 

@@ -14,6 +14,7 @@ mod catalog;
 mod loader;
 mod object_info;
 mod pictures;
+mod plugin_search;
 mod png_text;
 mod table;
 

@@ -22,12 +22,13 @@ use crate::catalog::Catalog;
 use crate::console::{complain, say, tell_devices};
 use crate::events::Observers;
 use crate::executor::{self, Job, RunError};
+use crate::plugin_search::Libraries;
 use crate::recorder::Recorder;
 use crate::run_folder::{Destination, RunFolder, write_new};
 use crate::terminal::Terminal;
 use crate::validate::{Plan, validate};
 use crate::workflow_file::Workflow;
-use crate::{demo, interrupt, loader};
+use crate::{demo, interrupt};
 
 use done::Done;
 use manifest::Entry;
@@ -43,7 +44,7 @@ pub(crate) struct Options {
     /// Bytes.
     pub(crate) cache_budget: u64,
     pub(crate) disable_metadata: bool,
-    pub(crate) plugins: Vec<PathBuf>,
+    pub(crate) libraries: Libraries,
 }
 
 /// How a batch ended.
@@ -162,7 +163,8 @@ fn prepare(
         .unwrap_or(Path::new(""))
         .to_owned();
     if !catalogs.contains_key(&dir) {
-        let catalog = catalog(&options.plugins, &dir).map_err(|error| one(format!("{error:#}")))?;
+        let catalog =
+            catalog(&options.libraries, &dir).map_err(|error| one(format!("{error:#}")))?;
         catalogs.insert(dir.clone(), catalog);
     }
     let catalog = &catalogs[&dir];
@@ -206,16 +208,12 @@ fn prepare(
     }
 }
 
-fn catalog(plugins: &[PathBuf], dir: &Path) -> anyhow::Result<Catalog> {
+fn catalog(libraries: &Libraries, dir: &Path) -> anyhow::Result<Catalog> {
     let places = Places::Own {
         workflow_dir: dir.to_owned(),
         input_dir: PathBuf::from("input"),
     };
-    let plugins = loader::find(plugins)?
-        .iter()
-        .map(|path| loader::load(path))
-        .collect::<Result<Vec<_>, _>>()?;
-    Ok(Catalog::new(plugins, places)?)
+    Ok(Catalog::new(libraries.load()?, places)?)
 }
 
 /// Whether the entry's folder is there, and made from the same.

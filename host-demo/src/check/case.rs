@@ -104,7 +104,7 @@ impl Case {
             }
             Self::Repeatable => "The same inputs, twice, give the same bytes.",
             Self::Cancel => {
-                "A node that is asked to stop, before its run or within it, is done or returns Canceled within 500 ms."
+                "A node that is asked to stop, before its run or within it, is done or returns Canceled within --cancel-limit, 500 ms."
             }
             Self::Progress => {
                 "Progress stays within 0..1, comes in measure, previews are pictures, and nothing is told after the run."

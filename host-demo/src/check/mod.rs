@@ -55,6 +55,9 @@ pub(crate) struct Options {
     /// Most time for one case
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     time_limit: u64,
+    /// Most time that a node may take to stop; more for machines with other work
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 500)]
+    cancel_limit: u64,
 }
 
 /// One case in a process of its own; only this program calls itself so.
@@ -67,6 +70,9 @@ pub(crate) struct UnitOptions {
     class: Option<String>,
     #[arg(long)]
     seed: u64,
+    /// In milliseconds.
+    #[arg(long)]
+    cancel_limit: u64,
 }
 
 /// What a process of one case reports on its last line.
@@ -244,6 +250,7 @@ fn run_unit(
         folder: folder.to_owned(),
         class: unit.class.clone(),
         seed: options.seed,
+        cancel_limit: options.cancel_limit,
     };
     let started = Instant::now();
     let (report, status, detail) = if options.in_process {
@@ -252,6 +259,7 @@ fn run_unit(
     } else {
         let mut command = child::own_program().context("this program cannot be found")?;
         command.args(["check-unit", "--seed", &options.seed.to_string()]);
+        command.args(["--cancel-limit", &options.cancel_limit.to_string()]);
         if let Some(class) = &unit.class {
             command.arg("--class").arg(class);
         }
@@ -362,6 +370,7 @@ fn report(options: &UnitOptions, trail: Trail) -> Report {
         plugin: &plugin,
         trail,
         seed: options.seed,
+        cancel_limit: Duration::from_millis(options.cancel_limit),
         folder: options.folder.clone(),
     };
     let class = options.class.as_deref();

@@ -64,6 +64,8 @@ pub(crate) struct Subject<'a> {
     pub(crate) plugin: &'a Plugin,
     pub(crate) trail: Trail,
     pub(crate) seed: u64,
+    /// Time within which a node stops.
+    pub(crate) cancel_limit: Duration,
     /// Nodes may write here.
     pub(crate) folder: PathBuf,
 }

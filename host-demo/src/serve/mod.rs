@@ -30,8 +30,9 @@ use tokio::net::TcpListener;
 use crate::builtin_nodes::Places;
 use crate::catalog::Catalog;
 use crate::console::{complain, say, tell_devices};
+use crate::demo;
 use crate::isolated::{Engine, IsolationArguments};
-use crate::{demo, loader};
+use crate::plugin_search::Libraries;
 
 pub(crate) use folders::Folders;
 use front_end::FrontEnd;
@@ -57,7 +58,7 @@ pub(crate) struct Options {
     pub(crate) cache_budget: u64,
     pub(crate) disable_metadata: bool,
     pub(crate) resume: bool,
-    pub(crate) plugins: Vec<PathBuf>,
+    pub(crate) libraries: Libraries,
     pub(crate) isolation: IsolationArguments,
 }
 
@@ -97,13 +98,9 @@ pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
         output: folders.output.clone(),
         temp: folders.temp.clone(),
     };
-    let libraries = loader::find(&options.plugins)?;
-    let budget = options.cache_budget;
-    let engine = Engine::new(&options.isolation, budget, libraries.clone(), &places)?;
-    let plugins = libraries
-        .iter()
-        .map(|path| loader::load(path))
-        .collect::<Result<Vec<_>, _>>()?;
+    let plugins = options.libraries.load()?;
+    let paths = plugins.iter().map(|plugin| plugin.path.clone()).collect();
+    let engine = Engine::new(&options.isolation, options.cache_budget, paths, &places)?;
     let catalog = Arc::new(Catalog::new(plugins, places)?);
     tell_devices(&catalog.devices()?);
     let settings = Settings::open(&folders.user, front_end.version())?;

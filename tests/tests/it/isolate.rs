@@ -35,7 +35,8 @@ fn a_run_ends_with_the_node_that_took_its_process_down() {
             how,
             "only this job is lost",
         ]);
-        assert_eq!(place.names("."), ["workflow.json"], "{habit}");
+        // What nodes kept to go on from stays, as after Ctrl-C.
+        assert_eq!(place.names("."), [".work", "workflow.json"], "{habit}");
     }
 }
 
@@ -54,7 +55,9 @@ fn a_node_that_takes_all_memory_is_named() {
         command.env(name, value.unwrap());
     }
     let done = done(command.output().unwrap());
-    done.failed_with(&["PluginCrashed: node 2 (Hazard)"]);
+    assert_eq!(done.code, Some(1), "{}", done.stderr);
+    let told = "error: PluginCrashed: node 2 (Hazard) took its process down: ";
+    assert!(done.sentence().starts_with(told), "{}", done.stderr);
 }
 
 #[test]

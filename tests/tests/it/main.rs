@@ -11,6 +11,7 @@
 //! | `isolate` | nodes in a process of their own: crashes and hangs lose one job |
 //! | `bad_input` | files, graphs and folders that cannot be used: one sentence, nothing left behind |
 //! | `bad_plugin` | libraries that cannot be loaded, nodes that fail, lie and panic |
+//! | `plugin_search` | folders of libraries: those that crash are left out and remembered |
 //! | `devices` | where it is computed: on start, in `system_stats`, in the report; devices that cannot be used |
 //! | `method` | the real plugin: the demo, checkpoints and words that cannot be used, a round wired by hand |
 //!
@@ -37,6 +38,7 @@ mod isolate;
 
 mod bad_input;
 mod bad_plugin;
+mod plugin_search;
 
 mod devices;
 

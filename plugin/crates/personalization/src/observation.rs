@@ -140,6 +140,8 @@ impl Eye<'_> {
         let mut sums = AttentionSums::new(concepts.len(), learned.vectors_per_concept()?);
         let mut done = 0;
         for timesteps in timesteps.chunks(batch) {
+            // Also before the first pass and between forwards: each may take as long as a user waits for a stop.
+            on_pass(done)?;
             let n_draws = timesteps.len();
             let channels = model.config.unet.in_channels;
             let shape = [n_draws, channels, size.height, size.width];
@@ -153,7 +155,10 @@ impl Eye<'_> {
             let target = schedule.target(&latents, &noise, timesteps)?;
             let squares = own_contexts
                 .iter()
-                .map(|context| Ok((model.unet.forward(&noisy, &t, context)? - &target)?.sqr()?))
+                .map(|context| {
+                    on_pass(done)?;
+                    Ok((model.unet.forward(&noisy, &t, context)? - &target)?.sqr()?)
+                })
                 .collect::<Result<Vec<_>>>()?;
             // Only now is anything read: a device has the whole pass to do before it is waited for.
             sums.add(&observed.attention, &self.weights(timesteps))?;
