@@ -129,7 +129,8 @@ pub(crate) fn first_to_go() {
     let _ = std::fs::write("/proc/self/oom_score_adj", LIKELIER);
 }
 
-#[cfg(all(test, unix))]
+#[cfg(unix)]
+#[cfg(test)]
 mod tests {
     use super::*;
 

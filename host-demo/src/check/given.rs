@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use plugin_api::{NodeDescriptor, SharedTensor, TensorError, Value, WidgetKind};
+use plugin_api::{NodeDescriptor, TensorError, Value, WidgetKind};
 use serde_json::{Map, Value as Json};
 
 use super::listener::Behavior;
@@ -73,11 +73,12 @@ fn drawn(port: &str, place: Place, held: &Held) -> Option<Result<Value, TensorEr
         _ => {}
     }
     let shape = shape(port)?;
-    let make: fn(&[f32], &[usize], &Held) -> Result<SharedTensor, TensorError> = match place {
-        Place::Heap => memory::counted,
-        Place::WriteProtected => memory::write_protected,
+    let values = values(port);
+    let tensor = match place {
+        Place::Heap => memory::counted(&values, &shape, held),
+        Place::WriteProtected => memory::write_protected(&values, &shape, held),
     };
-    Some(make(&values(port), &shape, held).map(Value::Tensor))
+    Some(tensor.map(Value::Tensor))
 }
 
 /// Parameters with every number of steps at its least: what is checked of a run does not need a long one.

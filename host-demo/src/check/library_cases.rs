@@ -1,5 +1,6 @@
 //! Cases of a library as a whole.
 
+use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
@@ -120,10 +121,10 @@ fn widget_problems(widget: &Widget) -> Vec<String> {
         }
         WidgetKind::Float { min, max, step, .. } => {
             // Written so that NaN is a problem too.
-            if min.partial_cmp(max).is_none_or(|order| order.is_gt()) {
+            if min.partial_cmp(max).is_none_or(Ordering::is_gt) {
                 problems.push(format!("the bounds of {name} are {min} and {max}"));
             }
-            if step.partial_cmp(&0.0).is_none_or(|order| order.is_le()) {
+            if step.partial_cmp(&0.0).is_none_or(Ordering::is_le) {
                 problems.push(format!("the step of {name} is {step}"));
             }
         }

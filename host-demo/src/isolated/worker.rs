@@ -140,8 +140,7 @@ fn run(
     cache: &mut Cache,
 ) -> EndText {
     let graph = text.graph.as_object();
-    let graph = graph.map_or_else(|| Ok(Graph::default()), |graph| Graph::from_api(graph));
-    let graph = match graph {
+    let graph = match graph.map_or_else(|| Ok(Graph::default()), Graph::from_api) {
         Ok(graph) => graph,
         Err(error) => return EndText::Worker(error),
     };

@@ -19,12 +19,7 @@
 //! | `ignore-cancel` | goes on when it is asked to stop |
 //! | `deep` | panics where `level` is above 900 |
 #![expect(unsafe_code, reason = "segfault, scribble: what these habits are")]
-#![expect(
-    clippy::panic,
-    clippy::mem_forget,
-    clippy::exit,
-    reason = "what these habits are"
-)]
+#![expect(clippy::panic, clippy::mem_forget, reason = "what these habits are")]
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
