@@ -194,8 +194,9 @@ mod tests {
         drop((first.clone(), first, second));
         assert_eq!(held.count(), 0);
         if let Some(before) = heap_bytes() {
-            let block = vec![1u8; 100_000];
-            assert!(heap_bytes().unwrap() >= before + block.len());
+            // More than other tests take or free meanwhile; never touched.
+            let block = std::hint::black_box(vec![0u8; 1 << 30]);
+            assert!(heap_bytes().unwrap() >= before + block.len() / 2);
         }
     }
 }

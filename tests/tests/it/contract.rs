@@ -147,7 +147,8 @@ fn the_description_can_be_read_without_a_node() {
                 "Lie",
                 "Scribble",
                 "Panic",
-                "PanicAnywhere"
+                "PanicAnywhere",
+                "Hazard"
             ]
         );
     }
