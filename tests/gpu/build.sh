@@ -65,7 +65,7 @@ echo "$CUDA_COMPUTE_CAP" > "$CARGO_TARGET_DIR/compute-cap"
 nice -n 19 cargo build --workspace --locked --release --features plugin/cuda --message-format=json-render-diagnostics \
     --lib --bin host-demo --example stage_cost --example kernel_cost --test parity > "$out/built.json"
 nice -n 19 cargo test --workspace --locked --release --features plugin/cuda --message-format=json-render-diagnostics \
-    --lib --no-run | grep '"name":"conceptloom"' >> "$out/built.json"
+    --lib --no-run | grep '"name":"tensor_bridge"' >> "$out/built.json"
 
 python3 "$here/collect.py" "$out/pack" < "$out/built.json"
 strip "$out"/pack/*

@@ -32,10 +32,10 @@ import zipfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PROGRAMS = ["host-demo", "libconceptloom.so", "parity", "stage_cost", "kernel_cost", "conceptloom-unit-tests"]
-WORKS = ["tokens", "e-step", "lora", "sampling", "decode"]
+PROGRAMS = ["host-demo", "libconceptloom.so", "parity", "stage_cost", "kernel_cost", "tensor_bridge-unit-tests"]
+WORKS = ["tokens", "e-step", "lora", "sampling", "encode", "decode"]
 NAMES = {"tokens": "token-learning step", "e-step": "draw of the E-step", "lora": "joint LoRA step (rank 16)",
-         "sampling": "guided sampling step", "decode": "latents to a picture"}
+         "sampling": "guided sampling step", "encode": "a picture to latents", "decode": "latents to a picture"}
 # What stage_cost can be asked for. A precision that it does not have on this device it says so of.
 PRECISIONS = ["f32", "bf16", "f16"]
 PEERS = ["contiguous", "channels_last"]
@@ -108,10 +108,10 @@ class Proof:
                 "passed": done.returncode == 0, "seconds": seconds, "tensors": tables[device]}
 
     def wires(self):
-        _, done = self.run([self.programs / "conceptloom-unit-tests", "tensor_bridge"], self.wanted.device)
+        _, done = self.run([self.programs / "tensor_bridge-unit-tests"], self.wanted.device)
         n_passed = re.search(r"(\d+) passed", done.stdout)
-        if not n_passed:
-            raise Failed(last_line(done.stderr))
+        if not n_passed or n_passed[1] == "0":
+            raise Failed(f"no test of the wires ran: {last_line(done.stderr)}")
         self.results["wires"] = {"passed": done.returncode == 0, "tests": int(n_passed[1])}
 
     def kernels(self):
