@@ -32,12 +32,7 @@ pub(crate) fn parameter_fuzz(subject: &Subject<'_>, node: &NodeDescriptor) -> Ou
         let text = Json::Object(parameters.clone()).to_string();
         let short: String = text.chars().take(200).collect();
         let when = format!("with --seed {seed} (the parameters {short})");
-        subject
-            .trail
-            .at(&format!("validated, fingerprinted and ran {when}"));
-        let mut made = subject.create(&node.class)?;
-        subject.no_panic(&when, &made.validate(&text))?;
-        subject.no_panic(&when, &made.fingerprint(&text))?;
+        let mut made = subject.create_for(&node.class, &text, &when)?;
         let stop = Behavior::CancelsAfter(SHORT);
         let ran = subject.run(&mut made, inputs.clone(), &parameters, stop);
         subject.no_panic(&when, &ran.result)?;

@@ -220,12 +220,7 @@ pub(crate) fn wrong_parameters(subject: &Subject<'_>, node: &NodeDescriptor) -> 
     for text in texts {
         let named: String = text.chars().take(60).collect();
         let when = format!("with the parameters {named}");
-        subject
-            .trail
-            .at(&format!("validated, fingerprinted and ran {when}"));
-        let mut made = subject.create(&node.class)?;
-        subject.no_panic(&when, &made.validate(&text))?;
-        subject.no_panic(&when, &made.fingerprint(&text))?;
+        let mut made = subject.create_for(&node.class, &text, &when)?;
         // Those that fit are run where random ones are.
         let fits =
             serde_json::from_str(&text).is_ok_and(|given| node.check_parameters(&given).is_empty());

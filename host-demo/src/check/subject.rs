@@ -120,6 +120,24 @@ impl Subject<'_> {
         made.map_err(|error| NotPassed::Failed(format!("it cannot be made: {error}")))
     }
 
+    /// A new node that has looked at some parameters without a panic; whatever it found, it may be run with them next.
+    ///
+    /// # Errors
+    /// As [`Self::create`], and for a panic `when` it looked.
+    pub(crate) fn create_for(
+        &self,
+        class: &str,
+        text: &str,
+        when: &str,
+    ) -> Result<LoadedNode, NotPassed> {
+        let doing = format!("validated, fingerprinted and ran {when}");
+        self.trail.at(&doing);
+        let made = self.create(class)?;
+        self.no_panic(when, &made.validate(text))?;
+        self.no_panic(when, &made.fingerprint(text))?;
+        Ok(made)
+    }
+
     /// Runs a node.
     pub(crate) fn run(
         &self,
