@@ -44,6 +44,6 @@ mod serve;
 mod terminal;
 
 fn main() -> std::process::ExitCode {
-    memory::keep_freed();
+    memory::share_heap();
     cli::main()
 }

@@ -22,6 +22,10 @@ mod scene_input;
 mod session;
 mod values;
 
+/// Tensors, and what the kernels work in.
+#[global_allocator]
+static HEAP: machine_memory::Heap = machine_memory::Heap;
+
 plugin_api::export_plugin! {
     name: "conceptloom",
     nodes: [

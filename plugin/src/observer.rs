@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::Tensor;
+use machine_memory::{KeepFreed, keep_freed};
 use personalization::m_step::{INVERSION, TOKENS};
 use personalization::metrics::mask_ious;
 use personalization::{
@@ -42,6 +43,8 @@ pub(crate) struct HostObserver<'a> {
     last_iou: Option<f32>,
     /// Optimizer steps between two samples; 0 for none.
     sample_every: usize,
+    /// What a step frees the next one takes.
+    _kept: KeepFreed,
 }
 
 impl<'a> HostObserver<'a> {
@@ -57,6 +60,7 @@ impl<'a> HostObserver<'a> {
             stage: "",
             last_iou: None,
             sample_every: 0,
+            _kept: keep_freed(),
         }
     }
 

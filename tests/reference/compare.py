@@ -6,8 +6,9 @@
 Programs run alone, ours and the others one after the other, and again (A B A B); the first time of each does not count. A
 ratio is our median over that of the fastest other at the same precision: processor time on one thread, time by the clock on
 more. Nothing else may be running. The others: PyTorch with diffusers' modules in both memory layouts (`step_cost.py`); for
-sampling OpenVINO where it is installed, whose peak counts the network that it was made from; for the CRF pydensecrf, which has one thread. All get the
-allocator settings that host-demo makes for itself. The VAE computes in f32 whatever the precision.
+sampling OpenVINO and stable-diffusion.cpp where they are installed, whose peaks count the network that theirs was made from;
+for the CRF pydensecrf, which has one thread. The others get an allocator that keeps what is freed, on large pages, as ours
+does by itself; PyTorch also runs as it comes. The VAE computes in f32 whatever the precision.
 """
 
 import argparse
@@ -23,19 +24,23 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = ROOT / "target/release/examples/stage_cost"
 SPRITES = ROOT / "plugin/crates/sprites/model"
 CRF = ROOT / "plugin/crates/densecrf/benches/against_pydensecrf.py"
-# As host-demo/src/memory.rs.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 63) - 1), "MALLOC_ARENA_MAX": "1"}
+# What ours does by itself (plugin/crates/machine-memory/src/heap.rs), for glibc's allocator.
+TUNED = {
+    "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={1 << 30}:glibc.malloc.trim_threshold={(1 << 63) - 1}:glibc.malloc.arena_max=1",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 LAYOUTS = ["contiguous", "channels_last"]
 OF_THE_VAE = {"encode", "decode"}
 NAMES = {"tokens": "token-learning step", "lora": "joint step, LoRA", "sampling": "sampling step", "encode": "VAE, encode", "decode": "VAE, decode"}
 
 
 class Measured:
-    def __init__(self, command):
+    def __init__(self, command, allocator=TUNED):
         self.command, self.clock, self.cpu, self.peak = list(map(str, command)), [], [], 0
+        self.allocator = allocator
 
     def run(self, threads):
-        environment = {**os.environ, **ALLOCATOR, "CONCEPTLOOM_DEVICE": "cpu",
+        environment = {**os.environ, **self.allocator, "CONCEPTLOOM_DEVICE": "cpu",
                        "RAYON_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(self.command, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
@@ -52,15 +57,20 @@ class Measured:
 
 def programs(work, precision, wanted):
     ours = [OURS, "--sprites", SPRITES, "--shapes", wanted.shapes, "--work", work, "--steps", wanted.steps, "--precision", precision]
-    yield "ours", Measured(ours)
+    yield "ours", Measured(ours, {})
     if work in ("tokens", "lora"):
-        yield "ours, lean", Measured([*ours, "--memory", "lean"])
+        yield "ours, lean", Measured([*ours, "--memory", "lean"], {})
     same = ["--shapes", wanted.shapes, "--steps", wanted.steps, "--threads", wanted.threads, "--precision", precision]
     for layout in LAYOUTS:
         command = [sys.executable, Path(__file__).with_name("step_cost.py"), work, *same, "--layout", layout]
         yield f"PyTorch, {layout}", Measured(command)
+        if layout == LAYOUTS[0]:
+            yield f"PyTorch, {layout}, as it comes", Measured(command, {})
     if work == "sampling" and importlib.util.find_spec("openvino"):
         yield "OpenVINO", Measured([*command, "--openvino"])
+    # It has no other network of this shape than Stable Diffusion's.
+    if work == "sampling" and wanted.shapes == "sd15" and importlib.util.find_spec("stable_diffusion_cpp"):
+        yield "stable-diffusion.cpp", Measured([*command, "--stable-diffusion-cpp"])
 
 
 def spread(values):

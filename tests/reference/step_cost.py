@@ -4,18 +4,21 @@ U-Net and text encoder are frozen, weights random. Self-attention and unwatched 
 layers that are watched compute their map.
 
     python step_cost.py WORK [WORK ..] [--shapes sprites|sd15] [--side N] [--steps 3] [--threads N] [--precision f32|bf16|f16]
-        [--layout contiguous|channels_last] [--openvino] [--device cuda] [--vocabulary 49408]
+        [--layout contiguous|channels_last] [--openvino | --stable-diffusion-cpp] [--device cuda] [--vocabulary 49408]
 
 WORK is tokens, e-step, lora, sampling, encode or decode. For each it prints a JSON object, as `stage_cost` does: seconds and
 seconds of the processor of every time but the first, and the most memory that torch had in tensors, or on a CPU the process.
-f32 is never TF32. With --openvino a sampling step is done by OpenVINO, which takes the network over.
+f32 is never TF32. With --openvino a sampling step is done by OpenVINO, which takes the network over; with
+--stable-diffusion-cpp by that, from files of sd15's shapes.
 """
 
 import argparse
 import functools
 import json
 import resource
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -31,6 +34,7 @@ parser.add_argument("--threads", type=int)
 parser.add_argument("--precision", choices=["f32", "bf16", "f16"], default="f32")
 parser.add_argument("--layout", choices=["contiguous", "channels_last"], default="contiguous")
 parser.add_argument("--openvino", action="store_true")
+parser.add_argument("--stable-diffusion-cpp", action="store_true")
 parser.add_argument("--device", default="cpu")
 parser.add_argument("--vocabulary", type=int, default=49408, help="of sd15")
 wanted = parser.parse_args()
@@ -202,6 +206,26 @@ def by_openvino(*inputs):
     return lambda: compiled(arrays)
 
 
+def by_stable_diffusion_cpp():
+    """Seconds and seconds of the processor of its sampling steps, each of which is two passes of one latent."""
+    from safetensors.torch import load_file, save_file
+    from stable_diffusion_cpp import StableDiffusion
+
+    ends = []
+    text.set_input_embeddings(tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        for part, directory in [(unet, "unet"), (vae(), "vae"), (text, "text_encoder")]:
+            part.float().save_pretrained(Path(folder, directory))
+        # The prefix that files had before transformers left it out.
+        encoder = Path(folder, "text_encoder", "model.safetensors")
+        save_file({f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(encoder).items()}, encoder)
+        engine = StableDiffusion(model_path=folder, wtype=wanted.precision, n_threads=wanted.threads or -1, verbose=False,
+                                 diffusion_flash_attn=True)
+    engine.generate_image("a", negative_prompt="b", width=side, height=side, sample_method="euler", sample_steps=n_steps + 1,
+                          progress_callback=lambda *_: ends.append((time.perf_counter(), time.process_time())))
+    return ([b[i] - a[i] for a, b in zip(ends, ends[1:])] for i in range(2))
+
+
 @functools.cache
 def vae():
     """At f32, as ours in any precision."""
@@ -243,7 +267,9 @@ def begin_peak():
         torch.cuda.reset_peak_memory_stats()
 
 
-def measure(work):
+def times(work):
+    if wanted.stable_diffusion_cpp:
+        return by_stable_diffusion_cpp()
     step, parts = {
         "tokens": lambda: (train([rows], 5e-4), 1),
         "e-step": lambda: (e_step, 2),
@@ -260,6 +286,11 @@ def measure(work):
         synchronize()
         seconds.append((time.perf_counter() - start) / parts)
         cpu_seconds.append((time.process_time() - cpu) / parts)
+    return seconds, cpu_seconds
+
+
+def measure(work):
+    seconds, cpu_seconds = times(work)
     print(json.dumps({"precision": wanted.precision, "work": work, "seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:],
                       "peak_bytes": peak_bytes()}), flush=True)
 

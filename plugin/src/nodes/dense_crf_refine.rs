@@ -130,6 +130,7 @@ impl Node for DenseCrfRefine {
         parameters: Parameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {
+        let _kept = machine_memory::keep_freed();
         let (values, [n_masks, height, width]) = planes("masks", inputs.tensor("masks")?)?;
         let size = Size::new(width, height);
         let images = inputs.tensor("images")?;

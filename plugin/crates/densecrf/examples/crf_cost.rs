@@ -11,7 +11,12 @@ use std::time::Instant;
 
 use densecrf::{CrfConfig, DenseCrf, unary_from_planes};
 
+/// Tensors, and what the kernels work in.
+#[global_allocator]
+static HEAP: machine_memory::Heap = machine_memory::Heap;
+
 fn main() -> Result<(), Box<dyn Error>> {
+    let _kept = machine_memory::keep_freed();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [width, height, n_labels, rgb, planes] = &arguments[..] else {
         return Err("usage: crf_cost WIDTH HEIGHT LABELS RGB PLANES".into());

@@ -6,9 +6,13 @@
 //! | its container, and those around it | `memory.max` (cgroup v2), `memory.limit_in_bytes` (v1) |
 //! | its address space (`ulimit -v`) | `/proc/self/limits` |
 //!
-//! Systems that do not tell in a file tell nothing.
+//! Systems that do not tell in a file tell nothing. And where large blocks of it come from: [`Heap`].
+
+mod heap;
 
 use std::path::{Path, PathBuf};
+
+pub use heap::{Heap, KeepFreed, keep_freed};
 
 /// Bytes that this process may have in all; the same for as long as it runs, unless somebody changes its limits.
 #[must_use]

@@ -16,6 +16,10 @@ use stable_diffusion::{
     rng::Rng,
 };
 
+/// Tensors, and what the kernels work in.
+#[global_allocator]
+static HEAP: machine_memory::Heap = machine_memory::Heap;
+
 /// Each time is the least of so many, or of those of this time.
 const N_TIMES: usize = 3;
 const LEAST_TIME: Duration = Duration::from_millis(200);
@@ -28,6 +32,7 @@ type Operation = (
 );
 
 fn main() -> Result<(), Box<dyn Error>> {
+    let _kept = machine_memory::keep_freed();
     let precision = match std::env::args().nth(1).as_deref() {
         None | Some("f32") => Precision::F32,
         Some("bf16") => Precision::Bf16,

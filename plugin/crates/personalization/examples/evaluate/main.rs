@@ -41,6 +41,10 @@ use serde::Serialize;
 use stable_diffusion::ops::Precision;
 use stable_diffusion::{CheckpointSource, DiffusionModel};
 
+/// Tensors, and what the kernels work in.
+#[global_allocator]
+static HEAP: machine_memory::Heap = machine_memory::Heap;
+
 #[derive(Parser)]
 struct Arguments {
     /// Diffusers directory or single file.
@@ -156,6 +160,7 @@ enum Start {
 }
 
 fn main() -> Result<()> {
+    let _kept = machine_memory::keep_freed();
     let arguments = Arguments::parse();
     let model = DiffusionModel::load(
         &CheckpointSource::Path(arguments.model.clone()),

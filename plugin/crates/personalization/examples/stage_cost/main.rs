@@ -33,6 +33,10 @@ use stable_diffusion::{CheckpointSource, DiffusionModel};
 
 use stages::{Bench, Work};
 
+/// Tensors, and what the kernels work in.
+#[global_allocator]
+static HEAP: machine_memory::Heap = machine_memory::Heap;
+
 #[derive(Parser)]
 struct Arguments {
     /// The bundled checkpoint: its tokenizer, and with `--shapes sprites` all of it.
@@ -110,6 +114,7 @@ impl Factors {
 }
 
 fn main() -> ExitCode {
+    let _kept = machine_memory::keep_freed();
     match measure(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -459,16 +459,17 @@ mod tests {
 
     #[test]
     fn pictures_of_any_size_are_convolved_both_ways() {
-        let Some(tiles) = Tiles::get() else {
-            return;
-        };
-        for (size, n_in, n_out) in [
+        let sizes = [
             ([1, 1], 1, 1),
             ([5, 7], 33, 40),
             ([19, 33], 40, 34),
             // Channels that are packed in several turns, the last of which has fewer.
             ([33, 32], 330, 36),
-        ] {
+        ];
+        for (tiles, (size, n_in, n_out)) in Tiles::all()
+            .into_iter()
+            .flat_map(|tiles| sizes.map(|size| (tiles, size)))
+        {
             for (factors, tolerance) in [(Factors::Exact, 2e-6), (Factors::Rounded, 2e-2)] {
                 let convolution = Convolution3x3 {
                     tiles,

@@ -51,12 +51,13 @@ pub(crate) struct Means {
 impl Means {
     /// Those of this thread's precision.
     pub(crate) fn current() -> Self {
+        let factors = match Precision::current() {
+            Precision::F32 | Precision::F16 => Factors::Exact,
+            Precision::Bf16 => Factors::Rounded,
+        };
         Self {
-            tiles: Tiles::get(),
-            factors: match Precision::current() {
-                Precision::F32 | Precision::F16 => Factors::Exact,
-                Precision::Bf16 => Factors::Rounded,
-            },
+            tiles: Tiles::get(factors),
+            factors,
         }
     }
 

@@ -11,17 +11,49 @@ use std::arch::{
 use std::sync::OnceLock;
 
 use super::super::gemm::{MatrixMut, Write};
-use super::block::{BLOCK, Right, TILE};
+use super::{
+    Factors,
+    block::{BLOCK, Right, TILE},
+    vectors,
+};
 
-/// Proof that this processor multiplies tiles of bf16 and that the system lets this process do it.
+/// Proof that this processor multiplies tiles of bf16, and that the system lets this process do it.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Tiles(());
+pub(crate) struct Tiles {
+    unit: Unit,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Unit {
+    /// AMX.
+    Matrix,
+    /// AVX512-BF16.
+    Vectors,
+}
 
 impl Tiles {
-    /// The tiles of this processor, if it has them.
-    pub(crate) fn get() -> Option<Self> {
-        static AVAILABLE: OnceLock<bool> = OnceLock::new();
-        AVAILABLE.get_or_init(available).then_some(Self(()))
+    /// What this processor multiplies such factors with, if that is faster than its vectors of f32.
+    pub(crate) fn get(factors: Factors) -> Option<Self> {
+        static UNIT: OnceLock<Option<Unit>> = OnceLock::new();
+        let unit = (*UNIT.get_or_init(|| {
+            let unit = if has_matrix_unit() {
+                Unit::Matrix
+            } else {
+                Unit::Vectors
+            };
+            has_vectors().then_some(unit)
+        }))?;
+        // Six products of bf16 vectors take longer than one of f32.
+        (unit == Unit::Matrix || factors == Factors::Rounded).then_some(Self { unit })
+    }
+
+    /// Everything that this processor has.
+    #[cfg(test)]
+    pub(crate) fn all() -> Vec<Self> {
+        let units = [(Unit::Matrix, has_matrix_unit()), (Unit::Vectors, true)];
+        let units = units.into_iter().filter(|(_, is_there)| *is_there);
+        let tiles = units.map(|(unit, _)| Self { unit });
+        tiles.filter(|_| has_vectors()).collect()
     }
 
     /// Runs `work` with tiles of the full size.
@@ -31,17 +63,21 @@ impl Tiles {
     }
 }
 
-fn available() -> bool {
-    // Leaf 7: bit 22 of EDX is AMX-BF16, bit 24 AMX-TILE; the vector code below asks for AVX-512 too.
+/// What packing asks for too.
+fn has_vectors() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512bf16")
+}
+
+fn has_matrix_unit() -> bool {
+    // Leaf 7: bit 22 of EDX is AMX-BF16, bit 24 AMX-TILE.
     let leaves = __cpuid(0).eax;
     let has_tiles = leaves >= 7 && {
         let features = __cpuid_count(7, 0).edx;
         features & (1 << 22) != 0 && features & (1 << 24) != 0
     };
-    let has_vectors = is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512bf16");
-    has_tiles && has_vectors && allowed()
+    has_tiles && allowed()
 }
 
 /// Linux keeps the tiles' state only of processes that asked for it.
@@ -55,33 +91,18 @@ fn allowed() -> bool {
 /// Tiles of 16 rows of 64 bytes, until it is dropped; of this thread.
 #[derive(Debug)]
 pub(crate) struct Configured {
+    unit: Unit,
     /// Tiles belong to a thread, raw pointers do not travel.
     _thread: std::marker::PhantomData<*const ()>,
 }
 
 impl Configured {
-    fn new(_: Tiles) -> Self {
-        #[repr(C, align(64))]
-        struct Palette {
-            palette: u8,
-            start_row: u8,
-            reserved: [u8; 14],
-            row_bytes: [u16; 16],
-            rows: [u8; 16],
-        }
-        let first_eight = |i: usize| i < 8;
-        let palette = Palette {
-            palette: 1,
-            start_row: 0,
-            reserved: [0; 14],
-            row_bytes: std::array::from_fn(|i| if first_eight(i) { 64 } else { 0 }),
-            rows: std::array::from_fn(|i| if first_eight(i) { 16 } else { 0 }),
-        };
-        // SAFETY: `Tiles` proves that the instruction exists; it reads the 64 bytes of the palette.
-        unsafe {
-            asm!("ldtilecfg [{}]", in(reg) &raw const palette, options(nostack, readonly, preserves_flags));
+    fn new(Tiles { unit }: Tiles) -> Self {
+        if unit == Unit::Matrix {
+            configure();
         }
         Self {
+            unit,
             _thread: std::marker::PhantomData,
         }
     }
@@ -109,6 +130,9 @@ impl Configured {
         // checked; the square is borrowed exclusively. The tiles are configured.
         unsafe {
             match (P, write) {
+                _ if self.unit == Unit::Vectors => {
+                    vectors::block::<P>(left, right, steps, write == Write::Add, dst);
+                }
                 (1, Write::Replace) => rounded(left, right, steps, dst),
                 (1, Write::Add) => rounded_added(left, right, steps, dst),
                 (2, Write::Replace) => paired(left, right, steps, dst),
@@ -121,10 +145,36 @@ impl Configured {
     }
 }
 
+/// Makes the tiles of this thread's matrix unit of 16 rows of 64 bytes.
+fn configure() {
+    #[repr(C, align(64))]
+    struct Palette {
+        palette: u8,
+        start_row: u8,
+        reserved: [u8; 14],
+        row_bytes: [u16; 16],
+        rows: [u8; 16],
+    }
+    let first_eight = |i: usize| i < 8;
+    let palette = Palette {
+        palette: 1,
+        start_row: 0,
+        reserved: [0; 14],
+        row_bytes: std::array::from_fn(|i| if first_eight(i) { 64 } else { 0 }),
+        rows: std::array::from_fn(|i| if first_eight(i) { 16 } else { 0 }),
+    };
+    // SAFETY: a matrix unit has the instruction; it reads the 64 bytes of the palette.
+    unsafe {
+        asm!("ldtilecfg [{}]", in(reg) &raw const palette, options(nostack, readonly, preserves_flags));
+    }
+}
+
 impl Drop for Configured {
     fn drop(&mut self) {
-        // SAFETY: gives the tiles back; nothing of this thread holds values in them.
-        unsafe { asm!("tilerelease", options(nostack, preserves_flags)) }
+        if self.unit == Unit::Matrix {
+            // SAFETY: gives the tiles back; nothing of this thread holds values in them.
+            unsafe { asm!("tilerelease", options(nostack, preserves_flags)) }
+        }
     }
 }
 

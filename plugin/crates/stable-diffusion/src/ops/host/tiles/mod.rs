@@ -1,4 +1,5 @@
-//! Products by the processor's matrix tiles (Intel AMX): bf16 times bf16, summed in f32.
+//! Products by the processor's matrix tiles (Intel AMX): bf16 times bf16, summed in f32. Where it has no tiles and vectors
+//! of bf16 (AVX512-BF16), those multiply rounded factors the same way.
 //!
 //! Factors are f32. They are rounded to bf16, or each is the sum of three bf16 numbers,
 //!
@@ -14,6 +15,7 @@
 //! | `factors.rs` | when they are worth it |
 //! | `block.rs` | how tiles lie |
 //! | `kernel.rs` | multiplying tiles; unsafe code |
+//! | `vectors.rs` | the same by vectors of bf16; unsafe code |
 //! | `words.rs` | numbers and scores into tiles; unsafe code |
 //! | `pack.rs` | factors into tiles, whatever their strides |
 //! | `product.rs` | matrix products |
@@ -29,6 +31,8 @@ mod kernel;
 mod kernel;
 mod pack;
 mod product;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod vectors;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod words;
 

@@ -2,7 +2,10 @@
 
 use super::super::gemm::{MatrixMut, Write};
 use super::super::numbers::Number;
-use super::block::{Right, Strip};
+use super::{
+    Factors,
+    block::{Right, Strip},
+};
 
 /// Proof that this processor multiplies tiles.
 #[derive(Debug, Clone, Copy)]
@@ -13,8 +16,13 @@ pub(crate) enum Tiles {}
 pub(crate) enum Configured {}
 
 impl Tiles {
-    pub(crate) fn get() -> Option<Self> {
+    pub(crate) fn get(_: Factors) -> Option<Self> {
         None
+    }
+
+    #[cfg(test)]
+    pub(crate) fn all() -> Vec<Self> {
+        Vec::new()
     }
 
     pub(crate) fn configured<R>(self, _work: impl FnOnce(&Configured) -> R) -> R {
