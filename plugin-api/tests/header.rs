@@ -6,6 +6,7 @@
 
 mod record;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use cbindgen::{Builder, Config, DocumentationStyle, Language, Style};
@@ -69,4 +70,50 @@ fn recorded_header_for_c() {
         generated("abi.rs"),
     );
     record::compare("include/node_plugin.h", &header);
+}
+
+/// The members of every struct and enum of a header and the constants beside them, by name, without comments.
+fn declarations(header: &str) -> BTreeMap<String, Vec<String>> {
+    let code = header.lines().map(|line| line.split("//").next().unwrap());
+    let code = code.map(str::trim).filter(|line| !line.is_empty());
+    let code = code.collect::<Vec<_>>().join("\n");
+    let mut found = BTreeMap::new();
+    let constants = code
+        .lines()
+        .filter_map(|line| line.strip_prefix("#define "));
+    let constants = constants.filter_map(|line| line.split_once(' '));
+    found.extend(constants.map(|(name, value)| (name.to_owned(), vec![value.to_owned()])));
+    for part in code.split("typedef struct ").skip(1) {
+        let Some((name, rest)) = part.split_once(" {") else {
+            continue;
+        };
+        let (members, _) = rest.split_once(&format!("}} {name};")).unwrap();
+        let members = members.split(';').map(|member| {
+            let words: Vec<_> = member.split_whitespace().collect();
+            words.join(" ")
+        });
+        let members = members.filter(|member| !member.is_empty());
+        found.insert(name.to_owned(), members.collect());
+    }
+    found
+}
+
+/// What was compiled with the header of 1.0 works with what is compiled with this one.
+#[test]
+fn the_header_has_all_of_1_0_and_grows_at_the_ends_of_structs_that_say_their_size() {
+    let old = declarations(include_str!("../../tests/contracts/node_plugin-1.0.h"));
+    let new = declarations(include_str!("../include/node_plugin.h"));
+    assert_eq!(old["NodePluginTable"].len(), 15, "{old:#?}");
+    assert!(old.len() > 30, "{old:#?}");
+    for (name, members) in &old {
+        if name == "NODE_PLUGIN_MINOR" {
+            continue;
+        }
+        let now = &new[name];
+        if name == "NodePluginTable" || members[0] == "uint32_t struct_size" {
+            assert!(now.starts_with(members), "{name}: {now:#?}");
+        } else {
+            assert_eq!(now, members, "{name}");
+        }
+    }
 }

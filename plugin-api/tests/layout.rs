@@ -1,4 +1,4 @@
-//! Every type that crosses the boundary, as version 1.0 froze it.
+//! Every type that crosses the boundary, as this version of the contract and version 1.0 have it.
 //!
 //! `layout-1.0.txt` is written from `abi_stable`'s own layouts, which hosts compare when they load a library. It holds the
 //! types that the root module reaches, with their fields, and the tables of functions of the traits. Written anew by
@@ -6,7 +6,9 @@
 //! ```sh
 //! CONTRACT_RECORD=1 cargo test --workspace --release --locked -- recorded_
 //! ```
-//! which after the release of 1.0 only ever appends.
+//! After the release of 1.0 a version that appends something has a record of its own, and that of 1.0 stays: the types of
+//! the crate `contracts`, which are 1.0's for ever, are compared with it, and with those of this version by the rules that a
+//! host compares by.
 #![expect(
     clippy::unwrap_used,
     reason = "what cannot be unwrapped fails the test"
@@ -17,10 +19,12 @@ mod record;
 use std::collections::VecDeque;
 use std::fmt::Write as _;
 
-use plugin_api::PluginModule_Ref;
+use contracts::{another_layout, v1_0, v1_1};
 use plugin_api::abi_stable::StableAbi;
+use plugin_api::abi_stable::abi_stability::check_layout_compatibility;
 use plugin_api::abi_stable::std_types::UTypeId;
 use plugin_api::abi_stable::type_layout::{TLData, TLField, TLFields, TypeLayout};
+use plugin_api::{CONTRACT_VERSION, PluginModule_Ref};
 
 /// Types in the order in which they are met.
 #[derive(Default)]
@@ -124,19 +128,26 @@ impl Walk {
     }
 }
 
-#[test]
-fn recorded_layout_of_1_0() {
+/// All types that a root module reaches.
+fn described(module: &'static TypeLayout) -> String {
     let mut walk = Walk::default();
-    walk.meet(PluginModule_Ref::LAYOUT);
+    walk.meet(module);
     let mut text = String::from(
         "The types that cross between plugins and hosts in Rust, on 64-bit machines.\n\
-         Written by the test recorded_layout_of_1_0: fields with their offsets, functions with their types.\n",
+         Written by the test recorded_layout: fields with their offsets, functions with their types.\n",
     );
     while let Some(layout) = walk.waiting.pop_front() {
         text.push('\n');
         text.push_str(&walk.describe(layout));
     }
-    record::compare("layout-1.0.txt", &text);
+    text
+}
+
+#[test]
+fn recorded_layout() {
+    let text = described(PluginModule_Ref::LAYOUT);
+    let (version, _) = CONTRACT_VERSION.rsplit_once('.').unwrap();
+    record::compare(&format!("layout-{version}.txt"), &text);
     for expected in [
         "PluginModule",
         "SharedTensor",
@@ -145,5 +156,31 @@ fn recorded_layout_of_1_0() {
         "RunRequest",
     ] {
         assert!(text.contains(expected), "{expected} is reached");
+    }
+}
+
+#[test]
+fn the_copy_of_1_0_is_what_was_recorded() {
+    let recorded = include_str!("../layout-1.0.txt");
+    assert!(described(v1_0::PluginModule_Ref::LAYOUT) == recorded);
+    assert!(described(v1_1::PluginModule_Ref::LAYOUT) != recorded);
+}
+
+#[test]
+fn hosts_and_plugins_of_1_0_and_of_this_version_fit() {
+    let this = PluginModule_Ref::LAYOUT;
+    for (name, other) in [
+        ("1.0", v1_0::PluginModule_Ref::LAYOUT),
+        ("a later version", v1_1::PluginModule_Ref::LAYOUT),
+    ] {
+        for (host, plugin) in [(this, other), (other, this)] {
+            let fits = check_layout_compatibility(host, plugin);
+            assert!(fits.is_ok(), "{name}: {}", fits.unwrap_err());
+        }
+    }
+    let changed = another_layout::PluginModule_Ref::LAYOUT;
+    for (host, plugin) in [(this, changed), (changed, this)] {
+        let why = check_layout_compatibility(host, plugin).unwrap_err();
+        assert!(why.to_string().contains("RunRequest"), "{why}");
     }
 }

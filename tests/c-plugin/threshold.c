@@ -193,21 +193,35 @@ static uint32_t node_run(NodePluginNode *node, NodePluginInput *inputs, size_t n
     return NODE_PLUGIN_OK;
 }
 
-static const NodePluginTable TABLE = {
-    .magic = NODE_PLUGIN_MAGIC,
-    .struct_size = sizeof(NodePluginTable),
-    .major = NODE_PLUGIN_MAJOR,
-    .minor = NODE_PLUGIN_MINOR,
-    .name = "threshold",
-    .version = "0.1.0",
-    .describe = describe,
-    .extension = no_extension,
-    .node_new = node_new,
-    .node_free = node_free,
-    .node_validate = node_validate,
-    .node_fingerprint = node_fingerprint,
-    .node_run = node_run,
-    .node_extension = no_node_extension,
+// With -DLATER=1 the table is that of a later minor version, which has more at its end.
+#ifndef LATER
+#define LATER 0
+#endif
+
+struct table {
+    NodePluginTable known;
+#if LATER
+    void (*more)(void);
+#endif
 };
 
-const NodePluginTable *node_plugin(void) { return &TABLE; }
+static const struct table TABLE = {
+    .known = {
+        .magic = NODE_PLUGIN_MAGIC,
+        .struct_size = sizeof(struct table),
+        .major = NODE_PLUGIN_MAJOR,
+        .minor = NODE_PLUGIN_MINOR + LATER,
+        .name = "threshold",
+        .version = "0.1.0",
+        .describe = describe,
+        .extension = no_extension,
+        .node_new = node_new,
+        .node_free = node_free,
+        .node_validate = node_validate,
+        .node_fingerprint = node_fingerprint,
+        .node_run = node_run,
+        .node_extension = no_node_extension,
+    },
+};
+
+const NodePluginTable *node_plugin(void) { return &TABLE.known; }

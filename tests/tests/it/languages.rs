@@ -1,6 +1,6 @@
 //! Plugins and hosts of other makes: the example on the contract's front page, a plugin in C, a host in Python.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
@@ -12,45 +12,53 @@ use crate::doors;
 use crate::support::{self, Place, node, pixels, repository};
 
 /// The plugin in C, compiled by the system's compiler; nothing where there is none.
-#[expect(clippy::print_stdout, reason = "says what was not tested")]
 pub(crate) fn in_c() -> Option<PathBuf> {
     static BUILT: OnceLock<Option<(tempfile::TempDir, PathBuf)>> = OnceLock::new();
     let built = BUILT.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
-        let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-        let mut build = cc::Build::new();
-        build.host(&target).target(&target).opt_level(1).pic(true);
-        build
-            .out_dir(folder.path())
-            .cargo_metadata(false)
-            .cargo_warnings(false);
-        let Ok(compiler) = build.try_get_compiler() else {
-            println!("skipped: there is no compiler of C");
-            return None;
-        };
         let library = folder.path().join("libthreshold.so");
-        let done = compiler
-            .to_command()
-            .args([
-                "-std=c11",
-                "-Wall",
-                "-Wextra",
-                "-Wpedantic",
-                "-Werror",
-                "-shared",
-                "-I",
-            ])
-            .arg(repository().join("plugin-api/include"))
-            .arg(repository().join("tests/c-plugin/threshold.c"))
-            .arg("-o")
-            .arg(&library)
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&done.stderr);
-        assert!(done.status.success(), "{said}");
-        Some((folder, library))
+        let header = repository().join("plugin-api/include/node_plugin.h");
+        compiled("threshold.c", &header, &["-shared"], &library).then_some((folder, library))
     });
     built.as_ref().map(|(_, path)| path.clone())
+}
+
+/// Compiles a file of `tests/c-plugin` with a header by the system's compiler; `false` where there is none.
+#[expect(clippy::print_stdout, reason = "says what was not tested")]
+pub(crate) fn compiled(file: &str, header: &Path, arguments: &[&str], to: &Path) -> bool {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::copy(header, folder.path().join("node_plugin.h")).unwrap();
+    let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    let mut build = cc::Build::new();
+    build.host(&target).target(&target).opt_level(1).pic(true);
+    build
+        .out_dir(folder.path())
+        .cargo_metadata(false)
+        .cargo_warnings(false);
+    let Ok(compiler) = build.try_get_compiler() else {
+        println!("skipped: there is no compiler of C");
+        return false;
+    };
+    let done = compiler
+        .to_command()
+        .args([
+            "-std=c11",
+            "-Wall",
+            "-Wextra",
+            "-Wpedantic",
+            "-Werror",
+            "-I",
+        ])
+        .arg(folder.path())
+        .arg(repository().join("tests/c-plugin").join(file))
+        .args(arguments)
+        .arg("-o")
+        .arg(to)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{said}");
+    true
 }
 
 #[test]

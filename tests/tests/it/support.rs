@@ -78,12 +78,7 @@ pub(crate) fn faulty() -> PathBuf {
     library("faulty_plugin")
 }
 
-/// The library whose types are laid out in another way.
-pub(crate) fn other_layout() -> PathBuf {
-    library("other_layout_plugin")
-}
-
-/// A library among the examples of `plugin-api`.
+/// A library among the examples of `plugin-api` and `contracts`.
 pub(crate) fn example(name: &str) -> PathBuf {
     library(&format!("examples/{name}"))
 }
