@@ -12,6 +12,7 @@
 )]
 
 use std::any::type_name;
+use std::sync::OnceLock;
 
 use abi_stable::std_types::{RArc, RBox, ROption, RResult, RStr, RString, RVec, Tuple2};
 use abi_stable::type_level::downcasting::{TD_CanDowncast, TD_Opaque};
@@ -24,7 +25,8 @@ use crate::node::{Node, parse};
 use crate::object::Opaque;
 use crate::tensor::TensorOwner;
 use crate::{
-    DeviceId, Host, Inputs, MemoryBlock, NodeError, Preview, Progress, RunInfo, SharedTensor, Value,
+    DeviceId, Host, Inputs, MemoryBlock, NodeDescriptor, NodeError, Preview, Progress, RunInfo,
+    SharedTensor, Value,
 };
 
 /// One call of a node.
@@ -123,25 +125,38 @@ pub trait HostObject: Send + Sync + 'static {
 pub type HostBox = HostObject_TO<RArc<()>>;
 
 /// Makes a [`NodeObject`] from a [`Node`].
-pub(crate) struct NodeAdapter<N: Node>(Contained<N>);
+pub(crate) struct NodeAdapter<N: Node> {
+    node: Contained<N>,
+    /// Made when parameters are first read: that takes longer than most calls.
+    descriptor: OnceLock<NodeDescriptor>,
+}
 
 impl<N: Node> NodeAdapter<N> {
     pub(crate) fn boxed() -> NodeBox {
-        NodeObject_TO::from_value(Self(Contained::new(N::default())), TD_Opaque)
+        let adapter = Self {
+            node: Contained::new(N::default()),
+            descriptor: OnceLock::new(),
+        };
+        NodeObject_TO::from_value(adapter, TD_Opaque)
+    }
+
+    fn parameters(&self, text: &str) -> Result<N::Parameters, NodeError> {
+        parse(self.descriptor.get_or_init(N::descriptor), text)
     }
 }
 
 impl<N: Node> NodeObject for NodeAdapter<N> {
     fn validate(&self, parameters: RStr<'_>) -> RResult<(), NodeError> {
         guarded(type_name::<N>(), || {
-            self.0.get()?.validate(&parse::<N>(&parameters)?)
+            self.node.get()?.validate(&self.parameters(&parameters)?)
         })
         .into()
     }
 
     fn fingerprint(&self, parameters: RStr<'_>) -> RResult<RString, NodeError> {
         guarded(type_name::<N>(), || {
-            let print = self.0.get()?.fingerprint(&parse::<N>(&parameters)?);
+            let parameters = self.parameters(&parameters)?;
+            let print = self.node.get()?.fingerprint(&parameters);
             Ok(print.into())
         })
         .into()
@@ -149,11 +164,11 @@ impl<N: Node> NodeObject for NodeAdapter<N> {
 
     fn run(&mut self, request: RunRequest, host: HostBox) -> RResult<RVec<Value>, NodeError> {
         guarded(type_name::<N>(), || {
-            let parameters = parse::<N>(&request.parameters)?;
+            let parameters = self.parameters(&request.parameters)?;
             let inputs = request.inputs.into_iter();
             let inputs = inputs.map(|Tuple2(name, value)| (name.into_string(), value));
             let mut inputs = Inputs::new(inputs.collect());
-            let node = self.0.get_mut()?;
+            let node = self.node.get_mut()?;
             let outputs = node.run(&mut inputs, parameters, &Host::new(host))?;
             Ok(RVec::from(outputs))
         })
@@ -162,7 +177,7 @@ impl<N: Node> NodeObject for NodeAdapter<N> {
 
     fn extension(&self, id: RStr<'_>) -> ROption<ExtensionBox> {
         guarded(type_name::<N>(), || {
-            Ok(exported(self.0.get()?.extension(&id)))
+            Ok(exported(self.node.get()?.extension(&id)))
         })
         .unwrap_or(ROption::RNone)
     }

@@ -45,7 +45,8 @@
 //!
 //! # What may change after 1.0
 //! `layout-1.0.txt` records every type that crosses, with the tables of functions, and `include/node_plugin.h` the same in C; a
-//! test compares both. A plugin of 1.x works in any host of 1.y:
+//! test compares both, and others load plugins and hosts that are built against what was recorded. A plugin of 1.x works in any
+//! host of 1.y:
 //!
 //! * Types that are passed by value ([`NodeError`], [`SharedTensor`], [`Value`], [`Progress`], [`RunInfo`] and all that they
 //!   hold) never change.
