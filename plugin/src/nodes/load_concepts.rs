@@ -90,6 +90,8 @@ impl Node for LoadConcepts {
         parameters: Parameters,
         _host: &Host,
     ) -> Result<Outputs, NodeError> {
+        // Paths that came over a wire were not looked at before.
+        self.validate(&parameters)?;
         let paths = parameters.paths();
         let paths: Vec<&Path> = paths.iter().map(PathBuf::as_path).collect();
         let learned =

@@ -109,6 +109,15 @@ impl Node for LoadDiffusionModel {
         .aliases(&["checkpoint", "stable diffusion"])
     }
 
+    fn validate(&self, parameters: &Parameters) -> Result<(), NodeError> {
+        if parameters.checkpoint.trim().is_empty() {
+            let message = "no checkpoint is named; name a diffusers directory or a .safetensors file, or sprites for the \
+                           bundled model";
+            return Err(NodeError::invalid_input("checkpoint", message));
+        }
+        Ok(())
+    }
+
     fn fingerprint(&self, parameters: &Parameters) -> String {
         session::fingerprint(&parameters.checkpoint, &parameters.vae)
     }
@@ -119,6 +128,8 @@ impl Node for LoadDiffusionModel {
         parameters: Parameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {
+        // A path that came over a wire was not looked at before.
+        self.validate(&parameters)?;
         host.progress("loading", 0, 1, &parameters.checkpoint);
         let (precision, memory) = (parameters.precision.on(device()?), parameters.memory.into());
         let (checkpoint, vae) = (&parameters.checkpoint, &parameters.vae);

@@ -48,14 +48,13 @@ impl Node for LoadTunedModel {
     }
 
     fn validate(&self, parameters: &Parameters) -> Result<(), NodeError> {
-        let path = Path::new(parameters.path.trim());
-        if path.exists() && !parameters.path.trim().is_empty() {
-            return Ok(());
-        }
-        let message = format!(
-            "there is no file or folder \"{}\"; name what SaveConcepts wrote",
-            path.display()
-        );
+        let message = match parameters.path.trim() {
+            "" => "no file or folder is named; name what SaveConcepts wrote".to_owned(),
+            path if Path::new(path).exists() => return Ok(()),
+            path => {
+                format!("there is no file or folder \"{path}\"; name what SaveConcepts wrote")
+            }
+        };
         Err(NodeError::invalid_input("path", message))
     }
 
@@ -77,6 +76,8 @@ impl Node for LoadTunedModel {
         parameters: Parameters,
         host: &Host,
     ) -> Result<Outputs, NodeError> {
+        // A path that came over a wire was not looked at before.
+        self.validate(&parameters)?;
         let base = ModelValue::of(inputs)?;
         let (tuned, left_out) = base
             .model

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::support::{Done, Place, node, pixels, repository};
+use crate::contract::run;
+use crate::doors;
+use crate::support::{Done, Place, conceptloom, node, pixels, repository};
 
 const CONCEPTS: &str = "<bob> man\n<tom> cat\n<desk> table (background)";
 
@@ -539,7 +541,22 @@ fn words_and_prompts_that_cannot_be_used_are_named() {
         &sampler(json!({"prompts": "a photo of <bob>"})),
         &["node 3 (PersonalizedSampler), input prompts", "<bob>"],
     );
-    // Longer than the text encoder, and weighted: no limit of this program.
+    // What nobody means is told before it takes hours.
+    let much = "lorem ".repeat(200_000);
+    for input in ["prompts", "negative_prompt"] {
+        let parts = [
+            &*format!("node 3 (PersonalizedSampler), input {input}"),
+            "1200000 characters, at most 20000 are taken: shorten it",
+        ];
+        refused(&place, &sampler(json!({input: much})), &parts);
+    }
+    let parts = [
+        "node 3 (PersonalizedSampler), input prompts",
+        "tokens, at most 4800 are taken: shorten it",
+    ];
+    let words = "a dog ".repeat(3000);
+    refused(&place, &sampler(json!({"prompts": words})), &parts);
+    // Longer than the text encoder, and weighted: taken.
     let long = format!("(a dog:1.2) {}", "a dog ".repeat(60));
     place
         .run(&sampler(json!({"prompts": long})), &[])
@@ -604,4 +621,30 @@ fn ctrl_c_during_em_stops_within_a_step_and_the_same_command_gives_the_bits_of_a
         results(&place, "out") == results(&place, "whole"),
         "the bits differ"
     );
+}
+
+#[test]
+fn paths_that_are_empty_are_named_where_they_are_used_too() {
+    let plugin = doors::rust(&conceptloom());
+    for (class, parameters, input) in [
+        ("LoadTunedModel", json!({}), "path"),
+        ("LoadTunedModel", json!({"path": " "}), "path"),
+        ("LoadConcepts", json!({"files": "\n \n"}), "files"),
+        (
+            "LoadDiffusionModel",
+            json!({"checkpoint": ""}),
+            "checkpoint",
+        ),
+    ] {
+        let mut node = plugin.create(class).unwrap();
+        let parameters = parameters.to_string();
+        let looked = node.validate(&parameters).unwrap_err();
+        // A path that comes over a wire is there only then.
+        let ran = run(&mut node, &[], &parameters).unwrap_err();
+        for error in [looked, ran] {
+            assert_eq!(error.input, input, "{class}: {error}");
+            assert!(error.message.starts_with("no "), "{class}: {error}");
+            assert!(error.message.contains(" named; "), "{class}: {error}");
+        }
+    }
 }

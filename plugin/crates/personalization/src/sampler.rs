@@ -1,9 +1,11 @@
 //! Prompts with learned tokens to pictures.
 
+use std::ops::ControlFlow;
+
 use candle_core::Tensor;
 use stable_diffusion::DiffusionModel;
 use stable_diffusion::generate::{Contexts, GenerateConfig, generate};
-use stable_diffusion::prompt::context;
+use stable_diffusion::prompt::{check_length, context};
 
 use crate::error::{Error, Result};
 use crate::learned::LearnedConcepts;
@@ -24,7 +26,7 @@ pub struct SamplePrompts<'a> {
 /// Pictures `[n, 3, H, W]` in [0, 1]: all of the first prompt, then of the second, …
 ///
 /// # Errors
-/// A token in angle brackets that nobody learned, concepts of another model width, a configuration out of range, or a stop.
+/// A token in angle brackets that nobody learned, a prompt that is longer than [`stable_diffusion::prompt`] takes, concepts of another model width, a configuration out of range, or a stop.
 pub fn sample(
     model: &DiffusionModel,
     learned: Option<&LearnedConcepts>,
@@ -41,17 +43,21 @@ pub fn sample(
             wanted: width,
         });
     }
-    let unconditional = encode(model, learned, prompts.negative)?;
-    let contexts = prompts
-        .prompts
-        .iter()
-        .map(|prompt| encode(model, learned, prompt))
-        .collect::<Result<Vec<_>>>()?;
-    let n_prompts = contexts.len();
+    let is_known = |token: &str| model.tokenizer.id_of(token).is_some();
+    let text = |prompt: &&str| {
+        check_length(prompt)?;
+        expand(prompt, learned, is_known)
+    };
+    // What cannot be read is told before anything is painted.
+    let texts: Vec<String> = prompts.prompts.iter().map(text).collect::<Result<_>>()?;
+    let negative = text(&prompts.negative)?;
+    let unconditional = encode(model, learned, &negative, observer)?;
+    let n_prompts = texts.len();
     let mut pictures = Vec::new();
-    for (index, conditional) in contexts.iter().enumerate() {
+    for (index, text) in texts.iter().enumerate() {
+        let conditional = encode(model, learned, text, observer)?;
         let contexts = Contexts {
-            conditional,
+            conditional: &conditional,
             unconditional: &unconditional,
         };
         let own = generate(model, contexts, prompts.latents, config, &mut |step| {
@@ -69,19 +75,28 @@ pub fn sample(
     Ok(Tensor::cat(&pictures, 0)?)
 }
 
+/// The context of a prompt in which concepts stand as all of their vectors.
 fn encode(
     model: &DiffusionModel,
     learned: Option<&LearnedConcepts>,
-    prompt: &str,
+    text: &str,
+    observer: &mut dyn Observer,
 ) -> Result<Tensor> {
-    let is_known = |token: &str| model.tokenizer.id_of(token).is_some();
-    let text = expand(prompt, learned, is_known)?;
     let tokenizer = learned.map_or_else(
         || Ok(model.tokenizer.clone()),
         |learned| learned.tokenizer(model),
     )?;
     let rows = learned.map(|learned| &learned.rows);
-    Ok(context(&model.text_encoder, &tokenizer, &text, rows)?.detach())
+    let mut on_chunk = |done, total| match total {
+        // As quick as a step.
+        1 => ControlFlow::Continue(()),
+        _ => observer.on_event(&Event::Progress {
+            stage: "prompt",
+            done,
+            total,
+        }),
+    };
+    Ok(context(&model.text_encoder, &tokenizer, text, rows, &mut on_chunk)?.detach())
 }
 
 /// The prompt with `embedding:name` as `<name>`, and every token as all of its vectors. Tokens that the model itself knows

@@ -134,6 +134,18 @@ pub enum PromptError {
         /// Positions of the text encoder.
         limit: usize,
     },
+    /// More than is taken of any prompt; see [`crate::prompt::MAX_TOKENS`].
+    #[error("the prompt \"{begins}…\" has {length} {unit}, at most {limit} are taken: shorten it")]
+    TooMuch {
+        /// How the prompt begins.
+        begins: String,
+        /// How long it is.
+        length: usize,
+        /// In what: characters or tokens.
+        unit: &'static str,
+        /// How long it may be.
+        limit: usize,
+    },
     /// A word that yields no token at all.
     #[error("\"{word}\" has no token in this model's vocabulary")]
     NoToken {

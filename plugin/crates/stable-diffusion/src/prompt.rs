@@ -1,4 +1,4 @@
-//! Prompts of any length, with weights, as ComfyUI encodes them.
+//! Prompts longer than one pass of the text encoder, with weights, as ComfyUI encodes them.
 //!
 //! | written | weight |
 //! | --- | --- |
@@ -20,11 +20,19 @@
 //! | e | `[1, 77, D]` | that of the empty prompt, once per chunk |
 //! | w | `[77·n]` | weights; 1 for start, end and padding |
 
+use std::ops::ControlFlow;
+
 use candle_core::Tensor;
 
-use crate::error::Result;
+use crate::error::{Error, PromptError, Result};
 use crate::text_encoder::TextEncoder;
 use crate::tokenizer::Tokenizer;
+
+/// Most characters of a prompt. A prompt beyond it is a file that was pasted by mistake.
+pub const MAX_CHARACTERS: usize = 20_000;
+/// Most tokens of a prompt, the vectors of its concepts among them: 64 chunks. Every one of them is looked at by every pixel
+/// in every step.
+pub const MAX_TOKENS: usize = 64 * 75;
 
 /// What one pair of brackets multiplies by, or divides.
 const STEP: f64 = 1.1;
@@ -178,6 +186,11 @@ fn chunks(tokenizer: &Tokenizer, parts: &[Weighted]) -> Result<Vec<Chunk>> {
         }
     }
     chunks.push(chunk);
+    let n_tokens = chunks.iter().map(Vec::len).sum();
+    if n_tokens > MAX_TOKENS {
+        let begins = parts.first().map_or("", |part| &part.text);
+        return Err(too_much(begins, n_tokens, "tokens", MAX_TOKENS));
+    }
     let padded = |tokens: Vec<(u32, f64)>| {
         let (ids, mut weights): (Vec<u32>, Vec<f64>) = tokens.into_iter().unzip();
         let ids = tokenizer.framed(&ids);
@@ -216,15 +229,40 @@ fn groups(tokenizer: &Tokenizer, ids: Vec<u32>) -> Vec<Group> {
     groups
 }
 
-/// The context of a prompt, `[1, 77·n, D]`; `learned_rows` `[K, D]` are those of the tokenizer's placeholders.
+fn too_much(begins: &str, length: usize, unit: &'static str, limit: usize) -> Error {
+    let begins = begins.trim().chars().take(30).collect();
+    Error::Prompt(PromptError::TooMuch {
+        begins,
+        length,
+        unit,
+        limit,
+    })
+}
+
+/// Whether a prompt, as it is written, is one.
 ///
 /// # Errors
-/// Those of the tokenizer and the text encoder.
+/// It has more than [`MAX_CHARACTERS`].
+pub fn check_length(prompt: &str) -> Result<()> {
+    match prompt.chars().count() {
+        ..=MAX_CHARACTERS => Ok(()),
+        n => Err(too_much(prompt, n, "characters", MAX_CHARACTERS)),
+    }
+}
+
+/// The context of a prompt, `[1, 77·n, D]`; `learned_rows` `[K, D]` are those of the tokenizer's placeholders.
+///
+/// * `on_chunk`: called before each pass of the text encoder, with those that are done and those in all; `Break` stops
+///
+/// # Errors
+/// A prompt of more than [`MAX_TOKENS`], [`Error::Canceled`] if `on_chunk` broke off, and those of the tokenizer and the text
+/// encoder.
 pub fn context(
     text_encoder: &TextEncoder,
     tokenizer: &Tokenizer,
     prompt: &str,
     learned_rows: Option<&Tensor>,
+    on_chunk: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
 ) -> Result<Tensor> {
     let chunks = chunks(tokenizer, &weighted(prompt))?;
     let is_weighted = chunks
@@ -235,7 +273,11 @@ pub fn context(
         .then(|| text_encoder.encode(&tokenizer.framed(&[]), None))
         .transpose()?;
     let mut encoded = Vec::with_capacity(chunks.len());
+    let n_chunks = chunks.len();
     for Chunk { ids, weights } in chunks {
+        if on_chunk(encoded.len(), n_chunks).is_break() {
+            return Err(Error::Canceled);
+        }
         let plain = text_encoder.encode(&ids, learned_rows)?;
         encoded.push(match &empty {
             Some(empty) => {
@@ -295,6 +337,16 @@ mod tests {
         ] {
             assert_eq!(parts(prompt), expected(wanted), "{prompt}");
         }
+    }
+
+    #[test]
+    fn prompts_have_a_length() {
+        check_length(&"é".repeat(MAX_CHARACTERS)).unwrap();
+        let error = check_length(&"lorem ".repeat(200_000)).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the prompt \"lorem lorem lorem lorem lorem …\" has 1200000 characters, at most 20000 are taken: shorten it"
+        );
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! Prompts longer than the text encoder, with weights.
 
-use std::ops::ControlFlow;
+use std::ops::ControlFlow::{self, Break, Continue};
 
 use candle_core::{Device, Tensor};
+use stable_diffusion::Error;
 use stable_diffusion::config::ModelConfig;
 use stable_diffusion::generate::{Contexts, GenerateConfig, Start, generate};
 use stable_diffusion::model::DiffusionModel;
-use stable_diffusion::prompt::context;
+use stable_diffusion::prompt::{MAX_TOKENS, context};
 use stable_diffusion::rng::Rng;
 use stable_diffusion::sampling::{Sampler, Schedule};
 use stable_diffusion::tokenizer::Tokenizer;
@@ -18,7 +19,14 @@ fn model() -> DiffusionModel {
 }
 
 fn encode(model: &DiffusionModel, prompt: &str) -> Tensor {
-    context(&model.text_encoder, &model.tokenizer, prompt, None).unwrap()
+    context(
+        &model.text_encoder,
+        &model.tokenizer,
+        prompt,
+        None,
+        &mut |_, _| Continue(()),
+    )
+    .unwrap()
 }
 
 fn plain(model: &DiffusionModel, prompt: &str) -> Tensor {
@@ -112,8 +120,16 @@ fn the_vectors_of_a_concept_stay_together() {
     let each = n_pieces(&tokenizer, "dog");
     let before = "dog ".repeat(73 / each);
     let text = placeholders.join(" ");
-    let encode =
-        |prompt: &str| context(&model.text_encoder, &tokenizer, prompt, Some(&rows)).unwrap();
+    let encode = |prompt: &str| {
+        context(
+            &model.text_encoder,
+            &tokenizer,
+            prompt,
+            Some(&rows),
+            &mut |_, _| Continue(()),
+        )
+        .unwrap()
+    };
     let found = encode(&format!("{before}{text} grass"));
     assert_eq!(found.dims()[1], 2 * 77);
     let second = encode(&format!("{text} grass"));
@@ -148,4 +164,48 @@ fn contexts_of_different_lengths_paint_together() {
     let twice = once.repeat((1, 3, 1)).unwrap();
     assert!(distance(&paint(&once), &paint(&twice)) < 1e-4);
     assert!(distance(&paint(&once), &paint(&long)) > 1e-4);
+}
+
+#[test]
+fn a_prompt_has_at_most_so_many_tokens() {
+    let model = model();
+    let each = n_pieces(&model.tokenizer, "dog");
+    let refused = "dog ".repeat(MAX_TOKENS / each + 1);
+    let mut n_asked = 0;
+    let error = context(
+        &model.text_encoder,
+        &model.tokenizer,
+        &refused,
+        None,
+        &mut |_, _| {
+            n_asked += 1;
+            Continue(())
+        },
+    );
+    let told = error.unwrap_err().to_string();
+    assert!(
+        told.contains("\"dog dog dog dog dog dog dog do…\"") && told.contains("at most 4800"),
+        "{told}"
+    );
+    assert_eq!(n_asked, 0, "nothing is encoded before that is known");
+}
+
+#[test]
+fn the_encoding_of_a_long_prompt_stops_when_asked() {
+    let model = model();
+    let mut asked = Vec::new();
+    let stopped = context(
+        &model.text_encoder,
+        &model.tokenizer,
+        &"dog ".repeat(400),
+        None,
+        &mut |done, total| {
+            asked.push((done, total));
+            if done == 2 { Break(()) } else { Continue(()) }
+        },
+    );
+    assert!(matches!(stopped, Err(Error::Canceled)));
+    let dones: Vec<_> = asked.iter().map(|(done, _)| *done).collect();
+    assert_eq!(dones, [0, 1, 2]);
+    assert!(asked[0].1 > 5);
 }
