@@ -88,7 +88,8 @@ impl Inputs {
                 NodeError::invalid_input(
                     name,
                     format!(
-                        "the input {name} was made by another plugin or build: {}",
+                        "the input {name} was made by another plugin or build, or by this one for a host that speaks \
+                         another language to it: {}",
                         object.summary()
                     ),
                 )
@@ -159,8 +160,14 @@ pub trait Node: Send + Default + 'static {
     }
 }
 
-pub(crate) fn parse<N: Node>(parameters: &str) -> Result<N::Parameters, NodeError> {
-    let descriptor = N::descriptor();
+/// The parameters of a node of this description.
+///
+/// # Errors
+/// No JSON object, or the first parameter that does not fit.
+pub(crate) fn parse<P: DeserializeOwned>(
+    descriptor: &NodeDescriptor,
+    parameters: &str,
+) -> Result<P, NodeError> {
     let invalid = |text: String| NodeError::new(ErrorCode::InvalidInput, text);
     let given: serde_json::Map<String, serde_json::Value> = serde_json::from_str(parameters)
         .map_err(|error| {

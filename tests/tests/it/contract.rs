@@ -229,6 +229,20 @@ fn two_copies_of_a_library_do_not_take_each_others_objects_for_their_own() {
 }
 
 #[test]
+fn an_object_of_one_door_is_refused_at_the_other_in_a_sentence() {
+    let _guard = one_at_a_time();
+    let [rust, c] = both();
+    for (from, to) in [(rust, c), (c, rust)] {
+        let made = run(&mut from.create("Counted").unwrap(), &[], "{}").unwrap();
+        let mut node = to.create("Counted").unwrap();
+        let error = run(&mut node, &[("other", &made[0])], "{}").unwrap_err();
+        assert_eq!(error.input, "other");
+        let part = "by this one for a host that speaks another language to it: one of";
+        assert!(error.message.contains(part), "{error}");
+    }
+}
+
+#[test]
 fn a_panic_is_an_error_and_the_process_lives_on() {
     for plugin in both() {
         let error = run(&mut plugin.create("Panic").unwrap(), &[], "{}").unwrap_err();
