@@ -2,13 +2,20 @@
 
 import json
 import os
+import pathlib
+import platform
+import re
 import subprocess
 import sys
 
 import pytest
+from packaging.tags import sys_tags
 
 from conceptloom.command import install_nodes
 from conftest import BUILT, HERE, ROOT
+
+
+BINARIES = [pathlib.Path(BUILT) / name for name in ["libconceptloom.so", "host-demo"]]
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +24,14 @@ def installed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, ROOT / "plugin/comfyui/build_wheel.py", "--built", BUILT, "--out", folder / "dist"]
     wheel = subprocess.run(build, check=True, capture_output=True, text=True).stdout.strip()
-    assert "-py3-none-" in wheel
+    # The name says for which systems it is, and this is one of them.
+    name, _, python, abi, system = pathlib.Path(wheel).stem.split("-")
+    assert (name, python, abi) == ("conceptloom", "py3", "none")
+    assert any(tag.platform == system for tag in sys_tags()), system
+    if sys.platform == "linux":
+        asked = [re.findall(rb"\0GLIBC_2\.(\d+)", path.read_bytes()) for path in BINARIES]
+        newest = max(17, *(int(minor) for minors in asked for minor in minors))
+        assert system == f"manylinux_2_{newest}_{platform.machine()}"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder / "site", wheel]
     subprocess.run(pip, check=True)
     return folder / "site"
