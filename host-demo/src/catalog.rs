@@ -137,13 +137,26 @@ impl Catalog {
             Some(Origin::Builtin(builtin)) => {
                 Ok(Instance::Builtin((builtin.make)(self.places.clone())))
             }
-            Some(Origin::Plugin(i)) => {
-                Ok(Instance::Plugin(self.plugins[*i].exports.create(class)?))
+            Some(Origin::Plugin(i)) => Ok(Instance::Plugin(self.plugins[*i].create(class)?)),
+            None => Err(unknown(class)),
+        }
+    }
+
+    /// A node's own check of complete parameters.
+    ///
+    /// # Errors
+    /// The first problem, or those of [`Self::create`].
+    pub(crate) fn validate(
+        &self,
+        class: &str,
+        parameters: &Map<String, Value>,
+    ) -> Result<(), NodeError> {
+        match self.classes.get(class).map(|class| &class.origin) {
+            Some(Origin::Builtin(builtin)) => {
+                (builtin.make)(self.places.clone()).validate(parameters)
             }
-            None => Err(NodeError::new(
-                ErrorCode::InvalidInput,
-                format!("no node of the class {class} is known"),
-            )),
+            Some(Origin::Plugin(i)) => self.plugins[*i].validate(class, &json(parameters)),
+            None => Err(unknown(class)),
         }
     }
 
@@ -223,17 +236,6 @@ pub(crate) enum Instance {
 }
 
 impl Instance {
-    /// The node's own check of complete parameters.
-    ///
-    /// # Errors
-    /// The first problem.
-    pub(crate) fn validate(&self, parameters: &Map<String, Value>) -> Result<(), NodeError> {
-        match self {
-            Self::Builtin(node) => node.validate(parameters),
-            Self::Plugin(node) => node.validate(&json(parameters)),
-        }
-    }
-
     /// What the result hangs on besides inputs and parameters.
     ///
     /// # Errors
@@ -265,6 +267,11 @@ impl Instance {
             Self::Plugin(node) => node.run(inputs, &json(parameters), context),
         }
     }
+}
+
+fn unknown(class: &str) -> NodeError {
+    let text = format!("no node of the class {class} is known");
+    NodeError::new(ErrorCode::InvalidInput, text)
 }
 
 fn json(parameters: &Map<String, Value>) -> String {

@@ -101,6 +101,9 @@ enum Command {
     /// The process of --isolate; only this program calls itself so
     #[command(hide = true)]
     Worker { setup: String },
+    /// With --isolate, the process that is asked about a library; only this program calls itself so
+    #[command(hide = true)]
+    AskPlugin { path: PathBuf },
 }
 
 #[derive(Debug, Clone, Default, Args)]
@@ -258,6 +261,7 @@ fn dispatch(arguments: Arguments) -> Result<(), Ended> {
             isolation: arguments.isolation,
         })?),
         Some(Command::Worker { setup }) => Ok(isolated::serve(&setup)?),
+        Some(Command::AskPlugin { path }) => Ok(isolated::answer_questions(&path)?),
         Some(Command::Check(options)) => match check::run(&options)? {
             true => Ok(()),
             false => Err(Ended(EXIT_FAILED)),
@@ -268,7 +272,8 @@ fn dispatch(arguments: Arguments) -> Result<(), Ended> {
         },
         Some(Command::CheckUnit(options)) => Ok(check::run_one(&options)?),
         Some(Command::Nodes { json, libraries }) => {
-            let catalog = catalog(&libraries, Places::default())?;
+            let here = IsolationArguments::default();
+            let catalog = catalog(&libraries, &here, Places::default())?;
             if json {
                 say(&pretty(&Value::Object(catalog.object_info())));
             } else {
@@ -304,8 +309,12 @@ fn dispatch(arguments: Arguments) -> Result<(), Ended> {
     }
 }
 
-fn catalog(libraries: &Libraries, places: Places) -> Result<Catalog, Ended> {
-    let catalog = Catalog::new(libraries.load()?, places);
+fn catalog(
+    libraries: &Libraries,
+    isolation: &IsolationArguments,
+    places: Places,
+) -> Result<Catalog, Ended> {
+    let catalog = Catalog::new(libraries.load(isolation)?, places);
     Ok(catalog.map_err(anyhow::Error::from)?)
 }
 
@@ -325,7 +334,7 @@ fn prepare(arguments: &RunArguments) -> Result<Prepared, Ended> {
             .to_owned(),
         input_dir: arguments.input.clone(),
     };
-    let catalog = catalog(&arguments.libraries, places)?;
+    let catalog = catalog(&arguments.libraries, &arguments.isolation, places)?;
     let workflow = match file {
         Some(file) => Workflow::read(file, &catalog),
         None => Workflow::parse(demo::NAME, demo::WORKFLOW.as_bytes(), &catalog),

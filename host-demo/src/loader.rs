@@ -4,10 +4,16 @@ use std::env::consts::{DLL_PREFIX, DLL_SUFFIX};
 use std::path::{Path, PathBuf};
 
 use abi_stable::library::{LibraryError, lib_header_from_path};
+use object::Endianness;
+use object::elf::{ELFMAG, FileHeader64};
+use object::read::elf::{FileHeader as _, ProgramHeader as _};
 use plugin_api::{
-    DeviceDescriptor, LoadedPlugin, NodeDescriptor, PluginDescriptor, PluginModule_Ref,
+    DeviceDescriptor, ErrorCode, LoadedNode, LoadedPlugin, NodeDescriptor, NodeError,
+    PluginDescriptor, PluginModule_Ref,
 };
 
+#[cfg(unix)]
+use crate::isolated::Informant;
 use crate::table::{self, NoTable};
 
 /// Names libraries (a list as in PATH) when the command line does not.
@@ -21,6 +27,22 @@ pub(crate) struct LoadError {
     reason: String,
 }
 
+impl LoadError {
+    /// Why, without the path.
+    pub(crate) fn reason(&self) -> &str {
+        &self.reason
+    }
+}
+
+/// Where a library is loaded.
+enum Place {
+    /// In this process.
+    Here(LoadedPlugin),
+    /// In another, which can be asked but runs nothing.
+    #[cfg(unix)]
+    Apart(Informant),
+}
+
 /// A loaded library.
 pub(crate) struct Plugin {
     /// Its stable name.
@@ -31,10 +53,9 @@ pub(crate) struct Plugin {
     pub(crate) build: String,
     /// Where it was.
     pub(crate) path: PathBuf,
-    /// What it exports.
-    pub(crate) exports: LoadedPlugin,
     /// Its classes.
     pub(crate) nodes: Vec<NodeDescriptor>,
+    place: Place,
 }
 
 /// Why a library's nodes cannot compute.
@@ -42,7 +63,8 @@ pub(crate) struct Plugin {
 #[error("the plugin {plugin} cannot compute: {reason}")]
 pub(crate) struct DeviceError {
     plugin: String,
-    reason: String,
+    /// The plugin's own sentence, or how it was lost.
+    pub(crate) reason: String,
 }
 
 impl Plugin {
@@ -52,10 +74,64 @@ impl Plugin {
     /// # Errors
     /// [`DeviceError`], with the plugin's own sentence.
     pub(crate) fn devices(&self) -> Result<Vec<DeviceDescriptor>, DeviceError> {
-        self.exports.devices().map_err(|error| DeviceError {
-            plugin: self.name.clone(),
-            reason: error.message.into_string(),
+        let devices = match &self.place {
+            Place::Here(exports) => exports
+                .devices()
+                .map_err(|error| error.message.into_string()),
+            #[cfg(unix)]
+            Place::Apart(informant) => informant.devices(),
+        };
+        let plugin = || self.name.clone();
+        devices.map_err(|reason| DeviceError {
+            plugin: plugin(),
+            reason,
         })
+    }
+
+    /// Lets a new node of this class look at parameters, a JSON object.
+    ///
+    /// # Errors
+    /// The first problem; or the plugin took the process down in which it was asked.
+    pub(crate) fn validate(&self, class: &str, parameters: &str) -> Result<(), NodeError> {
+        match &self.place {
+            Place::Here(exports) => exports.create(class)?.validate(parameters),
+            #[cfg(unix)]
+            Place::Apart(informant) => {
+                let asked = informant.validate(class, parameters.to_owned());
+                let lost = |how: String| {
+                    let text = format!(
+                        "PluginCrashed: the plugin {} was asked about the parameters of {class}, and {how}; only this \
+                         question is lost",
+                        self.name
+                    );
+                    NodeError::new(ErrorCode::Internal, text)
+                };
+                asked.map_err(lost)?.map_err(NodeError::from)
+            }
+        }
+    }
+
+    /// A node of this class, to run it here.
+    ///
+    /// # Errors
+    /// The class is not known, the plugin cannot make it, or it is not loaded in this process.
+    pub(crate) fn create(&self, class: &str) -> Result<LoadedNode, NodeError> {
+        self.here()?.create(class)
+    }
+
+    /// What it exports.
+    ///
+    /// # Errors
+    /// It is not loaded in this process.
+    pub(crate) fn here(&self) -> Result<&LoadedPlugin, NodeError> {
+        match &self.place {
+            Place::Here(exports) => Ok(exports),
+            #[cfg(unix)]
+            Place::Apart(_) => {
+                let text = format!("the plugin {} is loaded in another process", self.name);
+                Err(NodeError::new(ErrorCode::Internal, text))
+            }
+        }
     }
 }
 
@@ -94,6 +170,12 @@ pub(crate) fn load(path: &Path) -> Result<Plugin, LoadError> {
     };
     let bytes = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
     let build = blake3::hash(&bytes).to_hex().to_string();
+    if is_cut_short(&bytes) {
+        return Err(failed(format!(
+            "it is cut short, its {} bytes are not all that its header tells of; copy or build it once more",
+            bytes.len()
+        )));
+    }
     drop(bytes);
     // A bare file name would be looked for in the system's folders.
     let absolute = path
@@ -120,8 +202,58 @@ pub(crate) fn load(path: &Path) -> Result<Plugin, LoadError> {
         version,
         build,
         path: absolute,
-        exports,
         nodes,
+        place: Place::Here(exports),
+    })
+}
+
+/// Loads one library in a process of its own, where it can be asked; this process stays without it.
+///
+/// # Errors
+/// [`LoadError`], also where it took that process down.
+#[cfg(unix)]
+pub(crate) fn load_apart(path: &Path) -> Result<Plugin, LoadError> {
+    let (informant, facts) = Informant::start(path).map_err(|reason| LoadError {
+        path: path.to_owned(),
+        reason,
+    })?;
+    Ok(Plugin {
+        name: facts.name,
+        version: facts.version,
+        build: facts.build,
+        path: facts.path,
+        nodes: facts.nodes,
+        place: Place::Apart(informant),
+    })
+}
+
+/// Loads one library in a process of its own.
+///
+/// # Errors
+/// Always: there is none on this system.
+#[cfg(not(unix))]
+pub(crate) fn load_apart(path: &Path) -> Result<Plugin, LoadError> {
+    Err(LoadError {
+        path: path.to_owned(),
+        reason: "--isolate needs a Unix system; leave it out".to_owned(),
+    })
+}
+
+/// Whether a library for Linux lacks a part that it says it has: the system maps what is not there, and whoever reads it is
+/// ended. Other systems look for themselves, and what is no such library is left to the system to refuse.
+fn is_cut_short(file: &[u8]) -> bool {
+    type Header = FileHeader64<Endianness>;
+    let Ok(header) = Header::parse(file) else {
+        return file.starts_with(&ELFMAG) && file.len() < size_of::<Header>();
+    };
+    let Ok(endian) = header.endian() else {
+        return false;
+    };
+    let segments = header.program_headers(endian, file);
+    segments.map_or(true, |segments| {
+        segments
+            .iter()
+            .any(|segment| segment.data(endian, file).is_err())
     })
 }
 

@@ -16,6 +16,7 @@ use serde_json::json;
 use crate::builtin_nodes;
 use crate::child::{self, Ended};
 use crate::console::{complain, say};
+use crate::isolated::IsolationArguments;
 use crate::loader::{self, Plugin};
 
 /// Folders (a list as in PATH) when the command line names none.
@@ -37,11 +38,16 @@ pub(crate) struct Libraries {
 }
 
 impl Libraries {
-    /// Loads them.
+    /// Loads them, in this process or each in one of its own.
     ///
     /// # Errors
     /// A library that was named and does not load, or a folder that cannot be read.
-    pub(crate) fn load(&self) -> anyhow::Result<Vec<Plugin>> {
+    pub(crate) fn load(&self, isolation: &IsolationArguments) -> anyhow::Result<Vec<Plugin>> {
+        let load = if isolation.is_on() {
+            loader::load_apart
+        } else {
+            loader::load
+        };
         let folders = self.folders();
         let named = match loader::find(&self.plugin) {
             Ok(named) => named,
@@ -51,14 +57,16 @@ impl Libraries {
         };
         let mut plugins = Vec::new();
         for path in named {
-            plugins.push(loader::load(&path)?);
+            plugins.push(load(&path)?);
         }
         let mut crashers = Crashers::read();
         for path in found_in(&folders)? {
             if plugins.iter().any(|plugin| plugin.path == path) {
                 continue;
             }
-            match try_one(&path, &mut crashers).and_then(|plugin| unlike(plugin, &plugins)) {
+            let tried = try_one(&path, &mut crashers)
+                .and_then(|()| load(&path).map_err(|error| error.to_string()));
+            match tried.and_then(|plugin| unlike(plugin, &plugins)) {
                 Ok(plugin) => plugins.push(plugin),
                 Err(why) => {
                     complain(&format!(
@@ -112,8 +120,11 @@ fn unlike(plugin: Plugin, others: &[Plugin]) -> Result<Plugin, String> {
     }
 }
 
-/// Loads a library once it has loaded in a process of its own.
-fn try_one(path: &Path, crashers: &mut Crashers) -> Result<Plugin, String> {
+/// Loads a library in a process of its own, which ends then.
+///
+/// # Errors
+/// It does not load, or that process is lost.
+fn try_one(path: &Path, crashers: &mut Crashers) -> Result<(), String> {
     let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
     let hash = blake3::hash(&bytes).to_hex().to_string();
     drop(bytes);
@@ -129,7 +140,7 @@ fn try_one(path: &Path, crashers: &mut Crashers) -> Result<Plugin, String> {
     });
     let tried = tried.map_err(|error| format!("it cannot be tried ({error})"))?;
     let how = match tried.ended {
-        Ended::Code(0) => return loader::load(path).map_err(|error| error.to_string()),
+        Ended::Code(0) => return Ok(()),
         Ended::Code(TRY_FAILED) => {
             let said = tried.stdout.lines().last().unwrap_or_default();
             return Err(said.to_owned());

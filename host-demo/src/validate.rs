@@ -350,10 +350,7 @@ fn own_problem(
     }
     let mut complete = descriptor.completed_parameters(parameters);
     file_words::replace(&mut complete, graph, &ZonedDateTime::now());
-    let checked = catalog
-        .create(&node.class)
-        .and_then(|instance| instance.validate(&complete));
-    let error = checked.err()?;
+    let error = catalog.validate(&node.class, &complete).err()?;
     let problem = Problem::of_node(
         "custom_validation_failed",
         id,

@@ -22,6 +22,7 @@ use crate::catalog::Catalog;
 use crate::console::{complain, say, tell_devices};
 use crate::events::Observers;
 use crate::executor::{self, Job, RunError};
+use crate::isolated::IsolationArguments;
 use crate::plugin_search::Libraries;
 use crate::recorder::Recorder;
 use crate::run_folder::{Destination, RunFolder, write_new};
@@ -213,7 +214,10 @@ fn catalog(libraries: &Libraries, dir: &Path) -> anyhow::Result<Catalog> {
         workflow_dir: dir.to_owned(),
         input_dir: PathBuf::from("input"),
     };
-    Ok(Catalog::new(libraries.load()?, places)?)
+    Ok(Catalog::new(
+        libraries.load(&IsolationArguments::default())?,
+        places,
+    )?)
 }
 
 /// Whether the entry's folder is there, and made from the same.

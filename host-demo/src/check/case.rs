@@ -17,6 +17,7 @@ pub(crate) enum Case {
     Outputs,
     InputsUnchanged,
     Repeatable,
+    TwoThreads,
     Cancel,
     Progress,
     References,
@@ -33,7 +34,7 @@ impl Case {
     ];
 
     /// Those of every node, in the order in which they are checked.
-    pub(crate) const OF_NODE: [Self; 12] = [
+    pub(crate) const OF_NODE: [Self; 13] = [
         Self::Lifecycle,
         Self::MissingInputs,
         Self::WrongInputs,
@@ -42,6 +43,7 @@ impl Case {
         Self::Outputs,
         Self::InputsUnchanged,
         Self::Repeatable,
+        Self::TwoThreads,
         Self::Cancel,
         Self::Progress,
         Self::References,
@@ -63,6 +65,7 @@ impl Case {
             Self::Outputs => "outputs",
             Self::InputsUnchanged => "inputs-unchanged",
             Self::Repeatable => "repeatable",
+            Self::TwoThreads => "two-threads",
             Self::Cancel => "cancel",
             Self::Progress => "progress",
             Self::References => "references",
@@ -103,6 +106,9 @@ impl Case {
                 "The node runs on inputs in memory that cannot be written, and leaves them as they were."
             }
             Self::Repeatable => "The same inputs, twice, give the same bytes.",
+            Self::TwoThreads => {
+                "Two nodes of the class that run at once on two threads, while the plugin is described, give what one gives alone."
+            }
             Self::Cancel => {
                 "A node that is asked to stop, before its run or within it, is done or returns Canceled within --cancel-limit, 500 ms."
             }

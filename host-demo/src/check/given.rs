@@ -185,7 +185,6 @@ impl Feeder {
             .trail
             .at(&format!("ran {} for its outputs", source.class));
         let mut node = subject
-            .plugin
             .exports
             .create(&source.class)
             .map_err(|error| error.to_string())?;

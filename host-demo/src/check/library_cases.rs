@@ -29,7 +29,7 @@ pub(crate) fn descriptor(subject: &Subject<'_>) -> Outcome {
     let plugin = subject.plugin;
     let mut problems = Vec::new();
     subject.trail.at("was asked for its description again");
-    match plugin.exports.describe() {
+    match subject.exports.describe() {
         Err(error) => problems.push(format!("the second description is an error: {error}")),
         Ok(again) => {
             if again.nodes != plugin.nodes || again.name != plugin.name {
@@ -145,7 +145,7 @@ fn widget_problems(widget: &Widget) -> Vec<String> {
 }
 
 pub(crate) fn unknown_names(subject: &Subject<'_>) -> Outcome {
-    let exports = &subject.plugin.exports;
+    let exports = &subject.exports;
     let mut classes = vec![String::new(), "NoSuchClass".to_owned(), "x".repeat(1 << 16)];
     let known = subject.plugin.nodes.iter().map(|node| node.class.as_str());
     let is_known = |name: &str| subject.plugin.nodes.iter().any(|node| node.class == name);

@@ -357,17 +357,23 @@ fn on_worker(options: &UnitOptions, trail: Trail) -> anyhow::Result<Report> {
 
 fn report(options: &UnitOptions, trail: Trail) -> Report {
     let started = Instant::now();
-    let plugin = match loader::load(&options.plugin) {
-        Ok(plugin) => plugin,
+    let loaded = loader::load(&options.plugin).map_err(|error| error.to_string());
+    let loaded = loaded.and_then(|plugin| {
+        let exports = *plugin.here().map_err(|error| error.to_string())?;
+        Ok((plugin, exports))
+    });
+    let (plugin, exports) = match loaded {
+        Ok(loaded) => loaded,
         Err(error) => {
             return Report {
-                host_demo_check: Some(NotPassed::Failed(error.to_string())),
+                host_demo_check: Some(NotPassed::Failed(error)),
                 ..Report::default()
             };
         }
     };
     let subject = Subject {
         plugin: &plugin,
+        exports,
         trail,
         seed: options.seed,
         cancel_limit: Duration::from_millis(options.cancel_limit),
@@ -410,6 +416,7 @@ fn of_node(case: Case, subject: &Subject<'_>, node: &NodeDescriptor) -> Outcome 
         Case::Outputs => node_cases::outputs(subject, node),
         Case::InputsUnchanged => node_cases::inputs_unchanged(subject, node),
         Case::Repeatable => node_cases::repeatable(subject, node),
+        Case::TwoThreads => node_cases::two_threads(subject, node),
         Case::Cancel => node_cases::cancel(subject, node),
         Case::Progress => node_cases::progress(subject, node),
         Case::References => node_cases::references(subject, node),

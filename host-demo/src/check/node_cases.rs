@@ -1,6 +1,8 @@
 //! Cases of every node. Whatever a node is given, a crash ends the process of the case, which tells it to the parent.
 
-use std::time::Duration;
+use std::sync::Barrier;
+use std::thread::{self, ScopedJoinHandle};
+use std::time::{Duration, Instant};
 
 use plugin_api::{
     ErrorCode, NodeDescriptor, NodeError, Opaque, Outputs, SharedObject, SharedTensor, Value,
@@ -11,7 +13,7 @@ use super::given::{self, Feeder, Inputs, Place, quick_parameters};
 use super::listener::{Behavior, HOST_PANIC};
 use super::memory::{Held, heap_bytes};
 use super::subject::{NotPassed, NotRunnable, Outcome, Ran, Subject, failed};
-use crate::executor::check_outputs;
+use crate::executor::{WORKER_STACK, check_outputs};
 
 /// When a node is asked to stop within its run.
 const CANCEL_AFTER: Duration = Duration::from_millis(200);
@@ -23,6 +25,10 @@ const SHORT: Duration = Duration::from_millis(200);
 /// Calls of the host's services that no run is too short for, and calls per second that none needs.
 const MANY_CALLS: usize = 10_000;
 const MANY_CALLS_PER_SECOND: f64 = 1000.0;
+
+/// Runs of each of two threads at once, and the time after which no more are begun.
+const N_RUNS_AT_ONCE: usize = 20;
+const LONGEST_AT_ONCE: Duration = Duration::from_secs(2);
 
 /// Lives of a node that are counted, after as many that are not: what is made once stays.
 const N_LIVES: usize = 100;
@@ -349,6 +355,54 @@ pub(crate) fn repeatable(subject: &Subject<'_>, node: &NodeDescriptor) -> Outcom
         }
         None => Ok(()),
     }
+}
+
+pub(crate) fn two_threads(subject: &Subject<'_>, node: &NodeDescriptor) -> Outcome {
+    let mut runnable = subject.runnable(node)?;
+    let alone = bytes(runnable.ran.result.iter().flatten())?;
+    let inputs = runnable.inputs(subject, node, Place::Heap, &Held::default())?;
+    let parameters = &runnable.parameters;
+    let text = serde_json::Value::Object(parameters.clone()).to_string();
+    let (begin, started) = (Barrier::new(2), Instant::now());
+    let run_beside_another = |subject: &Subject<'_>| -> Outcome {
+        begin.wait();
+        for _ in 0..N_RUNS_AT_ONCE {
+            let when = "on two threads at once";
+            let mut made = subject.create_for(&node.class, &text, when)?;
+            let described = subject.exports.describe();
+            if !described.is_ok_and(|again| again.nodes == subject.plugin.nodes) {
+                return failed("described on two threads at once the plugin says something else");
+            }
+            let ran = subject.run(&mut made, inputs.clone(), parameters, Behavior::Patient);
+            match &ran.result {
+                Err(error) => {
+                    return failed(format!("beside another it ends in an error: {error}"));
+                }
+                Ok(outputs) if bytes(outputs.iter())? != alone => {
+                    return failed("beside another it gives something else than alone");
+                }
+                Ok(_) if started.elapsed() > LONGEST_AT_ONCE => break,
+                Ok(_) => {}
+            }
+        }
+        Ok(())
+    };
+    let folders = ["first", "second"].map(|name| subject.in_folder(name));
+    thread::scope(|scope| {
+        let threads = folders.each_ref().map(|subject| {
+            let thread = thread::Builder::new().stack_size(WORKER_STACK);
+            thread.spawn_scoped(scope, || run_beside_another(subject))
+        });
+        threads
+            .into_iter()
+            .try_for_each(|thread| match thread.map(ScopedJoinHandle::join) {
+                Ok(Ok(outcome)) => outcome,
+                Ok(Err(_)) => failed("the check itself panicked; please report it"),
+                Err(error) => Err(NotPassed::Skipped(format!(
+                    "there are no two threads: {error}"
+                ))),
+            })
+    })
 }
 
 pub(crate) fn cancel(subject: &Subject<'_>, node: &NodeDescriptor) -> Outcome {

@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use plugin_api::{ErrorCode, LoadedNode, NodeDescriptor, NodeError, Outputs};
+use plugin_api::{ErrorCode, LoadedNode, LoadedPlugin, NodeDescriptor, NodeError, Outputs};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json, json};
 
@@ -62,6 +62,7 @@ impl Trail {
 /// A library under check.
 pub(crate) struct Subject<'a> {
     pub(crate) plugin: &'a Plugin,
+    pub(crate) exports: LoadedPlugin,
     pub(crate) trail: Trail,
     pub(crate) seed: u64,
     /// Time within which a node stops.
@@ -111,12 +112,20 @@ pub(crate) struct Runnable {
 }
 
 impl Subject<'_> {
+    /// The same library, whose nodes write into a folder of this name beside others.
+    pub(crate) fn in_folder(&self, name: &str) -> Self {
+        Self {
+            folder: self.folder.join(name),
+            ..*self
+        }
+    }
+
     /// A new node.
     ///
     /// # Errors
     /// Its class cannot be made: a failure.
     pub(crate) fn create(&self, class: &str) -> Result<LoadedNode, NotPassed> {
-        let made = self.plugin.exports.create(class);
+        let made = self.exports.create(class);
         made.map_err(|error| NotPassed::Failed(format!("it cannot be made: {error}")))
     }
 

@@ -3,16 +3,26 @@
 //! The process (`worker`) is this program once more. It loads the plugins, keeps the cache and runs one job after the other;
 //! it is told what to run and tells what happens over a socket (`frame`). Values on wires never leave it. When it is gone, or
 //! gives no sign of life for too long, its job ends with [`RunError::Crashed`], and the next job gets a new process.
+//!
+//! What is asked of a plugin without running it is asked of another process (`informant`), which answers while a job runs.
+//! The host itself never has a plugin's library in it.
 
 #[cfg(unix)]
 mod frame;
 #[cfg(unix)]
+mod informant;
+#[cfg(unix)]
 mod parent;
+#[cfg(unix)]
+mod process;
 #[cfg(unix)]
 mod worker;
 
+#[cfg(unix)]
+pub(crate) use informant::Informant;
+
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -33,6 +43,13 @@ pub(crate) struct IsolationArguments {
     /// With --isolate: how long a node may give no sign of life (progress, a question whether to stop)
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     hang_limit: u64,
+}
+
+impl IsolationArguments {
+    /// Whether the host may not have libraries of plugins in itself.
+    pub(crate) fn is_on(&self) -> bool {
+        self.isolate
+    }
 }
 
 /// What the process needs to know.
@@ -181,5 +198,23 @@ pub(crate) fn serve(setup: &str) -> anyhow::Result<()> {
 /// Always: there is none on this system.
 #[cfg(not(unix))]
 pub(crate) fn serve(_: &str) -> anyhow::Result<()> {
+    anyhow::bail!("this needs a Unix system")
+}
+
+/// The hidden command: the process that answers questions about a plugin.
+///
+/// # Errors
+/// What keeps it from working.
+#[cfg(unix)]
+pub(crate) fn answer_questions(path: &Path) -> anyhow::Result<()> {
+    informant::answer_questions(path)
+}
+
+/// The hidden command: the process that answers questions about a plugin.
+///
+/// # Errors
+/// Always: there is none on this system.
+#[cfg(not(unix))]
+pub(crate) fn answer_questions(_: &Path) -> anyhow::Result<()> {
     anyhow::bail!("this needs a Unix system")
 }

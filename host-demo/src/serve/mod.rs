@@ -98,7 +98,7 @@ pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
         output: folders.output.clone(),
         temp: folders.temp.clone(),
     };
-    let plugins = options.libraries.load()?;
+    let plugins = options.libraries.load(&options.isolation)?;
     let paths = plugins.iter().map(|plugin| plugin.path.clone()).collect();
     let engine = Engine::new(&options.isolation, options.cache_budget, paths, &places)?;
     let catalog = Arc::new(Catalog::new(plugins, places)?);

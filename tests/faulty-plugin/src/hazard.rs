@@ -9,10 +9,12 @@
 //! | `panic-create`, `panic-drop`, `panic-validate`, `panic-fingerprint`, `panic-run` | panics there |
 //! | `loose-extension` | has extensions of all names |
 //! | `leak` | a node leaves memory behind |
+//! | `abort-validate` | ends the process when it looks at parameters |
 //! | `abort`, `segfault`, `hang`, `exit`, `memory` | what ends or stops a process; the last asks for memory until there is none |
 //! | `too-few`, `wrong-type`, `wrong-shape`, `not-finite` | what it returns |
 //! | `scribble` | writes to its input |
 //! | `random` | gives something else every time |
+//! | `one-for-all` | keeps its work where all nodes of the class keep theirs |
 //! | `keep-input` | never gives its input back |
 //! | `ignore-missing`, `ignore-type` | takes what it must refuse |
 //! | `flood`, `beyond` | progress without measure, or beyond its end |
@@ -118,6 +120,9 @@ impl Node for Hazard {
 
     fn validate(&self, _: &Parameters) -> Result<(), NodeError> {
         panic_if("panic-validate");
+        if process_habit() == "abort-validate" {
+            std::process::abort();
+        }
         Ok(())
     }
 
@@ -170,6 +175,14 @@ impl Node for Hazard {
                 // SAFETY: none; it is what the contract forbids.
                 unsafe { (images.data_address() as *mut f32).write_volatile(7.0) };
                 vec![Value::Tensor(images)]
+            }
+            "one-for-all" => {
+                static WORK: AtomicU64 = AtomicU64::new(0);
+                let own = std::ptr::from_ref(&*self).addr() as u64;
+                WORK.store(own, Ordering::SeqCst);
+                std::thread::sleep(Duration::from_millis(20));
+                let is_own = WORK.load(Ordering::SeqCst) == own;
+                vec![picture(if is_own { 0.5 } else { 0.25 })?]
             }
             "keep-input" => {
                 std::mem::forget(images);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use crate::support::{Place, faulty, node, other_layout, pixels};
+use crate::support::{Place, faulty, node, pixels};
 
 fn load(place: &Place, path: &str) -> crate::support::Done {
     place.host(&["nodes", "--plugin", path])
@@ -63,15 +63,44 @@ fn a_library_of_another_contract_version_is_refused_in_one_sentence() {
     load(&place, "other.so").failed_with(&["what its node_plugin gives is no plugin's table"]);
 }
 
+/// Lengths of what is left of a library, and what part of the sentence says so.
+#[cfg(target_os = "linux")]
+fn cut_short() -> Vec<(Vec<u8>, &'static str)> {
+    let library = std::fs::read(faulty()).unwrap();
+    let at = |i: usize| u64::from_le_bytes(library[i..i + 8].try_into().unwrap()) as usize;
+    let (table, n) = (at(32), usize::from(library[56]));
+    // Offset and size of a segment in the file.
+    let ends = (0..n).map(|i| at(table + 56 * i + 8) + at(table + 56 * i + 32));
+    let end = ends.max().unwrap();
+    let lengths = [5, 63, 64, 300, 4096, end / 4, end / 2, end / 4 * 3, end - 1];
+    let system = [(0, "the system cannot open it as a library")];
+    let known = lengths.map(|length| (length, "it is cut short"));
+    let cuts = system.into_iter().chain(known);
+    cuts.map(|(length, part)| (library[..length].to_vec(), part))
+        .collect()
+}
+
+#[cfg(target_os = "linux")]
 #[test]
-fn a_library_whose_types_are_laid_out_in_another_way_is_refused_in_one_sentence() {
+fn a_library_that_is_cut_short_is_refused_in_one_sentence() {
     let place = Place::with_faulty();
-    let path = other_layout();
-    let done = load(&place, path.to_str().unwrap());
-    done.failed_with(&[
-        "other_layout_plugin",
-        "its types are laid out differently from this host's; build both from the same version of plugin-api",
-    ]);
+    for (library, part) in cut_short() {
+        place.write("cut.so", &library);
+        load(&place, "cut.so").failed_with(&["cannot load the plugin cut.so", part]);
+        // Nor does one in a folder of plugins take a process down, or stay away once it is whole.
+        place.write("plugins/cut.so", &library);
+        let plugin = faulty();
+        let plugin = plugin.to_str().unwrap();
+        let mut command = place.command(&["nodes", "--plugin", plugin, "--plugins", "plugins"]);
+        command.env("XDG_CACHE_HOME", place.path().join("cache"));
+        let done = crate::support::done(command.output().unwrap()).succeeded();
+        let said = done.sentence();
+        assert!(
+            said.contains("cut.so is left out: ") && said.contains(part),
+            "{said}"
+        );
+        assert!(!place.path().join("cache").exists(), "{said}");
+    }
 }
 
 #[test]

@@ -44,7 +44,7 @@ fn status<'a>(results: &'a [Value], case: &str, node: &str) -> &'a str {
 #[test]
 fn the_example_of_one_node_passes_every_case() {
     let results = passes(&example("invert"));
-    assert_eq!(results.len(), 16);
+    assert_eq!(results.len(), 17);
     let skipped = results
         .iter()
         .filter(|result| result["status"] == "skipped");
@@ -71,7 +71,13 @@ fn our_plugin_passes_and_its_nodes_feed_each_other() {
         "PersonalizedSampler",
         "SaveConcepts",
     ] {
-        for case in ["outputs", "repeatable", "cancel", "references"] {
+        for case in [
+            "outputs",
+            "repeatable",
+            "two-threads",
+            "cancel",
+            "references",
+        ] {
             assert_eq!(status(&results, case, class), "passed", "{case}:{class}");
         }
     }
@@ -260,6 +266,12 @@ fn lies_about_inputs_outputs_and_progress_are_named() {
             "give another images the second time",
         ),
         (
+            "one-for-all",
+            "two-threads",
+            "failed",
+            "beside another it gives something else than alone",
+        ),
+        (
             "ignore-missing",
             "missing-inputs",
             "failed",
@@ -343,13 +355,13 @@ fn a_file_that_is_no_plugin_fails_in_one_sentence_and_skips_the_rest() {
 fn cases_are_listed_in_a_sentence_each_and_run_in_one_process_too() {
     let place = Place::with_faulty();
     let list = place.host(&["check", "--list"]).succeeded().stdout;
-    assert_eq!(list.lines().count(), 16, "{list}");
+    assert_eq!(list.lines().count(), 17, "{list}");
     assert!(list.lines().all(|line| line.ends_with('.')), "{list}");
     let path = example("invert");
     let done = place.host(&["check", path.to_str().unwrap(), "--in-process"]);
     assert!(
         done.succeeded()
             .stdout
-            .ends_with("16 passed, 0 failed, 0 crashed, 0 skipped\n")
+            .ends_with("17 passed, 0 failed, 0 crashed, 0 skipped\n")
     );
 }

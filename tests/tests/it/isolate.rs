@@ -150,9 +150,14 @@ impl Drop for Server {
 
 impl Server {
     fn start(place: &Place) -> Self {
-        let arguments = ["serve", "--port", "0", "--isolate", "--hang-limit", "3"];
+        Self::with(place, &["--isolate", "--hang-limit", "3"], "")
+    }
+
+    fn with(place: &Place, more: &[&str], habit: &str) -> Self {
+        let arguments = [&["serve", "--port", "0"], more].concat();
         let mut child = place
             .command(&arguments)
+            .env("FAULTY_HABIT", habit)
             .stderr(std::process::Stdio::inherit())
             .spawn()
             .unwrap();
@@ -260,4 +265,72 @@ fn an_isolated_job_can_be_canceled() {
         (&last[0], &last[1]["node_id"]),
         (&json!("execution_interrupted"), &json!("1"))
     );
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_host_that_isolates_has_no_library_in_itself() {
+    let place = Place::with_faulty();
+    let has_library = |server: &Server| {
+        let maps = format!("/proc/{}/maps", server.child.id());
+        std::fs::read_to_string(maps)
+            .unwrap()
+            .contains("faulty_plugin")
+    };
+    let server = Server::with(&place, &[], "");
+    assert!(has_library(&server));
+    drop(server);
+    let server = Server::start(&place);
+    let info = server.ask("GET", "/api/object_info/Hazard", "");
+    assert!(info["Hazard"].is_object(), "{info}");
+    let id = server.submit(&through_hazard(""));
+    assert_eq!(server.wait(&id)["status"]["status_str"], "success");
+    assert!(server.ask("GET", "/api/system_stats", "")["devices"].is_array());
+    assert!(!has_library(&server));
+}
+
+#[test]
+fn a_question_that_takes_its_process_down_is_lost_alone() {
+    let place = Place::with_faulty();
+    let server = Server::with(&place, &["--isolate"], "abort-validate");
+    let prompt = json!({"prompt": through_hazard("")}).to_string();
+    for _ in 0..2 {
+        let answer = server.ask("POST", "/api/prompt", &prompt).to_string();
+        for part in [
+            "PluginCrashed: the plugin faulty-plugin was asked about the parameters of Hazard",
+            "(abort); only this question is lost",
+        ] {
+            assert!(answer.contains(part), "{answer}");
+        }
+    }
+    let id = server.submit(&json!({
+        "1": node("Slow", json!({"steps": 2})),
+        "2": node("SaveImage", json!({"images": ["1", 0]})),
+    }));
+    assert_eq!(server.wait(&id)["status"]["status_str"], "success");
+}
+
+#[test]
+fn an_isolated_library_that_cannot_be_loaded_is_told_in_one_sentence() {
+    let place = Place::with_faulty();
+    place.write("w.json", through_hazard("").to_string());
+    let run = |more: &[&str], variable: &str, value: &str| {
+        let arguments = [&["run", "w.json", "--isolate", "--out", "out"], more].concat();
+        done(
+            place
+                .command(&arguments)
+                .env(variable, value)
+                .output()
+                .unwrap(),
+        )
+    };
+    run(&[], "FAULTY_HABIT", "abort-describe").failed_with(&[
+        "cannot load the plugin ",
+        "it took its process down (abort)",
+    ]);
+    place.write("text.so", "not a library");
+    run(&["--plugin", "text.so"], "FAULTY_HABIT", "")
+        .failed_with(&["cannot load the plugin text.so: the system cannot open it as a library"]);
+    run(&[], "FAULTY_DEVICES", "there is no card")
+        .failed_with(&["the plugin faulty-plugin cannot compute: there is no card"]);
 }
