@@ -2,7 +2,7 @@
 //! from what authors write.
 //!
 //! Nobody implements these traits but the adapters here, and every method of an adapter is guarded. Their tables of functions
-//! grow at the end only.
+//! are the same in all of 1.x.
 #![expect(
     unsafe_code,
     non_local_definitions,
@@ -231,6 +231,10 @@ impl<T: TensorOwner> OwnerAdapter<T> {
 
     pub(crate) fn value(&self) -> Option<&T> {
         self.0.get().ok()
+    }
+
+    pub(crate) fn value_mut(&mut self) -> Option<&mut T> {
+        self.0.get_mut().ok()
     }
 }
 

@@ -48,11 +48,11 @@
 //! test compares both, and others load plugins and hosts that are built against what was recorded. A plugin of 1.x works in any
 //! host of 1.y:
 //!
-//! * Types that are passed by value ([`NodeError`], [`SharedTensor`], [`Value`], [`Progress`], [`RunInfo`] and all that they
-//!   hold) never change.
-//! * Tables of functions ([`PluginModule`], the traits of [`abi`]) and structs of C that start with their size grow at the end
-//!   only. Behind the field that is the last of 1.0 (`last_prefix_field`) stands what older plugins do not have; whoever reads
-//!   it asks first whether it is there.
+//! * Types of Rust never change: those that are passed by value ([`NodeError`], [`SharedTensor`], [`Value`], [`Progress`],
+//!   [`RunInfo`] and all that they hold), and the tables of functions ([`PluginModule`], the traits of [`abi`]). A host that
+//!   knew a function more would refuse every plugin that does not have it.
+//! * Structs of C that start with their size, and the table, grow at the end only; whoever reads what 1.0 does not have asks
+//!   first whether it is there.
 //! * JSON (descriptors, devices) may get keys; readers pass over those that they do not know, and new ones have a default.
 //! * [`ErrorCode`]s and ids of extensions keep their meaning for ever; new ones are appended.
 //! * Whatever else is new is an [`extension`].

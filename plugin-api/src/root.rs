@@ -21,7 +21,7 @@ use crate::guard::guarded;
 use crate::node::Node;
 use crate::{DeviceDescriptor, ErrorCode, NodeDescriptor, NodeError, PluginDescriptor, Value};
 
-/// What a plugin exports. Fields are only ever appended, and none after these before version 2: what comes is an extension.
+/// What a plugin exports: these fields in all of 1.x. What comes is an extension.
 #[repr(C)]
 #[derive(StableAbi)]
 #[sabi(kind(Prefix(prefix_ref = PluginModule_Ref)))]

@@ -45,7 +45,9 @@ pub(super) unsafe fn text<'a>(text: *const c_char) -> Result<&'a str, NodeError>
 
 /// Text to pass on. A NUL inside of it would end it.
 pub(super) fn c_text(text: &str) -> CString {
-    CString::new(text.replace('\0', " ")).unwrap_or_default()
+    CString::new(text)
+        .or_else(|_| CString::new(text.replace('\0', " ")))
+        .unwrap_or_default()
 }
 
 /// Gives text to a sink of the other side.

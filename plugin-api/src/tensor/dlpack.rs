@@ -3,10 +3,13 @@
 use std::ffi::c_void;
 use std::ptr::{NonNull, fn_addr_eq, null_mut};
 
+use abi_stable::std_types::RArc;
+
 use super::{
     DataType, DeviceId, MAX_DIMS, SharedTensor, TensorDescription, TensorError, TensorOwner,
     contiguous_strides, extent,
 };
+use crate::abi::OwnerAdapter;
 use crate::c_door::dlpack::{
     DLDataType, DLDevice, DLManagedTensorVersioned, DLPackVersion, DLTensor,
 };
@@ -49,8 +52,8 @@ unsafe fn taken_back(managed: NonNull<DLManagedTensorVersioned>) -> SharedTensor
     exported.tensor
 }
 
-/// Keeps a foreign tensor; DLPack lets its deleter be called on any thread.
-struct DlpackOwner(NonNull<DLManagedTensorVersioned>);
+/// Keeps a foreign tensor, until it is handed on; DLPack lets its deleter be called on any thread.
+struct DlpackOwner(Option<NonNull<DLManagedTensorVersioned>>);
 
 // SAFETY: the struct is only read, and DLPack's deleters may be called anywhere.
 unsafe impl Send for DlpackOwner {}
@@ -59,10 +62,13 @@ unsafe impl Sync for DlpackOwner {}
 
 impl Drop for DlpackOwner {
     fn drop(&mut self) {
-        // SAFETY: `from_dlpack` was handed a valid tensor, and calls its deleter here only, once.
+        let Some(managed) = self.0.take() else {
+            return;
+        };
+        // SAFETY: `from_dlpack` was handed a valid tensor, which is still here, and calls its deleter here only, once.
         unsafe {
-            if let Some(deleter) = self.0.as_ref().deleter {
-                deleter(self.0.as_ptr());
+            if let Some(deleter) = managed.as_ref().deleter {
+                deleter(managed.as_ptr());
             }
         }
     }
@@ -73,11 +79,13 @@ impl Drop for DlpackOwner {
 impl TensorOwner for DlpackOwner {
     fn release_after(&self, _stream: u64) -> Result<(), crate::NodeError> {
         // SAFETY: the tensor is valid until it is dropped.
-        let device = unsafe { self.0.as_ref() }.dl_tensor.device;
-        let device = DeviceId {
+        let device = self
+            .0
+            .map(|managed| unsafe { managed.as_ref() }.dl_tensor.device);
+        let device = device.map_or(DeviceId::CPU, |device| DeviceId {
             kind: device.device_type,
             index: device.device_id,
-        };
+        });
         if device.is_host_memory() {
             return Ok(());
         }
@@ -91,12 +99,16 @@ impl SharedTensor {
     ///
     /// The flag `READ_ONLY` is set, unless this handle may write ([`is_writable`](Self::is_writable)): then whoever takes the
     /// DLPack tensor may, and `IS_COPIED` says that nobody else has the memory. On a device the data are there: this waits
-    /// for them, because DLPack knows no streams.
+    /// for them, because DLPack knows no streams. One that came by [`from_dlpack`](Self::from_dlpack) and that nobody else
+    /// holds goes on as it came.
     ///
     /// # Errors
     /// The work that makes the data failed.
     pub fn into_dlpack(mut self) -> Result<NonNull<DLManagedTensorVersioned>, TensorError> {
         self.host_sync()?;
+        if let Some(managed) = self.as_it_came() {
+            return Ok(managed);
+        }
         let flags = if self.is_writable() {
             IS_COPIED
         } else {
@@ -139,6 +151,14 @@ impl SharedTensor {
         }
     }
 
+    /// The DLPack tensor that this handle alone keeps, which is then its taker's. Otherwise every hop would put another layer
+    /// around it.
+    fn as_it_came(&mut self) -> Option<NonNull<DLManagedTensorVersioned>> {
+        let owner = RArc::get_mut(&mut self.owner)?;
+        let adapter = owner.obj.downcast_as_mut::<OwnerAdapter<DlpackOwner>>();
+        adapter.ok()?.value_mut()?.0.take()
+    }
+
     /// Takes a DLPack tensor of any 1.x over; its deleter is called when the last handle is dropped, or before this returns
     /// an error.
     ///
@@ -166,7 +186,7 @@ impl SharedTensor {
             // SAFETY: this library's own deleter says that this library made it; it was handed over.
             return Ok(unsafe { taken_back(managed) });
         }
-        let owner = DlpackOwner(managed);
+        let owner = DlpackOwner(Some(managed));
         if version.major != VERSION.major {
             return Err(TensorError(format!(
                 "the tensor is DLPack {}.{}, this reads 1.x",

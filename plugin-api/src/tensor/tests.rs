@@ -244,3 +244,29 @@ fn dlpack_that_cannot_be_read_is_let_go_with_a_sentence() {
     });
     assert!(on_device.contains("READ_ONLY"), "{on_device}");
 }
+
+#[test]
+fn dlpack_that_nobody_else_holds_goes_on_as_it_came() {
+    let (tensor, alive) = view(&[3, 2], &[1, 3], 6);
+    let came = disowned(tensor.into_dlpack().unwrap(), 2);
+    // SAFETY: valid, of `disowned`, here and below.
+    let mut tensor = unsafe { SharedTensor::from_dlpack(came) }.unwrap();
+    for _ in 0..3 {
+        let gone = tensor.into_dlpack().unwrap();
+        assert_eq!(gone, came);
+        // SAFETY: as above.
+        tensor = unsafe { SharedTensor::from_dlpack(gone) }.unwrap();
+        assert!(tensor.is_writable());
+    }
+    // What somebody else holds is lent.
+    let held = tensor.clone();
+    let lent = tensor.into_dlpack().unwrap();
+    assert_ne!(lent, came);
+    // SAFETY: valid, of `into_dlpack`.
+    assert_eq!(unsafe { lent.as_ref() }.flags, 1);
+    // SAFETY: as above.
+    drop(unsafe { SharedTensor::from_dlpack(lent) }.unwrap());
+    assert_eq!(alive.load(Ordering::SeqCst), 1);
+    drop(held);
+    assert_eq!(alive.load(Ordering::SeqCst), 0);
+}

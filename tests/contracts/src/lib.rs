@@ -5,7 +5,7 @@
 //! | module | is |
 //! | --- | --- |
 //! | [`v1_0`] | version 1.0, which never changes again: a test compares it with the recorded `layout-1.0.txt` |
-//! | [`v1_1`] | a later version, which has more at the ends of tables |
+//! | [`appended`] | what must not be done: more at the ends of tables of functions |
 //! | [`another_layout`] | what must not be done: two fields of a type in another order |
 //!
 //! `node_plugin-1.0.h` beside the sources is the header in C of version 1.0.
@@ -21,9 +21,9 @@
 )]
 
 pub mod another_layout;
+pub mod appended;
 mod plugin;
 pub mod v1_0;
-pub mod v1_1;
 
 pub use abi_stable;
 pub use plugin::{Table, table};

@@ -3,7 +3,7 @@
 //! | module | what |
 //! | --- | --- |
 //! | `contract` | a library through the contract alone, by both of its doors: memory is shared, objects are freed, panics are errors |
-//! | `versions` | plugins of 1.0 and later in this host, this plugin in hosts of 1.0 and later, in Rust and in C |
+//! | `versions` | plugins of 1.0 of the contract in this host, this plugin in hosts of 1.0, in Rust and in C; those that know more |
 //! | `languages` | the example on the contract's front page, a plugin in C, a host in Python |
 //! | `check` | the validator for authors: good plugins pass, bad habits are named |
 //! | `commands` | `nodes`, `validate`, usage; `nodes.json` is what the plugin says |

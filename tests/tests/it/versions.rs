@@ -1,17 +1,16 @@
-//! Plugins and hosts of different versions of the contract. Those of version 1.0 are built against what was frozen of it,
-//! those of a later one against what 1.0 allows to be appended (the crate `contracts`).
+//! Plugins and hosts of different versions of the contract. Those of version 1.0 are built against what was frozen of it, others
+//! against what has more (the crate `contracts`, and in C what stands behind the last of 1.0).
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 
-use abi_stable::library::{RootModule, lib_header_from_path};
-use abi_stable::prefix_type::PrefixRefTrait;
+use abi_stable::library::{LibraryError, lib_header_from_path};
 use abi_stable::std_types::{
     RArc, RBox, RErr, RNone, ROk, ROption, RResult, RStr, RString, RVec, Tuple2,
 };
 use abi_stable::type_level::downcasting::TD_Opaque;
-use contracts::{v1_0, v1_1};
+use contracts::{appended, v1_0};
 use plugin_api::{SharedTensor, Value};
 use serde_json::json;
 
@@ -23,10 +22,10 @@ use crate::support::{Place, conceptloom, example, faulty, node, repository};
 const SHAPE: [usize; 4] = [1, 2, 2, 3];
 
 #[test]
-fn plugins_of_1_0_and_later_run_in_this_host() {
+fn plugins_of_1_0_and_those_with_more_run_in_this_host() {
     for (file, name) in [
         ("plugin_of_1_0", "plugin-of-1.0"),
-        ("plugin_of_1_1", "plugin-of-1.1"),
+        ("plugin_that_appends", "plugin-that-appends"),
     ] {
         let path = example(file);
         let plugin = doors::rust(&path);
@@ -158,10 +157,10 @@ fn tensor(is_gone: &Arc<Mutex<bool>>) -> v1_0::SharedTensor {
     }
 }
 
-/// The root module of a library as a host of another version sees it.
-fn module<M: RootModule + PrefixRefTrait>(path: &Path) -> M {
+/// The root module of a library as a host of 1.0 sees it.
+fn module(path: &Path) -> v1_0::PluginModule_Ref {
     let header = lib_header_from_path(path).unwrap();
-    header.init_root_module::<M>().unwrap()
+    header.init_root_module().unwrap()
 }
 
 fn request(images: v1_0::SharedTensor) -> v1_0::RunRequest {
@@ -196,7 +195,7 @@ fn is_passed_through(
 
 #[test]
 fn this_plugin_runs_in_a_host_of_1_0() {
-    let ours = module::<v1_0::PluginModule_Ref>(&conceptloom());
+    let ours = module(&conceptloom());
     let description = ours.describe()().into_result().unwrap();
     assert!(description.contains("\"EmLoop\""));
     let crf: v1_0::NodeBox = ours.create_node()("DenseCrfRefine".into())
@@ -210,7 +209,7 @@ fn this_plugin_runs_in_a_host_of_1_0() {
     assert_eq!((error.code, error.input.as_str()), (1, "iterations"));
     assert!(ours.extension()("devices/1".into()).is_some());
 
-    let module = module::<v1_0::PluginModule_Ref>(&faulty());
+    let module = module(&faulty());
     let mut node = module.create_node()("Passthrough".into())
         .into_result()
         .unwrap();
@@ -226,27 +225,10 @@ fn this_plugin_runs_in_a_host_of_1_0() {
 }
 
 #[test]
-fn this_plugin_runs_in_a_host_of_a_later_version_that_asks_for_more() {
-    let module = module::<v1_1::PluginModule_Ref>(&faulty());
-    // What is not there is found out before it is called.
-    assert!(module.n_classes().is_none());
-    let mut node = module.create_node()("Passthrough".into())
-        .into_result()
-        .unwrap();
-    is_passed_through(|request, host| node.run(request, host));
-    assert_eq!(
-        node.n_runs(),
-        0,
-        "as the later version says for older nodes"
-    );
-    let later = self::module::<v1_1::PluginModule_Ref>(&example("plugin_of_1_1"));
-    assert_eq!(later.n_classes().unwrap()(), 1);
-    let mut node = later.create_node()("Same".into()).into_result().unwrap();
-    let host = v1_0::HostObject_TO::from_ptr(RArc::new(Services::default()), TD_Opaque);
-    node.run(request(tensor(&Arc::default())), host)
-        .into_result()
-        .unwrap();
-    assert_eq!(node.n_runs(), 1);
+fn a_host_that_knows_more_functions_refuses_this_plugin() {
+    let header = lib_header_from_path(&faulty()).unwrap();
+    let refused = header.init_root_module::<appended::PluginModule_Ref>();
+    assert!(matches!(refused, Err(LibraryError::AbiInstability(_))));
 }
 
 /// The header as it was frozen.

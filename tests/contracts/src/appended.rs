@@ -1,5 +1,5 @@
-//! A version 1.1 as the rules of 1.0 allow it: one function more at the end of the root module, and one at the end of a
-//! trait.
+//! What a later version must not do either, although plugins of it load in hosts of 1.0: one function more at the end of the
+//! root module, and one at the end of a trait. Its hosts refuse every plugin of 1.0.
 
 use abi_stable::library::RootModule;
 use abi_stable::sabi_types::VersionStrings;
@@ -22,7 +22,6 @@ pub struct PluginModule {
     #[sabi(last_prefix_field)]
     pub extension: extern "C" fn(id: RStr<'_>) -> ROption<ExtensionBox>,
     /// What 1.0 does not have.
-    #[sabi(missing_field(option))]
     pub n_classes: extern "C" fn() -> u64,
 }
 
@@ -45,10 +44,8 @@ pub trait NodeObject: Send + 'static {
     /// As in 1.0.
     #[sabi(last_prefix_field)]
     fn extension(&self, id: RStr<'_>) -> ROption<ExtensionBox>;
-    /// What 1.0 does not have; a node of 1.0 has run as often as this says.
-    fn n_runs(&self) -> u64 {
-        0
-    }
+    /// What 1.0 does not have.
+    fn n_runs(&self) -> u64;
 }
 
 /// An owned node.
