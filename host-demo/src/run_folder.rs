@@ -333,6 +333,11 @@ impl WorkDirs {
 }
 
 impl WorkDirs {
+    /// Forgets what no run has come back for in a fortnight.
+    pub(crate) fn sweep(&self) {
+        self.forget_older_than(KEEP_WORK);
+    }
+
     fn forget_older_than(&self, age: Duration) {
         for entry in fs::read_dir(&self.root).into_iter().flatten().flatten() {
             let modified = entry.metadata().and_then(|meta| meta.modified());

@@ -1,4 +1,5 @@
 """Requests that mean harm: a clear refusal, and the server goes on serving."""
+import base64
 import json
 import os
 import socket
@@ -195,10 +196,34 @@ def test_other_machines_need_a_token(tmp_path, server):
         refused(other.get("/api/queue"), 401)
         refused(other.post("/prompt", {"prompt": quick()}, headers={"authorization": "Bearer wrong"}), 401)
         assert other.get("/api/queue", headers={"authorization": f"Bearer {token}"}).status == 200
-        page = other.get(f"/?token={token}")
-        cookie = page.headers["set-cookie"]
-        assert page.status == 200 and "HttpOnly" in cookie and "SameSite=Strict" in cookie
+        # What a browser does: it asks for a page, for the password, and keeps a cookie.
+        page = {"accept": "text/html,*/*"}
+        asked = other.get("/", headers=page)
+        assert refused(asked, 401) and asked.headers["www-authenticate"].startswith("Basic ")
+        password = base64.b64encode(f"anybody:{token}".encode()).decode()
+        shown = other.get("/", headers=page | {"authorization": f"Basic {password}"})
+        cookie = shown.headers["set-cookie"]
+        assert shown.status == 200 and "HttpOnly" in cookie and "SameSite=Strict" in cookie
         assert other.get("/api/queue", headers={"cookie": cookie.split(";")[0]}).status == 200
+        # A page is not left with the token in its address, and nothing that is written down has it.
+        answer = raw(other, f"GET //evil.example/?a=1&token={token} HTTP/1.1\r\nHost: localhost\r\nAccept: text/html\r\n"
+                            "Connection: close\r\n\r\n").decode()
+        assert answer.startswith("HTTP/1.1 303 ") and "location: /evil.example/?a=1\r\n" in answer
+        answer = other.get(f"/api/queue?token={token}")
+        assert answer.status == 200 and "set-cookie" not in answer.headers
+        said = other.url + other.get("/internal/logs", headers={"authorization": f"Bearer {token}"}).body.decode()
+        assert token not in said and token not in (tmp_path / "e.log").read_text()
+
+
+def test_nothing_is_fetched_or_installed(server):
+    """Routes by which ComfyUI's manager and others had code brought in."""
+    before = sorted(server.data.rglob("*"))
+    for path in ("/customnode/install", "/customnode/install/git_url", "/customnode/install/pip", "/externalmodel/install",
+                 "/model/install", "/manager/queue/install", "/snapshot/restore", "/api/v2/manager/queue/install"):
+        body = {"url": "https://example.com/x.git", "files": ["https://example.com/../x.py"], "filename": "../x.py"}
+        for version in (path, "/api" + path):
+            refused(server.post(version, body), 404, 405)
+    assert sorted(server.data.rglob("*")) == before
 
 
 def test_two_servers_do_not_share_a_folder(server):

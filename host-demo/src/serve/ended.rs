@@ -47,6 +47,11 @@ pub(crate) struct Ended {
 }
 
 impl Ended {
+    /// What it takes in memory, about.
+    pub(crate) fn bytes(&self) -> usize {
+        self.history_entry.len() + self.job_entry.len()
+    }
+
     pub(crate) fn new(job: &Job, outcome: Outcome, results: &Results) -> Self {
         let is_complete = outcome == Outcome::Completed;
         let text = if is_complete { "success" } else { "error" };

@@ -63,11 +63,16 @@ impl FrontEnd {
             Some(path) => Err(FrontEndError::NotThere(path.to_owned())),
             None => match installed() {
                 Some(folder) => Self::in_folder(&folder),
-                None => Ok(Self {
-                    files: Files::Nowhere,
-                    version: ASSUMED_VERSION.to_owned(),
-                }),
+                None => Ok(Self::none()),
             },
+        }
+    }
+
+    /// No editor.
+    pub(crate) fn none() -> Self {
+        Self {
+            files: Files::Nowhere,
+            version: ASSUMED_VERSION.to_owned(),
         }
     }
 

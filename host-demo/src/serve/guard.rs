@@ -1,13 +1,17 @@
 //! Who is let in. A web page that the user happens to look at can send requests to this machine too, so the address
 //! alone proves nothing.
+//!
+//! Where there is a token, it stands in no address that stays: the printed one has none, a browser asks for it as for a password
+//! (HTTP Basic) and gets a cookie, and a page that was asked for with `?token=` is asked for again without.
 
 use std::net::IpAddr;
 
 use axum::extract::{Request, State};
 use axum::http::header::{
-    AUTHORIZATION, CONTENT_TYPE, COOKIE, HOST, ORIGIN, SET_COOKIE, USER_AGENT,
+    ACCEPT, AUTHORIZATION, CONTENT_TYPE, COOKIE, HOST, LOCATION, ORIGIN, SET_COOKIE, USER_AGENT,
+    WWW_AUTHENTICATE,
 };
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use base64::Engine as _;
@@ -18,6 +22,8 @@ use super::answer::refuse;
 use std::sync::Arc;
 
 const COOKIE_NAME: &str = "conceptloom_token";
+/// Its name in an address.
+const IN_QUERY: &str = "token";
 /// Shorter tokens can be guessed.
 const MIN_TOKEN: usize = 16;
 
@@ -32,10 +38,48 @@ pub(crate) enum GuardError {
     BadToken,
 }
 
+/// What clients have to know. It is never written anywhere, not even for a developer.
+pub(crate) struct Token(String);
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Token")
+    }
+}
+
+impl Token {
+    /// Compares in a time that says nothing: [`blake3::Hash`] promises so.
+    fn is(&self, given: &str) -> bool {
+        blake3::hash(given.as_bytes()) == blake3::hash(self.0.as_bytes())
+    }
+}
+
+impl std::str::FromStr for Token {
+    type Err = GuardError;
+
+    fn from_str(text: &str) -> Result<Self, GuardError> {
+        if text.len() < MIN_TOKEN || !text.bytes().all(is_plain) {
+            return Err(GuardError::BadToken);
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// How a request carries the token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Known {
+    /// By a header of a program, or a browser's cookie; or none is asked for.
+    Header,
+    /// As a password that a person typed.
+    Password,
+    /// In the address.
+    Address,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Guard {
-    token: Option<String>,
+    token: Option<Token>,
     /// Only this machine can connect.
     is_loopback: bool,
     /// Other names of this machine that requests may use.
@@ -49,17 +93,14 @@ impl Guard {
     /// See [`GuardError`].
     pub(crate) fn new(
         listen: IpAddr,
-        token: Option<String>,
+        token: Option<&str>,
         hosts: Vec<String>,
     ) -> Result<Self, GuardError> {
         let is_loopback = listen.is_loopback();
-        match &token {
-            None if !is_loopback => return Err(GuardError::NoToken(listen)),
-            Some(token) if token.len() < MIN_TOKEN || !token.bytes().all(is_plain) => {
-                return Err(GuardError::BadToken);
-            }
-            _ => {}
+        if token.is_none() && !is_loopback {
+            return Err(GuardError::NoToken(listen));
         }
+        let token = token.map(str::parse).transpose()?;
         Ok(Self {
             token,
             is_loopback,
@@ -67,12 +108,9 @@ impl Guard {
         })
     }
 
-    /// What the printed address ends with.
-    pub(crate) fn token_query(&self) -> String {
-        self.token
-            .as_ref()
-            .map(|token| format!("&token={token}"))
-            .unwrap_or_default()
+    /// Whether a token is asked for.
+    pub(crate) fn asks(&self) -> bool {
+        self.token.is_some()
     }
 
     /// Why a request is refused.
@@ -140,32 +178,64 @@ impl Guard {
             .any(|allowed| allowed.eq_ignore_ascii_case(name))
     }
 
-    /// Whether the request carries the token; with whether it came in the address.
-    fn has_token(&self, headers: &HeaderMap, query: &str) -> (bool, bool) {
+    /// How the request carries the token; `None` if it does not.
+    fn known(&self, headers: &HeaderMap, query: &str) -> Option<Known> {
         let Some(token) = &self.token else {
-            return (true, false);
+            return Some(Known::Header);
         };
-        // Hashes are compared in constant time.
-        let is_right =
-            |given: &str| blake3::hash(given.as_bytes()) == blake3::hash(token.as_bytes());
-        let bearer = headers
+        let is_bearer = headers
             .get(AUTHORIZATION)
             .and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "))
-            .is_some_and(is_right);
-        let basic = password(headers).is_some_and(|password| is_right(&password));
-        let cookie = headers
+            .is_some_and(|given| token.is(given));
+        let is_cookie = headers
             .get_all(COOKIE)
             .iter()
             .filter_map(|value| value.to_str().ok())
             .flat_map(|value| value.split(';'))
             .filter_map(|pair| pair.trim().split_once('='))
-            .any(|(name, value)| name == COOKIE_NAME && is_right(value));
-        let in_query = query
+            .any(|(name, value)| name == COOKIE_NAME && token.is(value));
+        let is_password = password(headers).is_some_and(|password| token.is(&password));
+        let in_address = query
             .split('&')
             .filter_map(|pair| pair.split_once('='))
-            .any(|(name, value)| name == "token" && is_right(value));
-        (bearer || basic || cookie || in_query, in_query)
+            .any(|(name, value)| name == IN_QUERY && token.is(value));
+        // The address first: whatever else the request carries, it is not to stay there.
+        match () {
+            () if in_address => Some(Known::Address),
+            () if is_bearer || is_cookie => Some(Known::Header),
+            () if is_password => Some(Known::Password),
+            () => None,
+        }
     }
+
+    /// What has the browser keep the token.
+    fn cookie(&self) -> Option<HeaderValue> {
+        let Token(token) = self.token.as_ref()?;
+        let cookie = format!("{COOKIE_NAME}={token}; Path=/; HttpOnly; SameSite=Strict");
+        let mut cookie = HeaderValue::from_str(&cookie).ok()?;
+        cookie.set_sensitive(true);
+        Some(cookie)
+    }
+}
+
+/// Where a page is asked for again, without the token in its address.
+fn without_token(uri: &Uri) -> String {
+    let is_token = |pair: &&str| pair.split('=').next() == Some(IN_QUERY);
+    let query = uri.query().unwrap_or_default().split('&');
+    let rest: Vec<_> = query.filter(|pair| !is_token(pair)).collect();
+    // One slash at the start: two would be another site.
+    let path = uri.path().trim_start_matches('/');
+    if rest.is_empty() {
+        format!("/{path}")
+    } else {
+        format!("/{path}?{}", rest.join("&"))
+    }
+}
+
+/// Whether a browser asks for a page to show.
+fn is_page(method: &Method, headers: &HeaderMap) -> bool {
+    let accepts = headers.get(ACCEPT).and_then(|value| value.to_str().ok());
+    method == Method::GET && accepts.is_some_and(|kinds| kinds.contains("text/html"))
 }
 
 /// The password of HTTP's Basic authentication; the user may be anybody.
@@ -206,12 +276,25 @@ pub(crate) async fn check(
     if let Some((status, message)) = guard.objection(request.method(), uri.path(), headers) {
         return refuse(status, "refused", message);
     }
-    let (is_known, in_query) = guard.has_token(headers, uri.query().unwrap_or_default());
-    if !is_known {
-        let message = "this server needs its token: open the address that it printed, or send the header Authorization: Bearer TOKEN";
-        return refuse(StatusCode::UNAUTHORIZED, "no_token", message);
-    }
-    let mut response = next.run(request).await.into_response();
+    let is_page = is_page(request.method(), headers);
+    let Some(known) = guard.known(headers, uri.query().unwrap_or_default()) else {
+        let message = "this server needs its token: as the password of HTTP Basic, or in the header Authorization: Bearer TOKEN";
+        let mut response = refuse(StatusCode::UNAUTHORIZED, "no_token", message);
+        if is_page {
+            // Has the browser ask; the user may be anybody.
+            let ask = HeaderValue::from_static(
+                "Basic realm=\"conceptloom: any user, the token as password\", charset=\"UTF-8\"",
+            );
+            response.headers_mut().insert(WWW_AUTHENTICATE, ask);
+        }
+        return response;
+    };
+    let mut response = match (known, HeaderValue::from_str(&without_token(uri))) {
+        (Known::Address, Ok(there)) if is_page => {
+            (StatusCode::SEE_OTHER, [(LOCATION, there)]).into_response()
+        }
+        _ => next.run(request).await.into_response(),
+    };
     let headers = response.headers_mut();
     headers.insert(
         "x-content-type-options",
@@ -221,11 +304,11 @@ pub(crate) async fn check(
     headers
         .entry("content-security-policy")
         .or_insert(HeaderValue::from_static("frame-ancestors 'self'"));
-    if in_query && let Some(token) = &guard.token {
-        let cookie = format!("{COOKIE_NAME}={token}; Path=/; HttpOnly; SameSite=Strict");
-        if let Ok(cookie) = HeaderValue::from_str(&cookie) {
-            headers.append(SET_COOKIE, cookie);
-        }
+    if is_page
+        && known != Known::Header
+        && let Some(cookie) = guard.cookie()
+    {
+        headers.append(SET_COOKIE, cookie);
     }
     response
 }
@@ -327,22 +410,34 @@ mod tests {
             Err(GuardError::NoToken(_))
         ));
         assert!(matches!(
-            Guard::new(all, Some("short".into()), Vec::new()),
+            Guard::new(all, Some("short"), Vec::new()),
             Err(GuardError::BadToken)
         ));
-        let guard = Guard::new(all, Some("0123456789abcdef".into()), Vec::new()).unwrap();
+        let guard = Guard::new(all, Some("0123456789abcdef"), Vec::new()).unwrap();
         let bearer = headers(&[("authorization", "Bearer 0123456789abcdef")]);
         let cookie = headers(&[("cookie", "a=b; conceptloom_token=0123456789abcdef")]);
         let wrong = headers(&[("authorization", "Bearer 0123456789abcdee")]);
         // user:0123456789abcdef
         let basic = headers(&[("authorization", "Basic dXNlcjowMTIzNDU2Nzg5YWJjZGVm")]);
-        assert_eq!(guard.has_token(&bearer, ""), (true, false));
-        assert_eq!(guard.has_token(&basic, ""), (true, false));
-        assert_eq!(guard.has_token(&cookie, ""), (true, false));
-        assert_eq!(
-            guard.has_token(&wrong, "x=1&token=0123456789abcdef"),
-            (true, true)
-        );
-        assert_eq!(guard.has_token(&wrong, "token=1"), (false, false));
+        assert_eq!(guard.known(&bearer, ""), Some(Known::Header));
+        assert_eq!(guard.known(&cookie, ""), Some(Known::Header));
+        assert_eq!(guard.known(&basic, ""), Some(Known::Password));
+        let query = "x=1&token=0123456789abcdef";
+        assert_eq!(guard.known(&wrong, query), Some(Known::Address));
+        assert_eq!(guard.known(&cookie, query), Some(Known::Address));
+        assert_eq!(guard.known(&wrong, "token=1"), None);
+        assert!(!format!("{guard:?}").contains("0123456789abcdef"));
+    }
+
+    #[test]
+    fn an_address_with_the_token_leads_to_the_same_one_without() {
+        for (given, expected) in [
+            ("/?token=a", "/"),
+            ("/?x=1&token=a&y=2", "/?x=1&y=2"),
+            ("//evil.example/?token=a", "/evil.example/"),
+            ("/a?tokens=1", "/a?tokens=1"),
+        ] {
+            assert_eq!(without_token(&given.parse().unwrap()), expected, "{given}");
+        }
     }
 }

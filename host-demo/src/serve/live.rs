@@ -12,12 +12,13 @@ use serde_json::{Map, Value, json};
 
 use super::folders::Folders;
 use super::hub::{Hub, Message};
+use super::shown::ShownFiles;
 use crate::catalog::Catalog;
 use crate::clock::now_ms;
 use crate::console::complain;
 use crate::events::{Event, NodeLabel, Observer};
 use crate::pictures::{self, RgbPicture};
-use crate::{png_text, run_folder};
+use crate::png_text;
 
 /// Least time between two progress messages of a stage: 20 a second are smooth.
 const PROGRESS_EVERY: Duration = Duration::from_millis(50);
@@ -27,12 +28,6 @@ const MAX_SHOWN: usize = 64;
 
 /// Starts the names of series that show what was learned so far.
 const SAMPLES: &str = "sample";
-
-/// Most results whose pictures are remembered; the cache holds fewer.
-const MAX_REMEMBERED: usize = 1024;
-
-/// What nodes showed, by the signature of their result: shown again when the result comes from the cache.
-pub(crate) type ShownBefore = Arc<Mutex<BTreeMap<String, Value>>>;
 
 #[derive(Clone, Copy)]
 struct NodeProgress {
@@ -66,7 +61,7 @@ pub(crate) struct Live {
     hub: Arc<Hub>,
     folders: Arc<Folders>,
     catalog: Arc<Catalog>,
-    shown_before: ShownBefore,
+    files: Arc<ShownFiles>,
     prompt_id: String,
     client_id: String,
     previews: Previews,
@@ -100,7 +95,7 @@ impl Live {
         hub: Arc<Hub>,
         folders: Arc<Folders>,
         catalog: Arc<Catalog>,
-        shown_before: ShownBefore,
+        files: Arc<ShownFiles>,
         (prompt_id, client_id): (&str, &str),
         previews: Previews,
     ) -> Self {
@@ -108,7 +103,7 @@ impl Live {
             hub,
             folders,
             catalog,
-            shown_before,
+            files,
             prompt_id: prompt_id.to_owned(),
             client_id: client_id.to_owned(),
             previews,
@@ -323,18 +318,16 @@ impl Live {
         (!output.is_empty()).then_some(Value::Object(output))
     }
 
-    /// Writes a picture into the folder for what is only looked at; its name is its content's.
+    /// Writes a picture into the folder for what is only looked at.
     fn temporary(&self, picture: &RgbPicture) -> Option<Value> {
         let png = png_text::encode(picture, &[]).ok()?;
-        let hash = blake3::hash(&png).to_hex();
-        let filename = format!("{}.png", &hash[..16]);
-        let path = self.folders.temp.path().join(&filename);
-        if !path.exists()
-            && let Err(error) = run_folder::write_new(&path, &png)
-        {
-            complain(&format!("warning: a picture cannot be shown: {error}"));
-            return None;
-        }
+        let filename = match self.files.keep(&png) {
+            Ok(filename) => filename,
+            Err(error) => {
+                complain(&format!("warning: a picture cannot be shown: {error}"));
+                return None;
+            }
+        };
         Some(json!({"filename": filename, "subfolder": "", "type": "temp"}))
     }
 
@@ -391,12 +384,7 @@ impl Live {
     ) {
         self.show_results_instead(outputs);
         if let Some(output) = self.results() {
-            let mut shown_before = self.shown_before.lock();
-            if shown_before.len() >= MAX_REMEMBERED {
-                shown_before.clear();
-            }
-            shown_before.insert(signature.to_owned(), output.clone());
-            drop(shown_before);
+            self.files.remember(signature, output.clone());
             self.show(node, output);
         }
         let max = self
@@ -413,8 +401,7 @@ impl Live {
         self.tell("execution_cached", json!({"nodes": [node.id]}));
         self.state.lock().executed.push(node.id.clone());
         self.set_progress(&node.id, 1, 1, true);
-        let shown = self.shown_before.lock().get(signature).cloned();
-        if let Some(output) = shown {
+        if let Some(output) = self.files.again(signature) {
             self.show(node, output);
         }
     }

@@ -8,6 +8,7 @@ mod answer;
 mod ended;
 mod folders;
 mod front_end;
+pub(crate) mod fuzzed;
 mod guard;
 mod hub;
 mod job;
@@ -17,6 +18,7 @@ mod live;
 mod queue;
 mod routes;
 mod settings;
+mod shown;
 mod worker;
 
 use std::net::{IpAddr, SocketAddr};
@@ -90,7 +92,11 @@ impl Server {
 /// # Errors
 /// What keeps the server from starting, in one sentence.
 pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
-    let guard = Guard::new(options.listen, options.token.clone(), options.hosts.clone())?;
+    let guard = Guard::new(
+        options.listen,
+        options.token.as_deref(),
+        options.hosts.clone(),
+    )?;
     let front_end = FrontEnd::find(options.front_end.as_deref())?;
     let folders = Arc::new(Folders::open(&options.data)?);
     let places = Places::Served {
@@ -162,11 +168,15 @@ async fn answer(server: &Arc<Server>, options: &Options) -> anyhow::Result<()> {
              comfyui-frontend-package` installs the editor, --front-end-root names a folder or wheel of it",
         );
     }
-    let token = server.guard.token_query();
     say(&format!(
-        "http://{address}/?template={}&source={PACK}{token}",
+        "http://{address}/?template={}&source={PACK}",
         demo::NAME
     ));
+    if server.guard.asks() {
+        complain(
+            "a browser asks for a user, who may be anybody, and a password, which is the token",
+        );
+    }
     let router = routes::router(server.clone());
     tokio::select! {
         () = listener::accept(listener, router) => Ok(()),

@@ -13,15 +13,19 @@ use super::live::Live;
 use crate::clock::now_ms;
 use crate::console::complain;
 
-/// Ended jobs that are remembered.
+/// Ended jobs that are remembered, and the bytes of what is remembered of them; the last one always is.
 const MAX_HISTORY: usize = 256;
+const MAX_HISTORY_BYTES: usize = 64 << 20;
+/// Numbers of jobs that are counted on from: beyond, `f64` is not exact.
+const MAX_COUNTED: f64 = 9e15;
 
 /// The job that runs now.
 #[derive(Clone)]
 pub(crate) struct Running {
     pub(crate) job: Arc<Job>,
     pub(crate) cancel: Arc<AtomicBool>,
-    pub(crate) live: Arc<Live>,
+    /// Who tells of it, once it is there.
+    pub(crate) live: Option<Arc<Live>>,
     pub(crate) started_ms: u64,
 }
 
@@ -38,15 +42,17 @@ struct State {
 impl State {
     fn remember(&mut self, ended: Ended) {
         self.ended.push_back(Arc::new(ended));
-        while self.ended.len() > MAX_HISTORY {
-            self.ended.pop_front();
+        let bytes = |ended: &Arc<Ended>| ended.bytes();
+        let mut all: usize = self.ended.iter().map(bytes).sum();
+        while self.ended.len() > MAX_HISTORY || all > MAX_HISTORY_BYTES && self.ended.len() > 1 {
+            all -= self.ended.pop_front().as_ref().map_or(all, bytes);
         }
     }
 }
 
 /// What the worker is to do next.
 pub(crate) enum Task {
-    Run(Box<Job>),
+    Run(Running),
     /// Let all cached results go.
     FreeCache,
     Stop,
@@ -64,7 +70,10 @@ impl Queue {
     pub(crate) fn new(journal: Journal, restored: Vec<Job>) -> Self {
         let next_number = restored
             .iter()
-            .map(|job| job.number.abs() as u64 + 1)
+            // A client may have chosen any number.
+            .map(|job| job.number.abs())
+            .filter(|number| *number < MAX_COUNTED)
+            .map(|number| number as u64 + 1)
             .max()
             .unwrap_or(0);
         let hold = |job| Job {
@@ -127,7 +136,7 @@ impl Queue {
             || state.ended.iter().any(|ended| ended.id == id)
     }
 
-    /// Waits for something to do.
+    /// Waits for something to do. A job is running from then on: whoever cancels it finds it here or there.
     pub(crate) fn next(&self) -> Task {
         let mut state = self.state.lock();
         loop {
@@ -138,15 +147,24 @@ impl Queue {
                 return Task::FreeCache;
             }
             if let Some(place) = state.waiting.iter().position(|job| !job.is_held) {
-                return Task::Run(Box::new(state.waiting.remove(place)));
+                let running = Running {
+                    job: Arc::new(state.waiting.remove(place)),
+                    cancel: Arc::new(AtomicBool::new(false)),
+                    live: None,
+                    started_ms: now_ms(),
+                };
+                state.running = Some(running.clone());
+                return Task::Run(running);
             }
             self.changed.wait(&mut state);
         }
     }
 
-    /// The worker has begun.
-    pub(crate) fn set_running(&self, running: Running) {
-        self.state.lock().running = Some(running);
+    /// Who tells of the running job.
+    pub(crate) fn set_live(&self, live: Arc<Live>) {
+        if let Some(running) = &mut self.state.lock().running {
+            running.live = Some(live);
+        }
     }
 
     /// The worker is done with the running job.
@@ -274,7 +292,7 @@ mod tests {
 
     fn next_id(queue: &Queue) -> String {
         match queue.next() {
-            Task::Run(job) => job.id,
+            Task::Run(running) => running.job.id.clone(),
             Task::FreeCache | Task::Stop => panic!("no job"),
         }
     }
@@ -292,7 +310,53 @@ mod tests {
         assert_eq!(queue.remove_waiting(|job| job.id == "b"), 1);
         let order = [next_id(&queue), next_id(&queue), next_id(&queue)];
         assert_eq!(order, ["c", "a", "d"]);
+        assert!(
+            queue.interrupt(Some("d")),
+            "a job that was taken can be canceled at once"
+        );
         assert!(queue.knows("b") && !queue.knows("e"));
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded_in_number_and_in_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let (journal, restored) = Journal::open(&folder.path().join("queue.jsonl")).unwrap();
+        let queue = Queue::new(journal, restored);
+        let end = |id: String, n: usize| {
+            let prompt = serde_json::json!({"x": "y".repeat(n)});
+            let job = Job { prompt, ..job(&id) };
+            queue.end(Ended::new(&job, Outcome::Completed, &Results::default()));
+        };
+        for i in 0..MAX_HISTORY + 3 {
+            end(format!("small {i}"), 1);
+        }
+        assert_eq!(queue.history().len(), MAX_HISTORY);
+        for i in 0..5 {
+            end(format!("large {i}"), MAX_HISTORY_BYTES / 4);
+        }
+        let ids: Vec<_> = queue
+            .history()
+            .iter()
+            .map(|ended| ended.id.clone())
+            .collect();
+        assert_eq!(ids, ["large 2", "large 3", "large 4"]);
+        end("huge".to_owned(), 2 * MAX_HISTORY_BYTES);
+        assert_eq!(queue.history().len(), 1);
+    }
+
+    #[test]
+    fn a_number_that_a_client_chose_keeps_no_server_from_starting() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("queue.jsonl");
+        let (journal, restored) = Journal::open(&path).unwrap();
+        let queue = Queue::new(journal, restored);
+        for number in [f64::MAX, -1e300, 1.8446744073709552e19, 7.5] {
+            queue.accept(job("a"), Some(number), false).unwrap();
+        }
+        drop(queue);
+        let (journal, restored) = Journal::open(&path).unwrap();
+        let queue = Queue::new(journal, restored);
+        assert_eq!(queue.accept(job("b"), None, false).unwrap(), 8.0);
     }
 
     #[test]

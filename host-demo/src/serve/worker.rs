@@ -1,16 +1,16 @@
 //! The one thread that runs jobs: it owns the cache, and with it the device, or the process that does.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use plugin_api::ErrorCode;
 use serde_json::{Value, json};
 
 use super::Server;
 use super::ended::{Ended, Outcome, Results};
-use super::job::Job;
-use super::live::{Live, Previews, ShownBefore};
+use super::live::{Live, Previews};
 use super::queue::{Running, Task};
+use super::shown::ShownFiles;
 use crate::clock::now_ms;
 use crate::console::complain;
 use crate::executor::{self, RunError};
@@ -19,18 +19,26 @@ use crate::isolated::Engine;
 use crate::memory;
 use crate::validate::{Problem, judge};
 
+/// What interrupted nodes left is looked through so often.
+const SWEEP_EVERY: Duration = Duration::from_secs(24 * 3600);
+
 /// Runs jobs until the queue is closed.
 pub(crate) fn work(server: &Server, mut engine: Engine) {
-    let shown_before = ShownBefore::default();
+    let files = Arc::new(ShownFiles::new(&server.folders.temp));
+    let mut swept: Option<Instant> = None;
     loop {
+        if swept.is_none_or(|at| at.elapsed() > SWEEP_EVERY) {
+            server.folders.work_dirs().sweep();
+            swept = Some(Instant::now());
+        }
         match server.queue.next() {
             Task::Stop => return,
             Task::FreeCache => {
                 engine.free();
-                shown_before.lock().clear();
+                files.forget_results();
             }
-            Task::Run(job) => {
-                run(server, *job, &mut engine, &shown_before);
+            Task::Run(running) => {
+                run(server, &running, &mut engine, &files);
                 server.tell_status();
                 memory::give_back();
             }
@@ -38,27 +46,22 @@ pub(crate) fn work(server: &Server, mut engine: Engine) {
     }
 }
 
-fn run(server: &Server, job: Job, engine: &mut Engine, shown_before: &ShownBefore) {
+fn run(server: &Server, running: &Running, engine: &mut Engine, files: &Arc<ShownFiles>) {
+    let job = &running.job;
     let live = Arc::new(Live::new(
         server.hub.clone(),
         server.folders.clone(),
         server.catalog.clone(),
-        shown_before.clone(),
+        files.clone(),
         (&job.id, &job.client_id),
         Previews::of(&job.extra_data),
     ));
-    let running = Running {
-        job: Arc::new(job.clone()),
-        cancel: Arc::new(AtomicBool::new(false)),
-        live: live.clone(),
-        started_ms: now_ms(),
-    };
-    server.queue.set_running(running.clone());
+    server.queue.set_live(live.clone());
     server.tell_status();
     live.tell("execution_start", json!({}));
     // Nodes from the cache are told as they are reached; clients expect one such message in any case.
     live.tell("execution_cached", json!({"nodes": []}));
-    let (outcome, kind, data) = match execute(server, &running, engine) {
+    let (outcome, kind, data) = match execute(server, running, &live, engine) {
         Ok(()) => (Outcome::Completed, "execution_success", json!({})),
         Err(Failure::Run(RunError::Canceled { node, .. })) => {
             let data =
@@ -81,7 +84,7 @@ fn run(server: &Server, job: Job, engine: &mut Engine, shown_before: &ShownBefor
         ended_ms: now_ms(),
     };
     // Who hears of the end finds the job in the history.
-    server.queue.end(Ended::new(&job, outcome, &results));
+    server.queue.end(Ended::new(job, outcome, &results));
     live.send(kind, data);
     live.finish();
 }
@@ -142,7 +145,12 @@ fn exception_type(code: ErrorCode) -> &'static str {
     }
 }
 
-fn execute(server: &Server, running: &Running, engine: &mut Engine) -> Result<(), Failure> {
+fn execute(
+    server: &Server,
+    running: &Running,
+    live: &Arc<Live>,
+    engine: &mut Engine,
+) -> Result<(), Failure> {
     let job = &running.job;
     let no_graph = || Failure::Unreadable("the prompt is no graph".to_owned());
     let prompt = job.prompt.as_object().ok_or_else(no_graph)?;
@@ -170,7 +178,7 @@ fn execute(server: &Server, running: &Running, engine: &mut Engine) -> Result<()
         workflow,
         prompt,
         cancel: running.cancel.clone(),
-        observer: running.live.clone(),
+        observer: live.clone(),
     };
     engine.run(&job).map_err(Failure::Run)
 }

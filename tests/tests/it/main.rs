@@ -7,6 +7,7 @@
 //! | `languages` | the example on the contract's front page, a plugin in C, a host in Python |
 //! | `check` | the validator for authors: good plugins pass, bad habits are named |
 //! | `commands` | `nodes`, `validate`, usage; `nodes.json` is what the plugin says |
+//! | `documents` | what documents name is there |
 //! | `running` | the run's folder, its report, metadata, cache, formats |
 //! | `interrupting` | Ctrl-C and going on |
 //! | `isolate` | nodes in a process of their own: crashes and hangs lose one job |
@@ -32,6 +33,7 @@ mod versions;
 mod check;
 
 mod commands;
+mod documents;
 mod running;
 
 mod batch;

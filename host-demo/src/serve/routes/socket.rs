@@ -41,8 +41,8 @@ async fn attend(server: Arc<Server>, socket: WebSocket, id: String) {
     let mut status = server.status();
     status["sid"] = json!(id);
     server.hub.send(&id, &Message::Event("status", status));
-    if let Some(running) = server.queue.running() {
-        running.live.catch_up(&id);
+    if let Some(live) = server.queue.running().and_then(|running| running.live) {
+        live.catch_up(&id);
     }
     let (mut sink, mut stream) = socket.split();
     loop {

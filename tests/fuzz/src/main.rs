@@ -1,0 +1,20 @@
+//! The targets under libFuzzer, which brings its own `main`: see `run.sh`. `CONCEPTLOOM_FUZZ_TARGET` names the target.
+#![cfg_attr(fuzzing, no_main)]
+
+#[cfg(fuzzing)]
+mod under_libfuzzer;
+
+#[cfg(not(fuzzing))]
+fn main() -> std::process::ExitCode {
+    let program = std::env::args().next().unwrap_or_default();
+    // Without libFuzzer there is nothing to guide it.
+    std::io::Write::write_all(
+        &mut std::io::stderr(),
+        format!(
+            "error: {program} was built without libFuzzer; tests/fuzz/run.sh builds and runs it\n"
+        )
+        .as_bytes(),
+    )
+    .ok();
+    std::process::ExitCode::FAILURE
+}
