@@ -1,10 +1,10 @@
 //! The targets under libFuzzer, which brings its own `main`: see `run.sh`. `CONCEPTLOOM_FUZZ_TARGET` names the target.
-#![cfg_attr(fuzzing, no_main)]
+#![cfg_attr(feature = "libfuzzer", no_main)]
 
-#[cfg(fuzzing)]
+#[cfg(feature = "libfuzzer")]
 mod under_libfuzzer;
 
-#[cfg(not(fuzzing))]
+#[cfg(not(feature = "libfuzzer"))]
 fn main() -> std::process::ExitCode {
     let program = std::env::args().next().unwrap_or_default();
     // Without libFuzzer there is nothing to guide it.
