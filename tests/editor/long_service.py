@@ -10,6 +10,7 @@ and jobs before it. Needs what `run.sh` prepares; `test_long_service.py` is the 
 import argparse
 import collections
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -22,6 +23,8 @@ import tempfile
 import threading
 import time
 import uuid
+
+from PIL import Image
 
 from support import Server, long_prompt, png, wait_until
 
@@ -55,11 +58,12 @@ class Disk:
     def full(self, leave=0):
         """No room but `leave` bytes."""
         filler = self.path / "filler"
-        with open(filler, "wb") as file:
+        file = os.open(filler, os.O_CREAT | os.O_WRONLY)
+        for block in (1 << 20, 1 << 12, 1):
             with contextlib.suppress(OSError):
                 while True:
-                    file.write(bytes(1 << 16))
-                    file.flush()
+                    os.write(file, bytes(block))
+        os.close(file)
         if leave:
             os.truncate(filler, filler.stat().st_size - leave)
         try:
@@ -101,7 +105,17 @@ class Client(threading.Thread):
             self.error = error
             self.service.take(self.service.jobs)
         finally:
-            self.socket.close()
+            self.leave()
+
+    def leave(self):
+        """Goodbye, or not a word."""
+        if self.dice.random() < 0.5:
+            self.socket.socket.send_close()
+        else:
+            self.socket.socket.sock.shutdown(socket.SHUT_RDWR)
+        self.socket.thread.join(JOB_SECONDS)
+        assert not self.socket.thread.is_alive(), "the server holds a connection that its client closed"
+        self.socket.socket.shutdown()
 
     def work(self, n_jobs):
         waiting = {}
@@ -119,16 +133,16 @@ class Client(threading.Thread):
         canceled |= {i for i, (kind, _) in waiting.items() if kind == "long" and self.cancel(i)}
         for prompt_id, (kind, saves) in waiting.items():
             entry = self.server.finished(prompt_id, JOB_SECONDS)
-            outcome = entry["status"]["messages"][-1][0] if entry["status"]["messages"] else "removed"
-            self.check(prompt_id, kind, saves, outcome, prompt_id in canceled)
+            outcome, said = entry["status"]["messages"][-1] if entry["status"]["messages"] else ("removed", {})
+            self.check(prompt_id, kind, saves, outcome, said, prompt_id in canceled)
         self.server.post("/history", {"delete": list(waiting)})
 
-    def check(self, prompt_id, kind, saves, outcome, is_canceled):
+    def check(self, prompt_id, kind, saves, outcome, said, is_canceled):
         """The job ended once, as it had to."""
         expected = {"execution_error"} if kind == "failing" else {"execution_success"}
         if is_canceled:
             expected |= {"execution_interrupted", "removed"}
-        assert outcome in expected, (kind, outcome, expected)
+        assert outcome in expected, (kind, outcome, expected, said)
         starts = [data for data in self.socket.of("execution_start") if data["prompt_id"] == prompt_id]
         assert len(starts) <= 1, f"{prompt_id} was started {len(starts)} times"
         files = list((self.server.data / "output" / self.name).glob(f"{prompt_id}*"))
@@ -155,7 +169,7 @@ class Client(threading.Thread):
         if kind == "masks":
             masks = {name: node("LoadImageMask", image=self.picture, channel=name) for name in ("red", "green")}
             refined = node("DenseCrfRefine", images=["image", 0], masks=["both", 0], iterations=self.dice.randint(1, 3))
-            both = node("MaskBatch", mask1=["red", 0], mask2=["green", 0])
+            both = node("MaskBatch", mask_1=["red", 0], mask_2=["green", 0])
             save["inputs"]["images"] = ["refined", 1]
             return kind, {"image": image, **masks, "both": both, "refined": refined, "save": save}, True
         if kind == "failing":
@@ -173,9 +187,7 @@ class Client(threading.Thread):
             self.cancel(prompt_id)
             return {prompt_id}
         if what == "reconnect":
-            if self.dice.random() < 0.5:
-                self.socket.socket.shutdown()  # without a word
-            self.socket.close()
+            self.leave()
             self.socket = self.server.socket(self.name)
         elif what == "upload":
             self.upload()
@@ -205,8 +217,12 @@ class Client(threading.Thread):
 
     def upload(self):
         self.picture = f"{self.name}-{self.dice.randint(0, 3)}.png"
-        content = png(tuple(self.dice.randrange(256) for _ in range(3)), (16, 16))
-        reply = self.server.upload(self.picture, content, overwrite="true")
+        # Red at the left, green at the right: each a mask.
+        image = Image.new("RGB", (16, 16), (self.dice.randrange(200, 256), 0, 0))
+        image.paste((0, self.dice.randrange(200, 256), 0), (8, 0, 16, 16))
+        content = io.BytesIO()
+        image.save(content, "PNG")
+        reply = self.server.upload(self.picture, content.getvalue(), overwrite="true")
         assert reply.status == 200 and reply.json["name"] == self.picture, reply.body
 
 
@@ -307,9 +323,9 @@ class Service:
         median = lambda part: sorted(sample[what] for sample in part)[len(part) // 2]
         return median(self.samples[-max(1, n // 5):]) / max(median(self.samples[n // 5:2 * n // 5 + 1]), 1e-9)
 
-    def probe(self):
-        """A job that is done while nothing is in its way."""
-        prompt = {"image": node("LoadImage", image="demo:man-and-cat.png"),
+    def probe(self, room=0):
+        """A job that is done while nothing is in its way; its entry in the journal takes `room` bytes more."""
+        prompt = {"note": prompt_note(room), "image": node("LoadImage", image="demo:man-and-cat.png"),
                   "save": node("SaveImage", images=["image", 0], filename_prefix=f"probe/{uuid.uuid4().hex}")}
         return self.server.post("/prompt", {"prompt": prompt})
 
@@ -332,15 +348,15 @@ def disturb_the_disk(service, disk):
         return
     before = server.get("/settings").json
     with disk.full():
-        print("full:", refusal(service.probe()))
+        print("full:", refusal(service.probe(1 << 14)))
         refusal(server.upload("full.png", png()))
         refusal(server.request("POST", "/userdata/full.json", b"{}" * 5000))
         refusal(server.post("/settings", {"a": "b" * 5000}))
         assert server.get("/settings").json == before and server.get("/userdata/full.json").status == 404
         assert server.get("/queue").json["queue_pending"] == []
     service.ends(service.probe(), "execution_success")
-    # Room for the journal, none for a picture of 700 KiB.
-    with disk.full(leave=64 << 10):
+    # Room for the journal, none for a picture.
+    with disk.full(leave=8 << 10):
         said = service.ends(service.probe(), "execution_error")
         assert "space" in said, said
     service.ends(service.probe(), "execution_success")

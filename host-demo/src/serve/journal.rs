@@ -90,8 +90,13 @@ impl Journal {
             .file
             .write_all(&text)
             .and_then(|()| self.file.sync_data());
+        if let Err(error) = written {
+            // What is left of a torn line would tear the next one too.
+            let _ = self.file.set_len(self.bytes);
+            return Err(self.failed(error));
+        }
         self.bytes += text.len() as u64;
-        written.map_err(|error| self.failed(error))
+        Ok(())
     }
 
     fn failed(&self, error: io::Error) -> JournalError {

@@ -16,6 +16,10 @@ use crate::error::{Error, PromptError, Result};
 const PATTERN: &str =
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 
+/// The same without the special tokens, which are found before it is used: as OpenAI's own file has it.
+const SHORT_PATTERN: &str =
+    r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+
 /// A prompt as the text encoder takes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenizedPrompt {
@@ -84,7 +88,10 @@ impl Tokenizer {
             read("vocab.json")?,
             read("merges.txt")?,
         ) {
-            (Some(json), _, _) => ("tokenizer.json", json),
+            (Some(json), _, _) => (
+                "tokenizer.json",
+                from_whole(&path("tokenizer.json"), &json)?,
+            ),
             (None, Some(vocab), Some(merges)) => (
                 "vocab.json",
                 from_vocab_and_merges(&path("vocab.json"), &vocab, &merges, &names)?,
@@ -94,7 +101,7 @@ impl Tokenizer {
                 return Err(Error::unreadable(folder, reason));
             }
         };
-        let mut inner = tokenizers::Tokenizer::from_bytes(lenient_json::utf8(&json))
+        let mut inner = tokenizers::Tokenizer::from_bytes(json)
             .map_err(|e| Error::config(path(file), format!("{e}")))?;
         if let Some(json) = read("added_tokens.json")? {
             add_tokens(&path("added_tokens.json"), &json, &mut inner)?;
@@ -376,22 +383,77 @@ fn from_vocab_and_merges(
             "normalized": false, "special": true}));
     }
     added.sort_by_key(|token| token["id"].as_u64());
+    Ok(clip(json!(added), json!(names.unknown), json!(vocab), json!(pairs)))
+}
+
+/// What a `tokenizer.json` has in the place of CLIP's own tokenizer. The format describes programs, with patterns that a text may
+/// take for ever to match and kinds of models that no text encoder here has, so the vocabulary is taken from it, and the rest has
+/// to be what CLIP's is.
+fn from_whole(file: &str, json: &[u8]) -> Result<Vec<u8>> {
+    let fault = |reason: String| Error::config(file, reason);
+    let whole: Map<String, Value> =
+        lenient_json::from_slice(json).map_err(|e| fault(format!("not a JSON object: {e}")))?;
+    let whole = Value::Object(whole);
+    let model = &whole["model"];
+    let other = |what: &str, value: &Value| {
+        fault(format!("its {what} is {value}: this is not the tokenizer of CLIP, which Stable Diffusion 1.x and 2.x have"))
+    };
+    // Each with what it may be besides absent.
+    for (key, supported) in [
+        ("type", json!("BPE")),
+        ("end_of_word_suffix", json!("</w>")),
+        ("continuing_subword_prefix", json!("")),
+        ("dropout", Value::Null),
+        ("fuse_unk", json!(false)),
+        ("byte_fallback", json!(false)),
+        ("ignore_merges", json!(false)),
+    ] {
+        let value = &model[key];
+        let may_be_absent = key != "end_of_word_suffix";
+        if *value != supported && !(value.is_null() && may_be_absent) {
+            return Err(other(&format!("model's \"{key}\""), value));
+        }
+    }
+    if whole["normalizer"] != normalizer() {
+        return Err(other("normalizer", &whole["normalizer"]));
+    }
+    let steps = &whole["pre_tokenizer"]["pretokenizers"];
+    let is_split = [PATTERN, SHORT_PATTERN].iter().any(|pattern| steps[0] == split(pattern));
+    if !is_split || steps[1]["type"] != "ByteLevel" || steps[1]["add_prefix_space"] != false {
+        return Err(other("pre_tokenizer", &whole["pre_tokenizer"]));
+    }
+    let added = match &whole["added_tokens"] {
+        Value::Null => json!([]),
+        added => added.clone(),
+    };
+    let (unknown, vocab, merges) = (&model["unk_token"], &model["vocab"], &model["merges"]);
+    Ok(clip(added, unknown.clone(), vocab.clone(), merges.clone()))
+}
+
+fn normalizer() -> Value {
+    json!({"type": "Sequence", "normalizers": [
+        {"type": "NFC"},
+        {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
+        {"type": "Lowercase"},
+    ]})
+}
+
+fn split(pattern: &str) -> Value {
+    json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": true})
+}
+
+/// CLIP's `tokenizer.json`.
+fn clip(added: Value, unknown: Value, vocab: Value, merges: Value) -> Vec<u8> {
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     let tokenizer = json!({
         "version": "1.0",
         "added_tokens": added,
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "NFC"},
-            {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
-            {"type": "Lowercase"},
-        ]},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Removed", "invert": true},
-            {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
-        ]},
+        "normalizer": normalizer(),
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split(PATTERN), byte_level]},
         "post_processor": null,
         "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
-        "model": {"type": "BPE", "dropout": null, "unk_token": names.unknown, "continuing_subword_prefix": "",
-            "end_of_word_suffix": "</w>", "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": pairs},
+        "model": {"type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": "",
+            "end_of_word_suffix": "</w>", "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": merges},
     });
-    Ok(tokenizer.to_string().into_bytes())
+    tokenizer.to_string().into_bytes()
 }

@@ -10,6 +10,10 @@ use crate::error::{Error, Result};
 
 /// Sizes beyond this are no model but a damaged file, and would only exhaust the memory.
 const MAX_SIZE: u64 = 1 << 24;
+/// The same of things one after the other: layers of a level or of a text encoder.
+const MAX_DEPTH: u64 = 256;
+/// The same of levels, each of half the size of the one before.
+const MAX_LEVELS: usize = 16;
 
 /// One file's keys, and every fault found in them so far.
 struct Fields<'a> {
@@ -40,13 +44,22 @@ impl<'a> Fields<'a> {
     }
 
     fn size(&mut self, key: &str, default: usize) -> usize {
+        self.whole(key, default, MAX_SIZE)
+    }
+
+    /// How many there are one after the other.
+    fn depth(&mut self, key: &str, default: usize) -> usize {
+        self.whole(key, default, MAX_DEPTH)
+    }
+
+    fn whole(&mut self, key: &str, default: usize, most: u64) -> usize {
         let Some(value) = self.value(key) else {
             return default;
         };
         match value.as_u64() {
-            Some(n) if (1..=MAX_SIZE).contains(&n) => n as usize,
+            Some(n) if (1..=most).contains(&n) => n as usize,
             _ => {
-                self.fault(key, &value, "a whole number from 1");
+                self.fault(key, &value, &format!("a whole number from 1 to {most}"));
                 default
             }
         }
@@ -80,14 +93,28 @@ impl<'a> Fields<'a> {
         })
     }
 
+    /// The width of every level.
+    fn widths(&mut self, key: &str, default: &[usize]) -> Vec<usize> {
+        self.wholes(key, default, None, MAX_SIZE)
+    }
+
     /// A list of `len` sizes, or one size for all.
-    fn sizes(&mut self, key: &str, default: &[usize], len: Option<usize>) -> Vec<usize> {
+    fn sizes(&mut self, key: &str, default: usize, len: usize) -> Vec<usize> {
+        self.wholes(key, &vec![default; len], Some(len), MAX_SIZE)
+    }
+
+    /// A list of `len` depths, or one depth for all.
+    fn depths(&mut self, key: &str, default: usize, len: usize) -> Vec<usize> {
+        self.wholes(key, &vec![default; len], Some(len), MAX_DEPTH)
+    }
+
+    fn wholes(&mut self, key: &str, default: &[usize], len: Option<usize>, most: u64) -> Vec<usize> {
         let Some(value) = self.value(key) else {
             return default.to_vec();
         };
         let one = |v: &Value| {
             v.as_u64()
-                .filter(|n| (1..=MAX_SIZE).contains(n))
+                .filter(|n| (1..=most).contains(n))
                 .map(|n| n as usize)
         };
         let list: Option<Vec<usize>> = match (&value, len) {
@@ -95,12 +122,14 @@ impl<'a> Fields<'a> {
             (single, Some(len)) => one(single).map(|n| vec![n; len]),
             (_, None) => None,
         };
+        let lengths = len.map_or(1..=MAX_LEVELS, |len| len..=len);
         match list {
-            Some(list) if !list.is_empty() && len.is_none_or(|len| len == list.len()) => list,
+            Some(list) if lengths.contains(&list.len()) => list,
             _ => {
-                let wanted = len.map_or("a list of sizes".to_owned(), |n| {
-                    format!("a size or a list of {n}")
-                });
+                let wanted = len.map_or_else(
+                    || format!("a list of at most {MAX_LEVELS} numbers from 1 to {most}"),
+                    |n| format!("a number from 1 to {most}, or a list of {n}"),
+                );
                 self.fault(key, &value, &wanted);
                 default.to_vec()
             }
@@ -183,7 +212,7 @@ impl UNetConfig {
     /// [`Error::Config`] with every value that is not supported.
     pub fn from_json(file: &str, json: &[u8]) -> Result<Self> {
         let mut f = Fields::new(file, json)?;
-        let block_out_channels = f.sizes("block_out_channels", &[320, 640, 1280, 1280], None);
+        let block_out_channels = f.widths("block_out_channels", &[320, 640, 1280, 1280]);
         let n = block_out_channels.len();
         let down = [
             ("DownBlock2D", DownBlock::Plain),
@@ -203,15 +232,15 @@ impl UNetConfig {
             sample_size: f.size("sample_size", 64),
             in_channels: f.size("in_channels", 4),
             out_channels: f.size("out_channels", 4),
-            layers_per_block: f.sizes("layers_per_block", &vec![2; n], Some(n)),
+            layers_per_block: f.depths("layers_per_block", 2, n),
             down_block_types: f.choices("down_block_types", &down, &[d, d, d, DownBlock::Plain]),
             up_block_types: f.choices("up_block_types", &up, &[UpBlock::Plain, u, u, u]),
             cross_attention_dim: f.size("cross_attention_dim", 1280),
-            heads: f.sizes(heads_key, &vec![8; n], Some(n)),
-            transformer_layers_per_block: f.sizes(
+            heads: f.sizes(heads_key, 8, n),
+            transformer_layers_per_block: f.depths(
                 "transformer_layers_per_block",
-                &vec![1; n],
-                Some(n),
+                1,
+                n,
             ),
             norm_num_groups: f.size("norm_num_groups", 32),
             norm_eps: f.number("norm_eps", 1e-5),
@@ -326,7 +355,7 @@ impl TextEncoderConfig {
             vocab_size: f.size("vocab_size", 49408),
             hidden_size: f.size("hidden_size", 512),
             intermediate_size: f.size("intermediate_size", 2048),
-            num_hidden_layers: f.size("num_hidden_layers", 12),
+            num_hidden_layers: f.depth("num_hidden_layers", 12),
             num_attention_heads: f.size("num_attention_heads", 8),
             max_position_embeddings: f.size("max_position_embeddings", 77),
             activation: f.choice("hidden_act", &activations, Activation::QuickGelu),
@@ -356,8 +385,8 @@ impl VaeConfig {
         let config = Self {
             in_channels: f.size("in_channels", 3),
             out_channels: f.size("out_channels", 3),
-            block_out_channels: f.sizes("block_out_channels", &[64], None),
-            layers_per_block: f.size("layers_per_block", 1),
+            block_out_channels: f.widths("block_out_channels", &[64]),
+            layers_per_block: f.depth("layers_per_block", 1),
             latent_channels: f.size("latent_channels", 4),
             norm_num_groups: f.size("norm_num_groups", 32),
             scaling_factor: f.number("scaling_factor", 0.18215),

@@ -43,7 +43,7 @@ fn unsupported_values_are_refused_by_name_and_all_at_once() {
     .unwrap_err();
     assert_eq!(
         error.to_string(),
-        "unet/config.json: \"layers_per_block\" is [2,2], supported is a size or a list of 4; \
+        "unet/config.json: \"layers_per_block\" is [2,2], supported is a number from 1 to 256, or a list of 4; \
          \"down_block_types\" is \"SkipDownBlock2D\", supported is \"DownBlock2D\" or \"CrossAttnDownBlock2D\"; \
          \"addition_embed_type\" is \"text_time\", supported is null; \"act_fn\" is \"gelu\", supported is \"silu\""
     );
@@ -59,7 +59,7 @@ fn impossible_sizes_are_refused() {
     };
     check(
         r#"{"block_out_channels": [0, 1]}"#,
-        "\"block_out_channels\" is [0,1], supported is a list of sizes",
+        "\"block_out_channels\" is [0,1], supported is a list of at most 16 numbers from 1 to 16777216",
     );
     check(
         r#"{"sample_size": 1e12}"#,

@@ -137,6 +137,11 @@ impl TensorFile {
             if from > to {
                 return Err(self.fault(format!("{key} ends before it starts")));
             }
+            // Also where a 0 makes the product small: strides and parts of the shape are computed later.
+            let mut sides = entry.shape.iter().map(|&side| side.max(1));
+            if sides.try_fold(8, usize::checked_mul).is_none() {
+                return Err(self.fault(format!("{key} of shape {:?} is too large", entry.shape)));
+            }
             if let Some(width) = width(&entry.dtype) {
                 let n = entry
                     .shape
