@@ -21,7 +21,7 @@ use crate::file_words;
 use crate::graph::{Graph, GraphNode, Input, NodeId};
 use crate::memory;
 use crate::pictures;
-use crate::run_folder::{WorkDir, WorkDirs};
+use crate::run_folder::{FolderError, WorkDir, WorkDirs, named};
 use crate::validate::Plan;
 
 /// Deep graphs of automatic differentiation are freed by recursion.
@@ -337,13 +337,24 @@ impl<'a> Worker<'a> {
         has_saved: &Arc<AtomicBool>,
     ) -> Result<Context, NodeError> {
         let job = self.job;
-        let cannot_write = |error: crate::run_folder::FolderError| {
-            NodeError::new(ErrorCode::CannotWrite, error.to_string())
+        let work = match job.work_dirs.open(signature.as_str()) {
+            Ok(work) => Some(work),
+            Err(FolderError::InUse { process, .. }) => {
+                let text = format!(
+                    "another run{} does the same now; if this one is stopped it cannot go on where it was",
+                    named(process)
+                );
+                let event = Event::Log {
+                    level: 2,
+                    text: &text,
+                };
+                job.observer.on_event(label, &event);
+                None
+            }
+            Err(error) => {
+                return Err(NodeError::new(ErrorCode::CannotWrite, error.to_string()));
+            }
         };
-        let work = job
-            .work_dirs
-            .open(signature.as_str())
-            .map_err(cannot_write)?;
         let work_dir = work
             .as_ref()
             .map(|work| work.path().to_string_lossy().into_owned());

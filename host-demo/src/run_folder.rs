@@ -3,30 +3,57 @@
 //! ```text
 //! runs/                                     the root
 //!   20260725-170912-demo/                   a complete run
-//!   .20260725-171204-demo.partial/          one that runs now; `.lock` in it is held by its process
+//!   .20260725-171204-demo.partial/          one that runs now
+//!   .20260725-171204-demo.partial.lock      its claim: locked by its process, there before the folder and after it
 //!   .work/3f9c…/                            what an interrupted node needs to go on, by what it was made from
+//!   .work/3f9c….lock                        its claim
 //! ```
+//!
+//! A run into a folder that is there already has `.run.partial` in it; at its end that is called `.run.complete`, from where
+//! the files are moved up one by one. If they were not all moved, the next run does the rest.
 
-use std::fs::{self, File, TryLockError};
-use std::io::{self, ErrorKind, Write as _};
+use std::fs;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+
+use durable_files::{Claim, ClaimError, disk};
 
 const LOCK: &str = ".lock";
 const WORK: &str = ".work";
 const PARTIAL: &str = ".partial";
+/// In a folder that was there before its run.
+const RUN: &str = "run";
+const COMPLETE: &str = ".run.complete";
+/// Digits of a node's signature in the name of its work folder.
+const SIGNATURE: usize = 32;
 /// What nobody went on with for this long is not kept.
 const KEEP_WORK: Duration = Duration::from_secs(14 * 24 * 3600);
+/// How long another process is waited for: one that was killed may take a moment to be gone.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Why a file or folder cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FolderError {
     #[error("cannot write {}: {error}; {}", path.display(), hint(error))]
     CannotWrite { path: PathBuf, error: io::Error },
+    #[error("cannot write {}: there is a file of this name, and nothing is written over", .0.display())]
+    Taken(PathBuf),
     #[error("the folder {} is not empty, and a run never writes over another; name a new one with --out", .0.display())]
     NotEmpty(PathBuf),
     #[error("{} is a file, but the run needs a folder of this name; name another with --out", .0.display())]
     IsAFile(PathBuf),
+    #[error(
+        "another run{} is writing to {}; wait for it or choose another --out", named(*process), path.display()
+    )]
+    InUse { path: PathBuf, process: Option<u32> },
+    #[error(
+        "{} was left by a run, and this file system has no locks that tell whether it still runs; if it does not, remove the \
+         folder", .0.display()
+    )]
+    Unknown(PathBuf),
 }
 
 fn hint(error: &io::Error) -> &'static str {
@@ -38,41 +65,39 @@ fn hint(error: &io::Error) -> &'static str {
     }
 }
 
+/// `, process 17,` of a holder that is known.
+pub(crate) fn named(process: Option<u32>) -> String {
+    process.map_or_else(String::new, |id| format!(", process {id},"))
+}
+
 fn at(path: &Path) -> impl Fn(io::Error) -> FolderError + use<> {
     let path = path.to_owned();
-    move |error| FolderError::CannotWrite {
-        path: path.clone(),
-        error,
+    move |error| match error.kind() {
+        ErrorKind::AlreadyExists => FolderError::Taken(path.clone()),
+        _ => FolderError::CannotWrite {
+            path: path.clone(),
+            error,
+        },
     }
+}
+
+/// Claims what is called so for a run that goes to `destination`.
+fn claim(lock: &Path, destination: &Path, patience: Duration) -> Result<Claim, FolderError> {
+    Claim::take(lock, patience).map_err(|error| match error {
+        ClaimError::Held(process) => FolderError::InUse {
+            path: destination.to_owned(),
+            process,
+        },
+        ClaimError::System(error) => at(destination)(error),
+    })
 }
 
 /// Writes a file that is not there yet: complete or not at all. Makes its folders.
 ///
 /// # Errors
-/// [`FolderError::CannotWrite`].
+/// [`FolderError::CannotWrite`], [`FolderError::Taken`].
 pub(crate) fn write_new(path: &Path, bytes: &[u8]) -> Result<(), FolderError> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = path.with_file_name(format!(".{name}.tmp"));
-    let write = || -> io::Result<()> {
-        if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder)?;
-        }
-        let mut file = File::options()
-            .write(true)
-            .create_new(true)
-            .open(&temporary)?;
-        file.write_all(bytes)?;
-        drop(file);
-        // The folder is this process's own, so nobody takes the name in between.
-        if path.exists() {
-            return Err(ErrorKind::AlreadyExists.into());
-        }
-        fs::rename(&temporary, path)
-    };
-    write().map_err(|error| {
-        let _ = fs::remove_file(&temporary);
-        at(path)(error)
-    })
+    durable_files::write_new(path, |file| file.write_all(bytes)).map_err(at(path))
 }
 
 /// Where a run is to go.
@@ -93,7 +118,8 @@ enum Commit {
 pub(crate) struct RunFolder {
     staging: PathBuf,
     commit: Commit,
-    lock: Option<File>,
+    /// Until it is given back.
+    claim: Option<Claim>,
     root: PathBuf,
     /// The root was not there before.
     made_root: bool,
@@ -108,36 +134,33 @@ impl RunFolder {
         match destination {
             Destination::Named { root, name } => {
                 check_is_folder(root)?;
-                let made_root = !root.exists();
-                fs::create_dir_all(root).map_err(at(root))?;
-                sweep(root);
+                let made_root = make_root(root, root)?;
                 Self::numbered(root, name, made_root)
             }
             Destination::Exactly(path) if path.is_dir() => {
-                sweep(path);
-                if !is_empty(path).map_err(at(path))? {
-                    return Err(FolderError::NotEmpty(path.clone()));
-                }
-                let staging = path.join(format!(".run{PARTIAL}"));
-                fs::create_dir(&staging).map_err(at(&staging))?;
-                Self::locked(staging, Commit::MoveInto(path.clone()), path, false)
+                sweep(above(path));
+                Self::inside(path)
             }
             Destination::Exactly(path) => {
                 check_is_folder(path)?;
-                let root = path
-                    .parent()
-                    .filter(|root| !root.as_os_str().is_empty())
-                    .unwrap_or(Path::new("."));
+                let root = above(path);
                 check_is_folder(root)?;
-                let made_root = !root.exists();
-                fs::create_dir_all(root).map_err(at(path))?;
-                sweep(root);
-                let staging = partial(
+                let made_root = make_root(root, path)?;
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                let staging = partial(root, &name);
+                let claim = claim(&lock_of(&staging), path, PATIENCE)?;
+                // The one that was waited for may have become complete.
+                if path.exists() {
+                    claim.give_back();
+                    return Err(FolderError::NotEmpty(path.clone()));
+                }
+                Self::new(
+                    staging,
+                    Commit::Rename(path.clone()),
+                    claim,
                     root,
-                    &path.file_name().unwrap_or_default().to_string_lossy(),
-                );
-                fs::create_dir(&staging).map_err(at(path))?;
-                Self::locked(staging, Commit::Rename(path.clone()), root, made_root)
+                    made_root,
+                )
             }
         }
     }
@@ -155,35 +178,81 @@ impl RunFolder {
             if complete.exists() {
                 continue;
             }
-            match fs::create_dir(&staging) {
-                Ok(()) => return Self::locked(staging, Commit::Rename(complete), root, made_root),
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(at(&complete)(error)),
+            match claim(&lock_of(&staging), &complete, Duration::ZERO) {
+                Err(FolderError::InUse { .. }) => {}
+                // It became complete in between.
+                Ok(claim) if complete.exists() => claim.give_back(),
+                claim => {
+                    return Self::new(staging, Commit::Rename(complete), claim?, root, made_root);
+                }
             }
         }
     }
 
-    fn locked(
+    /// In a folder that is there.
+    fn inside(path: &Path) -> Result<Self, FolderError> {
+        sweep(path);
+        let staging = partial(path, RUN);
+        let (lock, complete) = (lock_of(&staging), path.join(COMPLETE));
+        let own = [Path::new(WORK), &staging, &lock, &complete].map(Path::file_name);
+        let is_empty = || -> Result<bool, FolderError> {
+            for entry in fs::read_dir(path).map_err(at(path))? {
+                let name = entry.map_err(at(path))?.file_name();
+                if !own.contains(&Some(&name)) {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        };
+        if !complete.exists() && !is_empty()? {
+            return Err(FolderError::NotEmpty(path.to_owned()));
+        }
+        let claim = claim(&lock, path, PATIENCE)?;
+        let moved = if complete.exists() {
+            move_up(&complete, path)
+        } else {
+            Ok(())
+        };
+        if moved.is_err() || !is_empty()? {
+            claim.give_back();
+            return Err(moved
+                .err()
+                .map_or_else(|| FolderError::NotEmpty(path.to_owned()), at(path)));
+        }
+        Self::new(
+            staging,
+            Commit::MoveInto(path.to_owned()),
+            claim,
+            path,
+            false,
+        )
+    }
+
+    fn new(
         staging: PathBuf,
         commit: Commit,
+        claim: Claim,
         root: &Path,
         made_root: bool,
     ) -> Result<Self, FolderError> {
-        let path = staging.join(LOCK);
-        let mut folder = Self {
+        if !claim.is_sure() && staging.exists() {
+            return Err(FolderError::Unknown(staging));
+        }
+        let folder = Self {
             staging,
             commit,
-            lock: None,
+            claim: Some(claim),
             root: root.to_owned(),
             made_root,
         };
-        // It gets its name once it is held: another process would take a free one for a dead run's.
-        let unnamed = folder.staging.join(format!("{LOCK}.new"));
-        let file = File::create(&unnamed).map_err(at(&unnamed))?;
-        // A file system without locks only loses the sweeping.
-        let _ = file.try_lock();
-        fs::rename(&unnamed, &path).map_err(at(&path))?;
-        folder.lock = Some(file);
+        // Whose it was is dead, or the claim would not be ours.
+        disk::remove_dir_all(&folder.staging)
+            .and_then(|()| {
+                // Were the lock lost and not the folder, nobody would ever sweep it.
+                disk::sync_dir(root);
+                disk::create_dir(&folder.staging)
+            })
+            .map_err(at(folder.destination()))?;
         Ok(folder)
     }
 
@@ -201,9 +270,7 @@ impl RunFolder {
 
     /// What nodes keep between runs of this root.
     pub(crate) fn work_dirs(&self) -> WorkDirs {
-        WorkDirs {
-            root: self.root.join(WORK),
-        }
+        WorkDirs::new(self.root.join(WORK))
     }
 
     /// Text that names files of the folder, as it reads after the commit.
@@ -217,26 +284,27 @@ impl RunFolder {
     /// Gives the folder its name.
     ///
     /// # Errors
-    /// [`FolderError::CannotWrite`]; nothing is left then.
+    /// [`FolderError::CannotWrite`], [`FolderError::NotEmpty`]; nothing is left then, or what the next run moves.
     pub(crate) fn commit(mut self) -> Result<PathBuf, FolderError> {
         let destination = self.destination().to_owned();
-        let failed = at(&destination);
-        // A folder without the file is never swept; it goes while it is still held.
-        fs::remove_file(self.staging.join(LOCK)).map_err(&failed)?;
-        self.lock = None;
+        sync_folders(&self.staging);
         match &self.commit {
             Commit::Rename(path) => {
                 if path.exists() {
                     return Err(FolderError::NotEmpty(path.clone()));
                 }
-                fs::rename(&self.staging, path).map_err(&failed)?;
+                disk::rename(&self.staging, path).map_err(at(path))?;
+                disk::sync_dir(&self.root);
             }
             Commit::MoveInto(path) => {
-                for entry in fs::read_dir(&self.staging).map_err(&failed)? {
-                    let entry = entry.map_err(&failed)?;
-                    fs::rename(entry.path(), path.join(entry.file_name())).map_err(&failed)?;
-                }
+                let complete = path.join(COMPLETE);
+                disk::rename(&self.staging, &complete).map_err(at(path))?;
+                move_up(&complete, path).map_err(at(path))?;
+                disk::sync_dir(path);
             }
+        }
+        if let Some(claim) = self.claim.take() {
+            claim.give_back();
         }
         Ok(destination)
     }
@@ -244,17 +312,44 @@ impl RunFolder {
 
 impl Drop for RunFolder {
     fn drop(&mut self) {
-        self.lock = None;
-        let _ = fs::remove_dir_all(&self.staging);
+        let Some(claim) = self.claim.take() else {
+            return;
+        };
+        // A claim without its folder is swept by the next run, a folder without its claim by none.
+        if disk::remove_dir_all(&self.staging).is_ok() {
+            claim.give_back();
+        }
         if self.made_root {
             // Only if nothing is in it.
-            let _ = fs::remove_dir(&self.root);
+            let _ = disk::remove_dir(&self.root);
         }
     }
 }
 
+/// Makes the root of a run to `destination` and clears it up; whether it was not there.
+fn make_root(root: &Path, destination: &Path) -> Result<bool, FolderError> {
+    let made_root = !root.exists();
+    disk::create_dir_all(root).map_err(at(destination))?;
+    sweep(root);
+    Ok(made_root)
+}
+
+/// The folder that a path is in.
+fn above(path: &Path) -> &Path {
+    path.parent()
+        .filter(|root| !root.as_os_str().is_empty())
+        .unwrap_or(Path::new("."))
+}
+
 fn partial(root: &Path, name: &str) -> PathBuf {
     root.join(format!(".{name}{PARTIAL}"))
+}
+
+/// The file by which a folder is claimed.
+fn lock_of(folder: &Path) -> PathBuf {
+    let mut name = folder.file_name().unwrap_or_default().to_owned();
+    name.push(LOCK);
+    folder.with_file_name(name)
 }
 
 fn check_is_folder(path: &Path) -> Result<(), FolderError> {
@@ -265,32 +360,41 @@ fn check_is_folder(path: &Path) -> Result<(), FolderError> {
     }
 }
 
-/// Empty but for what this module keeps there itself.
-fn is_empty(path: &Path) -> io::Result<bool> {
-    for entry in fs::read_dir(path)? {
-        if entry?.file_name() != WORK {
-            return Ok(false);
+/// Moves all that is in `from` into `to`, and removes it.
+fn move_up(from: &Path, to: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        disk::rename(&entry.path(), &to.join(entry.file_name()))?;
+    }
+    disk::remove_dir(from)
+}
+
+/// Waits until the names in a folder, and in those in it, are on the disk; files already are.
+fn sync_folders(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            sync_folders(&entry.path());
         }
     }
-    Ok(true)
+    disk::sync_dir(folder);
 }
 
 /// Removes incomplete runs whose process is gone, and what nodes kept too long ago.
 fn sweep(root: &Path) {
-    WorkDirs {
-        root: root.join(WORK),
-    }
-    .forget_older_than(KEEP_WORK);
+    WorkDirs::new(root.join(WORK)).forget_older_than(KEEP_WORK);
     for entry in fs::read_dir(root).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        if !(name.starts_with('.') && name.ends_with(PARTIAL)) {
-            continue;
-        }
-        let Ok(lock) = File::open(entry.path().join(LOCK)) else {
+        let Some(folder) = name.strip_suffix(LOCK) else {
             continue;
         };
-        if lock.try_lock().is_ok() {
-            let _ = fs::remove_dir_all(entry.path());
+        if !(folder.starts_with('.') && folder.ends_with(PARTIAL)) {
+            continue;
+        }
+        if let Ok(claim) = Claim::take(&entry.path(), Duration::ZERO)
+            && claim.is_sure()
+            && disk::remove_dir_all(&root.join(folder)).is_ok()
+        {
+            claim.give_back();
         }
     }
 }
@@ -299,12 +403,17 @@ fn sweep(root: &Path) {
 #[derive(Debug, Clone)]
 pub(crate) struct WorkDirs {
     root: PathBuf,
+    /// Whether another process is still to be waited for: once in a run is enough.
+    is_patient: Arc<AtomicBool>,
 }
 
 impl WorkDirs {
     /// Kept beneath `root`.
     pub(crate) fn new(root: PathBuf) -> Self {
-        Self { root }
+        Self {
+            root,
+            is_patient: Arc::new(AtomicBool::new(true)),
+        }
     }
 
     /// Where they are.
@@ -312,27 +421,37 @@ impl WorkDirs {
         &self.root
     }
 
-    /// The folder of the node with this signature; `None` if another process uses it now.
+    /// The folder of the node with this signature.
     ///
     /// # Errors
-    /// [`FolderError::CannotWrite`].
-    pub(crate) fn open(&self, signature: &str) -> Result<Option<WorkDir>, FolderError> {
-        let name = signature.get(..32).unwrap_or(signature);
-        let (path, lock_path) = (self.root.join(name), self.root.join(format!("{name}.lock")));
-        fs::create_dir_all(&path).map_err(at(&path))?;
-        let lock = File::create(&lock_path).map_err(at(&lock_path))?;
-        match lock.try_lock() {
-            Err(TryLockError::WouldBlock) => Ok(None),
-            Ok(()) | Err(TryLockError::Error(_)) => Ok(Some(WorkDir {
-                path,
-                lock_path,
-                _lock: lock,
-            })),
+    /// [`FolderError::InUse`] if another process uses it now, [`FolderError::CannotWrite`].
+    pub(crate) fn open(&self, signature: &str) -> Result<WorkDir, FolderError> {
+        let patience = if self.is_patient.load(Ordering::Relaxed) {
+            PATIENCE
+        } else {
+            Duration::ZERO
+        };
+        let opened = self.open_within(signature, patience);
+        if let Err(FolderError::InUse { .. }) = opened {
+            self.is_patient.store(false, Ordering::Relaxed);
+        }
+        opened
+    }
+
+    fn open_within(&self, signature: &str, patience: Duration) -> Result<WorkDir, FolderError> {
+        let path = self
+            .root
+            .join(signature.get(..SIGNATURE).unwrap_or(signature));
+        let claim = claim(&lock_of(&path), &path, patience)?;
+        match disk::create_dir_all(&path) {
+            Ok(()) => Ok(WorkDir { path, claim }),
+            Err(error) => {
+                claim.give_back();
+                Err(at(&path)(error))
+            }
         }
     }
-}
 
-impl WorkDirs {
     /// Forgets what no run has come back for in a fortnight.
     pub(crate) fn sweep(&self) {
         self.forget_older_than(KEEP_WORK);
@@ -343,9 +462,14 @@ impl WorkDirs {
             let modified = entry.metadata().and_then(|meta| meta.modified());
             let is_old = modified.is_ok_and(|time| time.elapsed().is_ok_and(|since| since > age));
             let name = entry.file_name().to_string_lossy().into_owned();
+            // A claim that nobody gave back, or a folder.
+            let signature = name.strip_suffix(LOCK).unwrap_or(&name);
+            // A folder called as ours may be somebody else's.
+            let is_ours =
+                signature.len() == SIGNATURE && signature.chars().all(|c| c.is_ascii_hexdigit());
             if is_old
-                && entry.path().is_dir()
-                && let Ok(Some(work)) = self.open(&name)
+                && is_ours
+                && let Ok(work) = self.open_within(signature, Duration::ZERO)
             {
                 work.finish();
             }
@@ -356,8 +480,7 @@ impl WorkDirs {
 /// A node's own folder between runs.
 pub(crate) struct WorkDir {
     path: PathBuf,
-    lock_path: PathBuf,
-    _lock: File,
+    claim: Claim,
 }
 
 impl WorkDir {
@@ -368,22 +491,23 @@ impl WorkDir {
 
     /// The run is complete: nothing is needed any more.
     pub(crate) fn finish(self) {
-        let _ = fs::remove_dir_all(&self.path);
-        self.forget();
+        let _ = disk::remove_dir_all(&self.path);
+        self.leave();
     }
 
     /// The run ended early: keeps what the node left; whether it left anything.
     pub(crate) fn keep(self) -> bool {
         // Fails if there is something in it.
-        let kept = fs::remove_dir(&self.path).is_err();
-        self.forget();
+        let kept = disk::remove_dir(&self.path).is_err();
+        self.leave();
         kept
     }
 
-    fn forget(&self) {
-        let _ = fs::remove_file(&self.lock_path);
-        if let Some(root) = self.lock_path.parent() {
-            let _ = fs::remove_dir(root);
+    fn leave(self) {
+        self.claim.give_back();
+        if let Some(root) = self.path.parent() {
+            // Only if it was the last one.
+            let _ = disk::remove_dir(root);
         }
     }
 }
@@ -415,7 +539,15 @@ mod tests {
         let first = RunFolder::create(&named(&root)).unwrap();
         let second = RunFolder::create(&named(&root)).unwrap();
         write_new(&first.path().join("masks/a.png"), b"one").unwrap();
-        assert_eq!(names(&root), [".demo-2.partial", ".demo.partial"]);
+        assert_eq!(
+            names(&root),
+            [
+                ".demo-2.partial",
+                ".demo-2.partial.lock",
+                ".demo.partial",
+                ".demo.partial.lock"
+            ]
+        );
         assert_eq!(first.commit().unwrap(), root.join("demo"));
         assert_eq!(second.commit().unwrap(), root.join("demo-2"));
         assert_eq!(names(&root), ["demo", "demo-2"]);
@@ -439,10 +571,60 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let dead = folder.path().join(".old.partial");
         fs::create_dir(&dead).unwrap();
-        fs::write(dead.join(LOCK), "").unwrap();
+        fs::write(lock_of(&dead), "").unwrap();
         let alive = RunFolder::create(&named(folder.path())).unwrap();
         let other = RunFolder::create(&named(folder.path())).unwrap();
         assert!(!dead.exists() && alive.path().exists() && other.path().exists());
+    }
+
+    #[test]
+    fn whatever_a_dead_process_left_blocks_nobody() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        let staging = partial(folder.path(), "out");
+        let exactly = Destination::Exactly(out.clone());
+        // The claim alone, with its folder, the folder alone.
+        for (has_lock, has_folder) in [(true, false), (true, true), (false, true)] {
+            if has_lock {
+                fs::write(lock_of(&staging), "1").unwrap();
+            }
+            if has_folder {
+                fs::create_dir(&staging).unwrap();
+                fs::write(staging.join("old.png"), "").unwrap();
+            }
+            let run = RunFolder::create(&exactly).unwrap();
+            assert_eq!(names(run.path()), [] as [&str; 0]);
+            write_new(&run.path().join("new.png"), b"one").unwrap();
+            run.commit().unwrap();
+            assert_eq!(names(folder.path()), ["out"]);
+            assert_eq!(names(&out), ["new.png"]);
+            fs::remove_dir_all(&out).unwrap();
+        }
+        let running = RunFolder::create(&exactly).unwrap();
+        let refused = RunFolder::create(&exactly).err().unwrap().to_string();
+        let said = format!(
+            "another run, process {}, is writing to {}; wait for it or choose another --out",
+            std::process::id(),
+            out.display()
+        );
+        assert_eq!(refused, said);
+        drop(running);
+        assert_eq!(names(folder.path()), [] as [&str; 0]);
+    }
+
+    #[test]
+    fn a_run_that_was_being_moved_into_its_folder_is_moved_by_the_next() {
+        let folder = tempfile::tempdir().unwrap();
+        let complete = folder.path().join(COMPLETE);
+        fs::create_dir(&complete).unwrap();
+        fs::write(folder.path().join("a.png"), "a").unwrap();
+        fs::write(complete.join("b.png"), "b").unwrap();
+        let exactly = Destination::Exactly(folder.path().to_owned());
+        assert!(matches!(
+            RunFolder::create(&exactly),
+            Err(FolderError::NotEmpty(_))
+        ));
+        assert_eq!(names(folder.path()), ["a.png", "b.png"]);
     }
 
     #[test]
@@ -466,27 +648,36 @@ mod tests {
     #[test]
     fn what_a_node_left_is_there_for_the_next_run_and_gone_after_a_complete_one() {
         let folder = tempfile::tempdir().unwrap();
-        let dirs = WorkDirs {
-            root: folder.path().join(WORK),
-        };
-        let work = dirs.open("abc").unwrap().unwrap();
-        assert!(dirs.open("abc").unwrap().is_none());
+        let dirs = WorkDirs::new(folder.path().join(WORK));
+        let work = dirs.open("abc").unwrap();
+        for _ in 0..2 {
+            let own = Some(std::process::id());
+            assert!(
+                matches!(dirs.open("abc"), Err(FolderError::InUse { process, .. }) if process == own)
+            );
+        }
         fs::write(work.path().join("state"), "step 3").unwrap();
         assert!(work.keep());
-        let work = dirs.open("abc").unwrap().unwrap();
+        let work = dirs.open("abc").unwrap();
         assert_eq!(names(work.path()), ["state"]);
         work.finish();
         assert_eq!(names(folder.path()), [] as [&str; 0]);
 
-        let work = dirs.open("old").unwrap().unwrap();
+        let old = "0123456789abcdef0123456789abcdef";
+        let work = dirs.open(old).unwrap();
         fs::write(work.path().join("state"), "step 3").unwrap();
         dirs.forget_older_than(Duration::ZERO);
         assert_eq!(names(work.path()), ["state"], "in use");
         work.keep();
         dirs.forget_older_than(KEEP_WORK);
-        assert_eq!(names(&dirs.root), ["old"]);
+        assert_eq!(names(&dirs.root), [old]);
+        let other = dirs.root.join("of somebody else");
+        fs::create_dir(&other).unwrap();
         dirs.forget_older_than(Duration::ZERO);
+        assert_eq!(names(&dirs.root), ["of somebody else"]);
+        fs::remove_dir(&other).unwrap();
+        fs::remove_dir(&dirs.root).unwrap();
         assert_eq!(names(folder.path()), [] as [&str; 0]);
-        assert!(!dirs.open("abc").unwrap().unwrap().keep());
+        assert!(!dirs.open("abc").unwrap().keep());
     }
 }

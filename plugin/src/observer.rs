@@ -1,7 +1,8 @@
 //! Events of the method to what a host shows: progress, previews, curves, and a state to resume from.
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -9,8 +10,8 @@ use machine_memory::{KeepFreed, keep_freed};
 use personalization::m_step::{INVERSION, TOKENS};
 use personalization::metrics::mask_ious;
 use personalization::{
-    Concept, Event, ImageMasks, LearnedConcepts, Observation, Observer, Role, SamplePrompts, Scene,
-    Size, overlay, sample,
+    Checkpoint, Concept, Event, ImageMasks, Keeper, LearnedConcepts, Observation, Observer, Role,
+    SamplePrompts, Scene, Size, overlay, sample,
 };
 use plugin_api::host::LogLevel;
 use plugin_api::{Host, SharedTensor};
@@ -34,7 +35,10 @@ pub(crate) struct HostObserver<'a> {
     model: &'a DiffusionModel,
     scene: Option<&'a Scene>,
     truth: Option<&'a [ImageMasks]>,
-    state_file: Option<PathBuf>,
+    /// What keeps the states of each kind.
+    keepers: BTreeMap<&'static str, Keeper>,
+    /// A state could not be kept, which was said.
+    cannot_keep: bool,
     /// The stages with optimizer steps and how many each has, in their order.
     stages: Vec<(&'static str, usize)>,
     /// The x of curves: optimizer steps so far over all stages.
@@ -54,7 +58,8 @@ impl<'a> HostObserver<'a> {
             model,
             scene: None,
             truth: None,
-            state_file: None,
+            keepers: BTreeMap::new(),
+            cannot_keep: false,
             stages: Vec::new(),
             step: 0,
             stage: "",
@@ -78,16 +83,49 @@ impl<'a> HostObserver<'a> {
         Self { stages, ..self }
     }
 
-    /// Keeps the state of the alternation in a file.
-    pub(crate) fn with_state_file(self, state_file: Option<PathBuf>) -> Self {
-        Self { state_file, ..self }
-    }
-
     /// Paints every object concept each time that so many steps are done.
     pub(crate) fn with_samples(self, sample_every: usize) -> Self {
         Self {
             sample_every,
             ..self
+        }
+    }
+
+    /// Keeps the states of this name from now on, and returns the one that an earlier run with the same inputs left, if it was
+    /// stopped and the host keeps anything.
+    pub(crate) fn keep<T>(
+        &mut self,
+        name: &'static str,
+        read: impl Fn(&Path) -> personalization::Result<T>,
+    ) -> Option<T> {
+        let folder = self.host.run_info().work_dir;
+        if folder.is_empty() {
+            return None;
+        }
+        let (keeper, state, said) = Keeper::open(Path::new(folder.as_str()), name, read);
+        for sentence in said {
+            self.host.log(LogLevel::Warning, &sentence);
+        }
+        self.keepers.insert(name, keeper);
+        state
+    }
+
+    fn on_checkpoint(&mut self, checkpoint: &Checkpoint<'_>) {
+        let keeper = checkpoint
+            .name()
+            .and_then(|name| self.keepers.get_mut(name));
+        let Some(keeper) = keeper else { return };
+        if !keeper.is_due(checkpoint) && !self.host.is_canceled() {
+            return;
+        }
+        match keeper.keep(checkpoint) {
+            Ok(()) => self.cannot_keep = false,
+            Err(_) if self.cannot_keep => {}
+            Err(error) => {
+                self.cannot_keep = true;
+                let text = format!("if it is stopped now, the run cannot go on from here: {error}");
+                self.host.log(LogLevel::Warning, &text);
+            }
         }
     }
 
@@ -344,11 +382,6 @@ fn side_by_side(pictures: &Tensor) -> Result<SharedTensor, String> {
     SharedTensor::from_vec(values, &[height, width, 3]).map_err(|error| error.to_string())
 }
 
-/// Where the joint stage is kept, beside the state of the alternation.
-pub(crate) fn joint_file(state_file: &Path) -> PathBuf {
-    state_file.with_file_name("joint-state.safetensors")
-}
-
 impl Observer for HostObserver<'_> {
     fn on_event(&mut self, event: &Event<'_>) -> ControlFlow<()> {
         match *event {
@@ -376,26 +409,7 @@ impl Observer for HostObserver<'_> {
             } => self.on_masks(round, picture, masks, observation, energy),
             Event::AttentionAlone { picture, masks } => self.on_attention_alone(picture, masks),
             Event::Denoised { step, total, clean } => self.on_denoised(step, total, clean),
-            Event::JointCheckpoint(state) => {
-                if let Some(path) = self.state_file.as_deref().map(joint_file)
-                    && let Err(error) = state.save(&path)
-                {
-                    self.host.log(
-                        LogLevel::Warning,
-                        &format!("the joint stage cannot be resumed: {error}"),
-                    );
-                }
-            }
-            Event::Checkpoint(state) => {
-                if let Some(path) = &self.state_file
-                    && let Err(error) = state.save(path)
-                {
-                    self.host.log(
-                        LogLevel::Warning,
-                        &format!("the run cannot be resumed: {error}"),
-                    );
-                }
-            }
+            Event::Checkpoint(ref checkpoint) => self.on_checkpoint(checkpoint),
         }
         if self.host.is_canceled() {
             ControlFlow::Break(())

@@ -1,7 +1,5 @@
 //! `done.json`: that an entry is complete, and what it was made from.
 
-use std::fs::File;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -36,7 +34,7 @@ impl Done {
         serde_json::from_slice(&std::fs::read(folder.join(FILE)).ok()?).ok()
     }
 
-    /// Writes the last file of a folder, and waits until it is on the disk.
+    /// Writes the last file of a folder.
     ///
     /// # Errors
     /// A result cannot be read, or the file not written.
@@ -64,9 +62,8 @@ impl Done {
             hash: hash.to_owned(),
             outputs,
         };
-        let mut file = File::create_new(folder.join(FILE))?;
-        file.write_all(&serde_json::to_vec_pretty(&done)?)?;
-        file.sync_all()
+        let text = serde_json::to_vec_pretty(&done)?;
+        durable_files::write_new(&folder.join(FILE), |file| file.write_all(&text))
     }
 }
 

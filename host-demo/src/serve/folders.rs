@@ -12,20 +12,24 @@
 //!   .lock            held while a server runs
 //! ```
 
-use std::fs::{self, File, TryLockError};
-use std::io::{self, Write as _};
+use std::io;
 use std::path::{Path, PathBuf};
 
+use durable_files::{Claim, ClaimError, disk, remove_torn};
+
 use crate::confined::Root;
-use crate::run_folder::WorkDirs;
+use crate::run_folder::{PATIENCE, WorkDirs, named};
 
 /// The folder cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum FoldersError {
     #[error("cannot write the data folder {}: {error}; name another with --data", path.display())]
     CannotWrite { path: PathBuf, error: io::Error },
-    #[error("another server uses the data folder {}; stop it or name another folder with --data", .0.display())]
-    InUse(PathBuf),
+    #[error(
+        "another server{} uses the data folder {}; stop it or name another folder with --data", named(*process),
+        path.display()
+    )]
+    InUse { path: PathBuf, process: Option<u32> },
 }
 
 /// See the module.
@@ -37,11 +41,11 @@ pub(crate) struct Folders {
     pub(crate) user: Root,
     pub(crate) models: Root,
     data: PathBuf,
-    _lock: File,
+    _claim: Claim,
 }
 
 impl Folders {
-    /// Makes what is missing, and clears what a server that was killed left half-written.
+    /// Makes what is missing, and clears what a server that was killed left half-written. A server that is ending is waited for.
     ///
     /// # Errors
     /// See [`FoldersError`].
@@ -50,28 +54,26 @@ impl Folders {
             path: data.to_owned(),
             error,
         };
-        fs::create_dir_all(data).map_err(failed)?;
-        let lock = File::create(data.join(".lock")).map_err(failed)?;
-        match lock.try_lock() {
-            Err(TryLockError::WouldBlock) => return Err(FoldersError::InUse(data.to_owned())),
-            // A file system without locks only loses this check.
-            Ok(()) | Err(TryLockError::Error(_)) => {}
-        }
-        let _ = fs::remove_dir_all(data.join("temp"));
+        // A file system without locks only loses this check.
+        let claim = Claim::take(&data.join(".lock"), PATIENCE).map_err(|error| match error {
+            ClaimError::Held(process) => FoldersError::InUse {
+                path: data.to_owned(),
+                process,
+            },
+            ClaimError::System(error) => failed(error),
+        })?;
+        remove_torn(data);
+        let _ = disk::remove_dir_all(&data.join("temp"));
         let root = |name: &str| Root::create(&data.join(name)).map_err(failed);
-        let folders = Self {
+        Ok(Self {
             input: root("input")?,
             output: root("output")?,
             temp: root("temp")?,
             user: root("user")?,
             models: root("models")?,
             data: data.to_owned(),
-            _lock: lock,
-        };
-        for root in [&folders.input, &folders.output, &folders.user] {
-            remove_torn(root.path());
-        }
-        Ok(folders)
+            _claim: claim,
+        })
     }
 
     /// The journal's file.
@@ -87,47 +89,13 @@ impl Folders {
 
 /// Writes a file, complete or not at all, over one that may be there; it lasts once this returns.
 pub(crate) fn write_over(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = path.with_file_name(format!(".{name}.{}.tmp", uuid::Uuid::new_v4()));
-    let write = || {
-        if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder)?;
-        }
-        let mut file = File::create_new(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
-        if let Some(folder) = path.parent() {
-            // Where folders cannot be synced, the rename is as lasting as the system makes it.
-            let _ = File::open(folder).and_then(|folder| folder.sync_all());
-        }
-        Ok(())
-    };
-    write().inspect_err(|_| {
-        let _ = fs::remove_file(&temporary);
-    })
-}
-
-/// Files are written under such a name and then renamed.
-fn is_torn(name: &str) -> bool {
-    name.starts_with('.') && name.ends_with(".tmp")
-}
-
-fn remove_torn(folder: &Path) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let Ok(kind) = entry.file_type() else {
-            continue;
-        };
-        if kind.is_dir() {
-            remove_torn(&entry.path());
-        } else if kind.is_file() && is_torn(&entry.file_name().to_string_lossy()) {
-            let _ = fs::remove_file(entry.path());
-        }
-    }
+    durable_files::write_over(path, |file| file.write_all(bytes))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -136,14 +104,22 @@ mod tests {
         let data = folder.path().join("data");
         fs::create_dir_all(data.join("output/a")).unwrap();
         fs::create_dir_all(data.join("temp")).unwrap();
-        for file in ["output/a/.x.png.tmp", "output/a/x.png", "temp/y.png"] {
+        let files = [
+            "output/a/.conceptloom-1-0.tmp",
+            "output/a/x.png",
+            "temp/y.png",
+            ".conceptloom-1-1.tmp",
+        ];
+        for file in files {
             fs::write(data.join(file), "").unwrap();
         }
         let folders = Folders::open(&data).unwrap();
-        let there = ["output/a/.x.png.tmp", "output/a/x.png", "temp/y.png"]
-            .map(|file| data.join(file).exists());
-        assert_eq!(there, [false, true, false]);
-        assert!(matches!(Folders::open(&data), Err(FoldersError::InUse(_))));
+        let there = files.map(|file| data.join(file).exists());
+        assert_eq!(there, [false, true, false, false]);
+        let own = std::process::id();
+        assert!(
+            matches!(Folders::open(&data), Err(FoldersError::InUse { process: Some(id), .. }) if id == own)
+        );
         drop(folders);
         assert!(Folders::open(&data).is_ok());
     }

@@ -1,5 +1,10 @@
 //! A job, as it is queued, kept in the journal and listed.
 
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use durable_files::disk;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -20,9 +25,41 @@ pub(crate) struct Job {
     pub(crate) outputs: Vec<String>,
     /// When it was accepted.
     pub(crate) created_ms: u64,
+    /// What it has saved before a crash cut it short.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) saved: Vec<SavedFile>,
     /// Left over from a crash: waits until somebody says so.
     #[serde(skip)]
     pub(crate) is_held: bool,
+}
+
+/// A file that a job has saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedFile {
+    pub(crate) path: PathBuf,
+    blake3: String,
+}
+
+impl SavedFile {
+    /// The file as it is now.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub(crate) fn of(path: &Path) -> io::Result<Self> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(File::open(path)?)?;
+        Ok(Self {
+            path: path.to_owned(),
+            blake3: hasher.finalize().to_hex().to_string(),
+        })
+    }
+
+    /// Removes the file if nobody has changed it: the job writes it again.
+    pub(crate) fn take_back(&self) {
+        if Self::of(&self.path).is_ok_and(|now| now == *self) {
+            let _ = disk::remove_file(&self.path);
+        }
+    }
 }
 
 /// A job's number as clients expect it: an integer where it is whole.

@@ -1,15 +1,17 @@
 //! Which jobs were accepted and not ended, on disk: what a crash must not lose.
 //!
-//! A file of JSON lines, `{"accepted": job}` and `{"ended": id}`; a line counts once it is on the disk.
+//! A file of JSON lines, `{"accepted": job}`, `{"saved": {"id": …, "file": …}}` and `{"ended": id}`; a line counts once it is on
+//! the disk. A job that did not end begins anew, and what it had saved is taken back first: it is there once in the end.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 
+use durable_files::disk;
 use serde::{Deserialize, Serialize};
 
 use super::folders::write_over;
-use super::job::Job;
+use super::job::{Job, SavedFile};
 
 /// The file is begun anew when nothing waits and it is longer than this.
 const COMPACT_AT: u64 = 4 << 20;
@@ -26,14 +28,18 @@ pub(crate) struct JournalError {
 #[serde(rename_all = "snake_case")]
 enum Line {
     Accepted(Box<Job>),
+    Saved { id: String, file: SavedFile },
     Ended(String),
 }
 
 /// An open journal.
 pub(crate) struct Journal {
     path: PathBuf,
-    file: File,
+    file: disk::File,
+    /// Of whole lines.
     bytes: u64,
+    /// Behind them there may be a part of a line, or a line that was not confirmed.
+    is_torn: bool,
 }
 
 impl Journal {
@@ -56,6 +62,7 @@ impl Journal {
             path: path.to_owned(),
             file,
             bytes,
+            is_torn: false,
         };
         Ok((journal, waiting))
     }
@@ -68,6 +75,15 @@ impl Journal {
         self.append(&Line::Accepted(Box::new(job.clone())))
     }
 
+    /// Writes down that a job has saved a file.
+    ///
+    /// # Errors
+    /// See [`JournalError`]; the file then is there twice if the job is cut short.
+    pub(crate) fn saved(&mut self, id: &str, file: SavedFile) -> Result<(), JournalError> {
+        let id = id.to_owned();
+        self.append(&Line::Saved { id, file })
+    }
+
     /// Writes down that jobs ended; `is_idle` if none is left.
     ///
     /// # Errors
@@ -78,7 +94,7 @@ impl Journal {
         }
         if is_idle && self.bytes > COMPACT_AT {
             let (file, bytes) = rewrite(&self.path, &[]).map_err(|error| self.failed(error))?;
-            (self.file, self.bytes) = (file, bytes);
+            (self.file, self.bytes, self.is_torn) = (file, bytes, false);
         }
         Ok(())
     }
@@ -86,16 +102,24 @@ impl Journal {
     fn append(&mut self, line: &Line) -> Result<(), JournalError> {
         let mut text = serde_json::to_vec(line).map_err(|error| self.failed(error.into()))?;
         text.push(b'\n');
-        let written = self
-            .file
-            .write_all(&text)
-            .and_then(|()| self.file.sync_data());
+        self.mend().map_err(|error| self.failed(error))?;
+        let written = self.file.write_all(&text).and_then(|()| self.file.sync());
         if let Err(error) = written {
-            // What is left of a torn line would tear the next one too.
-            let _ = self.file.set_len(self.bytes);
+            self.is_torn = true;
+            // Else the next line would be torn too, or a job run that was refused.
+            let _ = self.mend();
             return Err(self.failed(error));
         }
         self.bytes += text.len() as u64;
+        Ok(())
+    }
+
+    /// Cuts off what a line that failed has left.
+    fn mend(&mut self) -> io::Result<()> {
+        if self.is_torn {
+            self.file.set_len(self.bytes)?;
+            self.is_torn = false;
+        }
         Ok(())
     }
 
@@ -113,6 +137,10 @@ fn read(file: File) -> io::Result<Vec<Job>> {
     for line in BufReader::new(file).split(b'\n') {
         match serde_json::from_slice(&line?) {
             Ok(Line::Accepted(job)) => waiting.push(*job),
+            Ok(Line::Saved { id, file }) => {
+                let job = waiting.iter_mut().find(|job| job.id == id);
+                job.into_iter().for_each(|job| job.saved.push(file.clone()));
+            }
             Ok(Line::Ended(id)) => waiting.retain(|job| job.id != id),
             Err(_) => {}
         }
@@ -120,15 +148,14 @@ fn read(file: File) -> io::Result<Vec<Job>> {
     Ok(waiting)
 }
 
-fn rewrite(path: &Path, waiting: &[Job]) -> io::Result<(File, u64)> {
+fn rewrite(path: &Path, waiting: &[Job]) -> io::Result<(disk::File, u64)> {
     let mut text = Vec::new();
     for job in waiting {
         serde_json::to_writer(&mut text, &Line::Accepted(Box::new(job.clone())))?;
         text.push(b'\n');
     }
     write_over(path, &text)?;
-    let file = OpenOptions::new().append(true).open(path)?;
-    Ok((file, text.len() as u64))
+    Ok((disk::File::append(path)?, text.len() as u64))
 }
 
 #[cfg(test)]
@@ -154,7 +181,7 @@ mod tests {
         journal.ended(&["b".to_owned()], false).unwrap();
         drop(journal);
         // A crash in the middle of a line.
-        let mut file = OpenOptions::new().append(true).open(&path).unwrap();
+        let mut file = File::options().append(true).open(&path).unwrap();
         file.write_all(b"{\"accepted\": {\"id\": \"d").unwrap();
         drop(file);
         let (mut journal, waiting) = Journal::open(&path).unwrap();
@@ -165,5 +192,32 @@ mod tests {
             .unwrap();
         drop(journal);
         assert!(Journal::open(&path).unwrap().1.is_empty());
+    }
+
+    #[test]
+    fn what_a_job_saved_is_known_until_it_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("queue.jsonl");
+        let picture = folder.path().join("a.png");
+        std::fs::write(&picture, "a").unwrap();
+        let (mut journal, _) = Journal::open(&path).unwrap();
+        for id in ["a", "b"] {
+            journal.accepted(&job(id)).unwrap();
+        }
+        let saved = SavedFile::of(&picture).unwrap();
+        journal.saved("a", saved.clone()).unwrap();
+        drop(journal);
+        // Also when the file was begun anew.
+        for _ in 0..2 {
+            let (_, waiting) = Journal::open(&path).unwrap();
+            assert_eq!(waiting[0].saved, std::slice::from_ref(&saved));
+            assert!(waiting[1].saved.is_empty());
+        }
+        std::fs::write(&picture, "of somebody").unwrap();
+        saved.take_back();
+        assert!(picture.exists());
+        std::fs::write(&picture, "a").unwrap();
+        saved.take_back();
+        assert!(!picture.exists());
     }
 }

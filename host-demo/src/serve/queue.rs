@@ -1,13 +1,14 @@
 //! Jobs: waiting, running, ended. One runs at a time.
 
 use std::collections::VecDeque;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Condvar, Mutex};
 
 use super::ended::{Ended, Outcome, Results};
-use super::job::Job;
+use super::job::{Job, SavedFile};
 use super::journal::{Journal, JournalError};
 use super::live::Live;
 use crate::clock::now_ms;
@@ -179,6 +180,26 @@ impl Queue {
         drop(state);
         if !is_left {
             self.write_ended(&[id], is_idle);
+        }
+    }
+
+    /// The running job has saved a file.
+    pub(crate) fn saved(&self, id: &str, path: &Path) {
+        let file = match SavedFile::of(path) {
+            Ok(file) => file,
+            Err(error) => {
+                complain(&format!(
+                    "warning: {} cannot be read: {error}",
+                    path.display()
+                ));
+                return;
+            }
+        };
+        if let Err(error) = self.journal.lock().saved(id, file) {
+            complain(&format!(
+                "warning: {error}; after a crash {} would be there twice",
+                path.display()
+            ));
         }
     }
 

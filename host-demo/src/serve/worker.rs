@@ -13,6 +13,7 @@ use super::queue::{Running, Task};
 use super::shown::ShownFiles;
 use crate::clock::now_ms;
 use crate::console::complain;
+use crate::events::{Event, NodeLabel, Observer, Observers};
 use crate::executor::{self, RunError};
 use crate::graph::{Graph, NodeId};
 use crate::isolated::Engine;
@@ -23,7 +24,7 @@ use crate::validate::{Problem, judge};
 const SWEEP_EVERY: Duration = Duration::from_secs(24 * 3600);
 
 /// Runs jobs until the queue is closed.
-pub(crate) fn work(server: &Server, mut engine: Engine) {
+pub(crate) fn work(server: &Arc<Server>, mut engine: Engine) {
     let files = Arc::new(ShownFiles::new(&server.folders.temp));
     let mut swept: Option<Instant> = None;
     loop {
@@ -46,7 +47,7 @@ pub(crate) fn work(server: &Server, mut engine: Engine) {
     }
 }
 
-fn run(server: &Server, running: &Running, engine: &mut Engine, files: &Arc<ShownFiles>) {
+fn run(server: &Arc<Server>, running: &Running, engine: &mut Engine, files: &Arc<ShownFiles>) {
     let job = &running.job;
     let live = Arc::new(Live::new(
         server.hub.clone(),
@@ -145,13 +146,34 @@ fn exception_type(code: ErrorCode) -> &'static str {
     }
 }
 
+/// Has it written down what a job saves.
+struct Saves {
+    server: Arc<Server>,
+    id: String,
+}
+
+impl Observer for Saves {
+    fn on_event(&self, _: &NodeLabel, event: &Event<'_>) {
+        if let Event::Saved { path } = event {
+            self.server.queue.saved(&self.id, path);
+        }
+    }
+}
+
 fn execute(
-    server: &Server,
+    server: &Arc<Server>,
     running: &Running,
     live: &Arc<Live>,
     engine: &mut Engine,
 ) -> Result<(), Failure> {
     let job = &running.job;
+    for file in &job.saved {
+        file.take_back();
+    }
+    let saves = Arc::new(Saves {
+        server: server.clone(),
+        id: job.id.clone(),
+    });
     let no_graph = || Failure::Unreadable("the prompt is no graph".to_owned());
     let prompt = job.prompt.as_object().ok_or_else(no_graph)?;
     let graph = Graph::from_api(prompt).map_err(Failure::Unreadable)?;
@@ -178,7 +200,7 @@ fn execute(
         workflow,
         prompt,
         cancel: running.cancel.clone(),
-        observer: live.clone(),
+        observer: Arc::new(Observers(vec![saves, live.clone()])),
     };
     engine.run(&job).map_err(Failure::Run)
 }

@@ -1,23 +1,20 @@
 //! EmLoop: the whole method in one node.
 
-use std::path::{Path, PathBuf};
-
 use personalization::{
     CrfStage, EmConfig, EmOutcome, EmStart, EmState, ExtractionConfig, JointConfig, JointScope,
-    JointState, MaskMode, em, joint_stage,
+    JointState, MaskMode, checkpoint, em, joint_stage,
 };
 use plugin_api::host::LogLevel;
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs};
 use schemars::JsonSchema;
 use serde::Deserialize;
-use stable_diffusion::DiffusionModel;
 
 use crate::failure::from_method;
 use crate::nodes::common::{
     masks_value, optional_masks, overlay_value, planes_value, seed_schema, size_of,
 };
 use crate::nodes::parameters::{self, ExtractionParameters, Scope, TokenParameters};
-use crate::observer::{HostObserver, joint_file};
+use crate::observer::HostObserver;
 use crate::ports;
 use crate::scene_input;
 use crate::values::{ModelValue, concepts_value, model_value};
@@ -211,7 +208,6 @@ impl Node for EmLoop {
             ));
         }
         let failed = |error: personalization::Error| from_method("concept_list", &error);
-        let state_file = state_file(host);
         let mut observer = HostObserver::new(host, model)
             .with_scene(&scene, truth.as_deref())
             .with_samples(parameters.sample_every)
@@ -219,13 +215,16 @@ impl Node for EmLoop {
                 parameters
                     .tokens
                     .stages(parameters.steps, parameters.joint_steps),
-            )
-            .with_state_file(state_file.clone());
-        let resume_joint = state_file
-            .as_deref()
-            .and_then(|file| resumable_joint(file, model, host));
-        let start = match resumable(state_file, model, host) {
-            Some(state) => EmStart::Resume(Box::new(state)),
+            );
+        let resumed = observer.keep(checkpoint::EM, |path| EmState::load(path, &model.device));
+        // Of another model it is not, unless files were changed under their names.
+        let resumed = resumed.filter(|state| state.learned.base_fingerprint == model.fingerprint);
+        let start = match resumed {
+            Some(state) => {
+                let text = format!("going on after step {}", state.learned.step);
+                host.log(LogLevel::Info, &text);
+                EmStart::Resume(Box::new(state))
+            }
             None => given
                 .filter(|_| config.masks == MaskMode::Given)
                 .map_or(EmStart::Fresh, EmStart::Masks),
@@ -251,6 +250,13 @@ impl Node for EmLoop {
         let (tuned, learned) = match &parameters.joint() {
             None => (base.clone(), learned),
             Some(joint) => {
+                let resumed = observer.keep(checkpoint::JOINT, |path| {
+                    JointState::load(path, &model.device)
+                });
+                if let Some(state) = &resumed {
+                    let text = format!("going on after step {} of the joint stage", state.step);
+                    host.log(LogLevel::Info, &text);
+                }
                 let (tuned, learned) = joint_stage(
                     model,
                     &prepared,
@@ -258,7 +264,7 @@ impl Node for EmLoop {
                     &learned,
                     joint,
                     &config.m_step,
-                    resume_joint,
+                    resumed,
                     &mut observer,
                 )
                 .map_err(failed)?;
@@ -274,46 +280,5 @@ impl Node for EmLoop {
             planes_value(attention, size_of(&masks))?,
             overlay_value(&scene, &masks)?,
         ])
-    }
-}
-
-/// Where the state between rounds is kept, if the host keeps anything.
-fn state_file(host: &Host) -> Option<PathBuf> {
-    let folder = host.run_info().work_dir;
-    (!folder.is_empty()).then(|| PathBuf::from(folder.as_str()).join("em-state.safetensors"))
-}
-
-/// The joint stage of an earlier run with the same inputs that was stopped.
-fn resumable_joint(state_file: &Path, model: &DiffusionModel, host: &Host) -> Option<JointState> {
-    let file = joint_file(state_file);
-    let state = file
-        .exists()
-        .then(|| JointState::load(&file, &model.device))?;
-    state
-        .map_err(|error| {
-            host.log(
-                LogLevel::Warning,
-                &format!("the joint stage starts anew: {error}"),
-            );
-        })
-        .ok()
-}
-
-/// The state of an earlier run with the same inputs that was stopped.
-fn resumable(file: Option<PathBuf>, model: &DiffusionModel, host: &Host) -> Option<EmState> {
-    let file = file.filter(|file| file.exists())?;
-    match EmState::load(&file, &model.device) {
-        Ok(state) if state.learned.base_fingerprint == model.fingerprint => {
-            host.log(
-                LogLevel::Info,
-                &format!("going on after step {}", state.learned.step),
-            );
-            Some(state)
-        }
-        Ok(_) => None,
-        Err(error) => {
-            host.log(LogLevel::Warning, &format!("starting anew: {error}"));
-            None
-        }
     }
 }

@@ -1,7 +1,7 @@
 //! PersonalizedSampler: prompts with learned tokens become pictures.
 
 use candle_core::Tensor;
-use personalization::{SamplePrompts, sample};
+use personalization::{SamplePrompts, Sampled, checkpoint, sample_from};
 use plugin_api::host::LogLevel;
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, SharedTensor, Value};
 use schemars::JsonSchema;
@@ -184,14 +184,13 @@ impl Node for PersonalizedSampler {
             negative: &parameters.negative_prompt,
             latents: latents.as_ref(),
         };
-        let pictures = sample(
-            model,
-            learned,
-            &prompts,
-            &config,
-            &mut HostObserver::new(host, model),
-        )
-        .map_err(|error| from_method("prompts", &error))?;
+        let mut observer = HostObserver::new(host, model);
+        let resumed = observer.keep(checkpoint::SAMPLING, |path| {
+            Sampled::load(path, &model.device)
+        });
+        let sampled = resumed.unwrap_or_default();
+        let pictures = sample_from(model, learned, &prompts, &config, sampled, &mut observer)
+            .map_err(|error| from_method("prompts", &error))?;
         shared(&pictures)
     }
 }

@@ -119,7 +119,7 @@ impl Node for SaveConcepts {
                 let path = free_path(
                     &base,
                     &format!("{prefix}{}{suffix}", file_name(learned, index)),
-                )?;
+                );
                 write_atomically(&path, &bytes)
                     .map_err(|error| from_method("filename_prefix", &error))?;
                 host.saved(&path);
@@ -162,7 +162,7 @@ impl Base<'_> {
                 Format::Both => &both,
             };
             for (names, suffix) in names {
-                let path = free_path(self.folder, &format!("{}lora{suffix}", self.prefix))?;
+                let path = free_path(self.folder, &format!("{}lora{suffix}", self.prefix));
                 lora.save(&path, *names).map_err(failed)?;
                 host.saved(&path);
             }
@@ -228,21 +228,14 @@ fn safe_prefix(prefix: &str) -> Result<String, NodeError> {
     ))
 }
 
-/// `base/stem.safetensors`, or the first `-2`, `-3`, … that is free; its folder exists afterwards.
-fn free_path(base: &Path, stem: &str) -> Result<PathBuf, NodeError> {
+/// `base/stem.safetensors`, or the first `-2`, `-3`, … that is free.
+fn free_path(base: &Path, stem: &str) -> PathBuf {
     let numbered = |n: usize| match n {
         1 => base.join(format!("{stem}.safetensors")),
         n => base.join(format!("{stem}-{n}.safetensors")),
     };
-    let path = (1..)
+    (1..)
         .map(numbered)
         .find(|path| !path.exists())
-        .unwrap_or_else(|| numbered(1));
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).map_err(|error| {
-            let message = format!("the folder {} cannot be made: {error}", folder.display());
-            NodeError::new(plugin_api::ErrorCode::CannotWrite, message)
-        })?;
-    }
-    Ok(path)
+        .unwrap_or_else(|| numbered(1))
 }

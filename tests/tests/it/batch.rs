@@ -1,12 +1,11 @@
 //! `host-demo batch`: shards, a kill in the middle, and going on.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::support::{Place, done};
+use crate::support::{Place, done, tree};
 
 /// A manifest of three entries.
 fn manifest() -> String {
@@ -22,28 +21,6 @@ fn manifest() -> String {
         json!({"id": "snow", "set": set(4, "a photo of <bob> in snow"), "seed": 3}),
     ];
     lines.map(|line| line.to_string()).join("\n")
-}
-
-/// Every file of a tree with its content.
-fn tree(folder: &Path) -> BTreeMap<String, Vec<u8>> {
-    let mut files = BTreeMap::new();
-    let mut open = vec![folder.to_owned()];
-    while let Some(next) = open.pop() {
-        for entry in std::fs::read_dir(next).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                open.push(path);
-            } else {
-                let name = path
-                    .strip_prefix(folder)
-                    .unwrap()
-                    .to_string_lossy()
-                    .into_owned();
-                files.insert(name, std::fs::read(&path).unwrap());
-            }
-        }
-    }
-    files
 }
 
 #[test]

@@ -10,6 +10,8 @@
 //! | `documents` | what documents name is there |
 //! | `running` | the run's folder, its report, metadata, cache, formats |
 //! | `interrupting` | Ctrl-C and going on |
+//! | `killing` | kills at random moments: nothing is lost, doubled, or in the way |
+//! | `faults` | every operation on the disk fails or is the last one, in turn |
 //! | `isolate` | nodes in a process of their own: crashes and hangs lose one job |
 //! | `bad_input` | files, graphs and folders that cannot be used: one sentence, nothing left behind |
 //! | `bad_plugin` | libraries that cannot be loaded, nodes that fail, lie and panic |
@@ -17,13 +19,14 @@
 //! | `devices` | where it is computed: on start, in `system_stats`, in the report; devices that cannot be used |
 //! | `method` | the real plugin: the demo, checkpoints and words that cannot be used, a round wired by hand |
 //!
-//! `doors` opens libraries; `support` builds the programs and runs them.
+//! `doors` opens libraries; `support` builds the programs and runs them; `server` asks one.
 #![expect(
     clippy::unwrap_used,
     reason = "what cannot be unwrapped fails the test"
 )]
 
 mod doors;
+mod server;
 mod support;
 
 mod contract;
@@ -37,8 +40,10 @@ mod documents;
 mod running;
 
 mod batch;
+mod faults;
 mod interrupting;
 mod isolate;
+mod killing;
 
 mod bad_input;
 mod bad_plugin;

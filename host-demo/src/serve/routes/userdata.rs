@@ -7,6 +7,7 @@ use std::sync::Arc;
 use axum::extract::{Path, Query, Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
+use durable_files::disk;
 use serde_json::{Value, json};
 
 use super::super::Server;
@@ -223,7 +224,7 @@ pub(crate) async fn remove(
             .user
             .existing(&file)
             .map_err(|error| refuse_path(&error))?;
-        std::fs::remove_file(path).map_err(|error| cannot_write(&file, &error))?;
+        disk::remove_file(&path).map_err(|error| cannot_write(&file, &error))?;
         Ok(StatusCode::NO_CONTENT.into_response())
     });
     either(removed.await.map(either))
@@ -243,9 +244,9 @@ pub(crate) async fn rename(
             let message = format!("there is a file \"{to}\" already");
             return Err(refuse(StatusCode::CONFLICT, "exists", &message));
         }
-        let parent = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+        let parent = path.parent().map_or(Ok(()), disk::create_dir_all);
         parent
-            .and_then(|()| std::fs::rename(from, &path))
+            .and_then(|()| disk::rename(&from, &path))
             .map_err(|error| cannot_write(&to, &error))?;
         Ok(described(&path, &to, &query))
     });

@@ -16,13 +16,14 @@ use crate::maps::AttentionMaps;
 use crate::size::Size;
 
 /// Sums of one picture's maps over the passes so far.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct AttentionSums {
-    n_concepts: usize,
-    vectors_per_concept: usize,
+    pub(crate) n_concepts: usize,
+    pub(crate) vectors_per_concept: usize,
     /// Of all draws so far.
-    weight: f32,
-    layers: BTreeMap<usize, LayerSum>,
+    pub(crate) weight: f32,
+    /// By the layer's number.
+    pub(crate) layers: BTreeMap<usize, LayerSum>,
 }
 
 impl AttentionSums {
@@ -92,11 +93,11 @@ fn weighted_sum(
 }
 
 /// Sum over timesteps of one layer's maps.
-#[derive(Debug)]
-struct LayerSum {
-    size: Size,
+#[derive(Debug, Clone)]
+pub(crate) struct LayerSum {
+    pub(crate) size: Size,
     /// `[C][h · w]`.
-    maps: Vec<Vec<f32>>,
+    pub(crate) maps: Vec<Vec<f32>>,
 }
 
 impl LayerSum {

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use stable_diffusion::weights::{TensorFile, encode_tensors, write_whole};
+use stable_diffusion::weights::{TensorFile, encode_tensors};
 
 use crate::error::{Error, Result};
 use crate::learned::LearnedConcepts;
@@ -244,7 +244,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         file: path.display().to_string(),
         reason: error.to_string(),
     };
-    write_whole(path, |file| file.write_all(bytes)).map_err(cannot)
+    durable_files::write_over(path, |file| file.write_all(bytes)).map_err(cannot)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use crate::evidence::{Evidence, Observation};
 use crate::labels::label;
 use crate::learned::LearnedConcepts;
 use crate::mask::ImageMasks;
-use crate::observation::observe;
+use crate::observation::{Looked, observe_from};
 use crate::observer::Observer;
 use crate::prepared::PreparedScene;
 use crate::refine::refine;
@@ -71,13 +71,43 @@ pub fn e_step(
     earlier: Earlier<'_>,
     observer: &mut dyn Observer,
 ) -> Result<Vec<Estimate>> {
-    let observations = observe(
+    e_step_from(
+        model,
+        scene,
+        learned,
+        extraction,
+        crf,
+        n_timesteps,
+        earlier,
+        Looked::default(),
+        observer,
+    )
+}
+
+/// [`e_step`] from where a call with the same arguments was stopped.
+///
+/// # Errors
+/// As [`e_step`].
+#[expect(clippy::too_many_arguments, reason = "those of e_step, and one")]
+pub(crate) fn e_step_from(
+    model: &DiffusionModel,
+    scene: &PreparedScene<'_>,
+    learned: &LearnedConcepts,
+    extraction: &ExtractionConfig,
+    crf: &CrfStage,
+    n_timesteps: usize,
+    earlier: Earlier<'_>,
+    looked: Looked,
+    observer: &mut dyn Observer,
+) -> Result<Vec<Estimate>> {
+    let observations = observe_from(
         model,
         scene,
         learned,
         extraction,
         n_timesteps,
         earlier.evidence,
+        looked,
         observer,
     )?;
     let estimate = |(picture, observation): (usize, Observation)| {

@@ -9,17 +9,19 @@
 
 use stable_diffusion::DiffusionModel;
 
-use crate::config::{EmConfig, Labeling, MaskMode};
-use crate::e_step::{Earlier, Estimate, by_attention_alone, e_step};
+use crate::checkpoint::Checkpoint;
+use crate::config::{EmConfig, Labeling, MaskMode, TokenInit};
+use crate::e_step::{Earlier, Estimate, by_attention_alone, e_step_from};
 use crate::error::{Error, Result};
-use crate::evidence::Observation;
+use crate::evidence::{Evidence, Observation};
 use crate::learned::LearnedConcepts;
-use crate::m_step::{check_masks, m_step};
+use crate::m_step::{check_masks, inversion, m_step};
 use crate::mask::SceneMasks;
-use crate::observer::{Event, Observer, tell};
+use crate::observation::Looked;
+use crate::observer::{Event, Observer, offer, tell};
 use crate::prepared::PreparedScene;
-use crate::state::EmState;
-use crate::token::init_tokens;
+use crate::state::{EmMoment, EmState};
+use crate::token::first_rows;
 
 /// Where the alternation begins.
 #[derive(Debug, Clone)]
@@ -58,8 +60,8 @@ pub struct EmOutcome {
     pub rounds: Vec<RoundRecord>,
 }
 
-/// Runs the alternation. The observer gets an [`Event::Checkpoint`] after every round; a run that starts from it gives
-/// the same bits as one that was never stopped.
+/// Runs the alternation. The observer gets an [`Event::Checkpoint`] after every step; a run that starts from it gives the same
+/// bits as one that was never stopped.
 ///
 /// # Errors
 /// A configuration out of range, mode `Given` without masks, those of the steps, or a stop.
@@ -73,31 +75,48 @@ pub fn em(
 ) -> Result<EmOutcome> {
     config.validate()?;
     let mut rounds = Vec::new();
-    let mut state = first_state(model, scene, start, config, seed, &mut rounds, observer)?;
-    tell(observer, &Event::Checkpoint(&state))?;
-    while state.learned.step < config.steps {
-        let n_steps = config.e_step_every.min(config.steps - state.learned.step);
-        let mut offset = StepOffset {
-            inner: observer,
-            done: state.learned.step,
-            total: config.steps,
-        };
-        state.learned = m_step(
-            model,
-            scene,
-            &state.masks,
-            &state.learned,
-            &config.m_step,
-            n_steps,
-            &mut offset,
-        )?;
+    let mut state = begin(model, scene, start, config, seed)?;
+    first_masks(model, scene, &mut state, config, &mut rounds, observer)?;
+    offer(observer, Checkpoint::Alternation(state.moment()));
+    loop {
+        let begun = state.round * config.e_step_every;
+        if begun >= config.steps {
+            break;
+        }
+        let end = (begun + config.e_step_every).min(config.steps);
+        if state.learned.step < end {
+            let n_steps = end - state.learned.step;
+            let mut within = Within {
+                inner: observer,
+                moment: state.moment(),
+                steps: Some((state.learned.step, config.steps)),
+            };
+            state.learned = m_step(
+                model,
+                scene,
+                &state.masks,
+                &state.learned,
+                &config.m_step,
+                n_steps,
+                &mut within,
+            )?;
+        }
+        let is_estimated = config.masks == MaskMode::Em && end - begun == config.e_step_every;
+        if is_estimated {
+            let n_timesteps = config.extraction.n_timesteps;
+            estimate(model, scene, &mut state, config, n_timesteps, observer)?;
+        }
         state.round += 1;
-        if config.masks == MaskMode::Em && n_steps == config.e_step_every {
-            re_estimate(model, scene, &mut state, config, observer)?;
+        if is_estimated {
             record(&state, &mut rounds, observer)?;
         }
-        tell(observer, &Event::Checkpoint(&state))?;
+        offer(observer, Checkpoint::Alternation(state.moment()));
     }
+    let last = EmMoment {
+        is_last: true,
+        ..state.moment()
+    };
+    offer(observer, Checkpoint::Alternation(last));
     Ok(EmOutcome {
         learned: state.learned,
         masks: state.masks,
@@ -106,28 +125,39 @@ pub fn em(
     })
 }
 
-/// The E-step of a later round, from what the rounds before left.
-fn re_estimate(
+/// An E-step, from what the rounds before left.
+fn estimate(
     model: &DiffusionModel,
     scene: &PreparedScene<'_>,
     state: &mut EmState,
     config: &EmConfig,
+    n_timesteps: usize,
     observer: &mut dyn Observer,
 ) -> Result<()> {
-    let evidence = state.take_evidence();
+    let looked = std::mem::take(&mut state.looked);
+    // The state stays whole: it is offered on the way.
+    let seen = state.observations.iter();
+    let evidence: Vec<Evidence> = seen.filter_map(|seen| seen.evidence.clone()).collect();
+    let masks = (!state.masks.is_empty()).then_some(&*state.masks);
     let earlier = Earlier {
-        masks: Some(&state.masks),
+        masks,
         evidence: &evidence,
     };
-    let estimates = e_step(
+    let mut within = Within {
+        inner: observer,
+        moment: state.moment(),
+        steps: None,
+    };
+    let estimates = e_step_from(
         model,
         scene,
         &state.learned,
         &config.extraction,
         &config.crf,
-        config.extraction.n_timesteps,
+        n_timesteps,
         earlier,
-        observer,
+        looked,
+        &mut within,
     )?;
     take_over(state, estimates);
     Ok(())
@@ -145,54 +175,75 @@ fn take_over(state: &mut EmState, estimates: Vec<Estimate>) {
     }
 }
 
-fn first_state(
+/// Where the alternation begins.
+fn begin(
     model: &DiffusionModel,
     scene: &PreparedScene<'_>,
     start: EmStart,
     config: &EmConfig,
     seed: u64,
-    rounds: &mut Vec<RoundRecord>,
-    observer: &mut dyn Observer,
 ) -> Result<EmState> {
     let masks = match start {
         EmStart::Resume(state) => {
-            check_masks(scene, &state.masks)?;
+            if !state.masks.is_empty() {
+                check_masks(scene, &state.masks)?;
+            }
             return Ok(*state);
         }
-        EmStart::Masks(masks) => Some(masks),
+        EmStart::Masks(masks) => masks,
         EmStart::Fresh if config.masks == MaskMode::Given => {
             return Err(Error::MasksMissing);
         }
-        EmStart::Fresh => None,
+        EmStart::Fresh => Vec::new(),
     };
-    let learned = init_tokens(model, scene, &config.tokens, &config.m_step, seed, observer)?;
-    let mut state = EmState {
-        learned,
-        masks: Vec::new(),
+    Ok(EmState {
+        learned: first_rows(model, scene, &config.tokens, seed)?,
+        is_inverting: true,
+        masks,
         observations: Vec::new(),
         energies: Vec::new(),
         round: 0,
-    };
-    match masks {
-        Some(masks) => state.masks = masks,
-        None => {
-            let estimates = e_step(
-                model,
-                scene,
-                &state.learned,
-                &config.extraction,
-                &config.crf,
-                config.extraction.n_timesteps_initial,
-                Earlier::default(),
-                observer,
-            )?;
-            take_over(&mut state, estimates);
-            compare(scene, &state, config, observer)?;
-        }
+        looked: Looked::default(),
+    })
+}
+
+/// Textual inversion and the first masks, as far as they are not there.
+fn first_masks(
+    model: &DiffusionModel,
+    scene: &PreparedScene<'_>,
+    state: &mut EmState,
+    config: &EmConfig,
+    rounds: &mut Vec<RoundRecord>,
+    observer: &mut dyn Observer,
+) -> Result<()> {
+    if !state.is_inverting && !state.masks.is_empty() {
+        return Ok(());
+    }
+    if let TokenInit::Inversion { steps } = config.tokens.init
+        && state.is_inverting
+    {
+        let mut within = Within {
+            inner: observer,
+            moment: state.moment(),
+            steps: None,
+        };
+        state.learned = inversion(
+            model,
+            scene,
+            &state.learned,
+            &config.m_step,
+            steps,
+            &mut within,
+        )?;
+    }
+    state.is_inverting = false;
+    if state.masks.is_empty() {
+        let n_timesteps = config.extraction.n_timesteps_initial;
+        estimate(model, scene, state, config, n_timesteps, observer)?;
+        compare(scene, state, config, observer)?;
     }
     check_masks(scene, &state.masks)?;
-    record(&state, rounds, observer)?;
-    Ok(state)
+    record(state, rounds, observer)
 }
 
 /// Tells what attention alone would have made of the first masks, where the noise had its say.
@@ -239,31 +290,42 @@ fn record(
     Ok(())
 }
 
-/// Counts the steps of a round as steps of the whole stage.
-struct StepOffset<'a> {
+/// Hears the parts of the alternation: their steps are steps of the whole stage, their states parts of its state.
+struct Within<'a> {
     inner: &'a mut dyn Observer,
-    done: usize,
-    total: usize,
+    /// Before the part.
+    moment: EmMoment<'a>,
+    /// Steps before the part, and steps of the stage, where they are counted together.
+    steps: Option<(usize, usize)>,
 }
 
-impl Observer for StepOffset<'_> {
+impl Observer for Within<'_> {
     fn on_event(&mut self, event: &Event<'_>) -> std::ops::ControlFlow<()> {
-        match *event {
-            Event::Step {
-                stage,
-                step,
-                masked_diffusion,
-                cross_attention,
-                ..
-            } => {
-                let (step, total) = (step + self.done, self.total);
-                self.inner.on_event(&Event::Step {
+        let moment = self.moment;
+        let now = |moment| Event::Checkpoint(Checkpoint::Alternation(moment));
+        match (*event, self.steps) {
+            (
+                Event::Step {
                     stage,
                     step,
-                    total,
                     masked_diffusion,
                     cross_attention,
-                })
+                    ..
+                },
+                Some((before, total)),
+            ) => self.inner.on_event(&Event::Step {
+                stage,
+                step: before + step,
+                total,
+                masked_diffusion,
+                cross_attention,
+            }),
+            (Event::Checkpoint(Checkpoint::Tokens(learned)), _) => {
+                self.inner.on_event(&now(EmMoment { learned, ..moment }))
+            }
+            (Event::Checkpoint(Checkpoint::Looking(looking)), _) => {
+                let looking = Some(looking);
+                self.inner.on_event(&now(EmMoment { looking, ..moment }))
             }
             _ => self.inner.on_event(event),
         }

@@ -8,13 +8,14 @@ use candle_core::{Tensor, Var};
 use stable_diffusion::lora::LoraAdapter;
 use stable_diffusion::{DiffusionModel, UNet};
 
+use crate::checkpoint::Checkpoint;
 use crate::config::{JointConfig, JointScope, MStepConfig};
 use crate::error::{Error, Result};
 use crate::joint_state::JointState;
 use crate::learned::LearnedConcepts;
 use crate::m_step::{Draw, LossContext, check_masks, step_event, step_name};
 use crate::mask::ImageMasks;
-use crate::observer::{Event, Observer, tell};
+use crate::observer::{Event, Observer, offer, tell};
 use crate::optimizer::{AdamWState, clipping};
 use crate::prepared::PreparedScene;
 
@@ -22,9 +23,6 @@ use crate::prepared::PreparedScene;
 fn alpha_of(rank: usize) -> f64 {
     rank as f64
 }
-
-/// Steps between two saved states; a stop saves one too.
-const CHECKPOINT_EVERY: usize = 100;
 
 /// Name of this stage in events and errors.
 pub const STAGE: &str = "joint";
@@ -110,19 +108,17 @@ pub fn joint_stage(
         };
         let told = tell(observer, &step_event(STAGE, done, config.steps, losses))
             .and_then(|()| tell(observer, &event));
-        if told.is_err() || done.is_multiple_of(CHECKPOINT_EVERY) {
-            let values = variables
-                .iter()
-                .zip(values())
-                .map(|((name, _), value)| ((*name).to_owned(), value));
-            let state = JointState {
-                step: done,
-                values: values.collect(),
-                optimizer: optimizer.clone(),
-            };
-            // Whether to stop was answered above.
-            let _ = observer.on_event(&Event::JointCheckpoint(&state));
-        }
+        let values = variables
+            .iter()
+            .zip(values())
+            .map(|((name, _), value)| ((*name).to_owned(), value));
+        // Shares the memory of the variables.
+        let state = JointState {
+            step: done,
+            values: values.collect(),
+            optimizer: optimizer.clone(),
+        };
+        offer(observer, Checkpoint::Joint(&state));
         told?;
     }
     let rows = rows.as_detached_tensor().copy()?;

@@ -1,10 +1,11 @@
 //! Where the joint stage stands, as one file.
 
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use stable_diffusion::weights::{TensorFile, save_tensors};
+use stable_diffusion::weights::{TensorFile, write_tensors};
 
 use crate::error::{Error, Result};
 use crate::optimizer::AdamWState;
@@ -24,11 +25,14 @@ pub struct JointState {
 }
 
 impl JointState {
-    /// Writes the state, tensor by tensor, to a temporary sibling, then renames.
-    ///
-    /// # Errors
-    /// The file cannot be written.
-    pub fn save(&self, path: &Path) -> Result<()> {
+    /// Numbers in it.
+    pub(crate) fn numbers(&self) -> usize {
+        let values = self.values.iter().map(|(_, value)| value.elem_count());
+        3 * values.sum::<usize>()
+    }
+
+    /// Writes the state, tensor by tensor.
+    pub(crate) fn write(&self, file: &mut dyn Write) -> io::Result<()> {
         let mut tensors = BTreeMap::new();
         for (i, (name, value)) in self.values.iter().enumerate() {
             let AdamWState { m, v, .. } = &self.optimizer;
@@ -38,7 +42,7 @@ impl JointState {
         }
         let steps = format!("{} {}", self.step, self.optimizer.t);
         let metadata = BTreeMap::from([(METADATA.to_owned(), steps)]);
-        Ok(save_tensors(path, &tensors, DType::F32, &metadata)?)
+        write_tensors(file, &tensors, DType::F32, &metadata)
     }
 
     /// Reads a state; values come in the order of their names.

@@ -61,6 +61,7 @@ pub mod optimizer;
 pub mod joint_state;
 pub mod state;
 
+pub mod checkpoint;
 pub mod observer;
 
 pub mod evidence;
@@ -95,6 +96,7 @@ pub mod metrics;
 pub mod overlay;
 pub mod picture_metrics;
 
+pub use checkpoint::{Checkpoint, Keeper};
 pub use config::{
     CrfStage, Cue, EmConfig, ExtractionConfig, Foreground, Guard, JointConfig, JointScope,
     Labeling, MStepConfig, MaskMode, Normalization, Pooling, PosteriorConfig, TokenConfig,
@@ -112,14 +114,14 @@ pub use learned::LearnedConcepts;
 pub use m_step::m_step;
 pub use maps::AttentionMaps;
 pub use mask::{ImageMasks, SceneMasks};
-pub use observation::observe;
+pub use observation::{Looked, Looking, observe};
 pub use observer::{Event, Observer, Silent};
 pub use posterior::{Posterior, posterior};
 pub use prepared::{Encodings, PreparedScene};
 pub use refine::{Refined, refine};
 pub use regions::RegionConfig;
-pub use sampler::{SamplePrompts, sample};
+pub use sampler::{SamplePrompts, Sampled, Sampling, sample, sample_from};
 pub use scene::{Concept, Picture, Role, Scene, ScenePicture};
 pub use size::Size;
-pub use state::EmState;
+pub use state::{EmMoment, EmState};
 pub use token::init_tokens;

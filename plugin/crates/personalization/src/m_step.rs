@@ -18,13 +18,14 @@ use stable_diffusion::tokenizer::Tokenizer;
 use stable_diffusion::unet::{Backward, LayerAttention, Watch};
 use stable_diffusion::{DiffusionModel, UNet};
 
+use crate::checkpoint::Checkpoint;
 use crate::config::MStepConfig;
 use crate::error::{Error, Result};
 use crate::learned::LearnedConcepts;
 use crate::loss::cross_attention::concept_maps;
 use crate::loss::{cross_attention_loss, masked_diffusion_loss};
 use crate::mask::{ImageMasks, at_resolution, plane_tensor};
-use crate::observer::{Event, Observer, tell};
+use crate::observer::{Event, Observer, offer, tell};
 use crate::optimizer::{AdamWState, clipping};
 use crate::prepared::PreparedScene;
 use crate::scene::ScenePicture;
@@ -314,18 +315,21 @@ pub fn m_step(
             &draw,
         )
         .map_err(|error| error.during(|| step_name(TOKENS, done)))?;
-        tell(observer, &step_event(TOKENS, done, n_steps, losses))?;
         let event = Event::Learned {
             step: learned.step,
             learned: &learned,
             unet: &model.unet,
         };
-        tell(observer, &event)?;
+        let told = tell(observer, &step_event(TOKENS, done, n_steps, losses))
+            .and_then(|()| tell(observer, &event));
+        offer(observer, Checkpoint::Tokens(&learned));
+        told?;
     }
     Ok(learned)
 }
 
-/// Stage 1a, `inversion`: plain textual inversion, without masks and without the attention loss.
+/// Stage 1a, `inversion`: plain textual inversion, without masks and without the attention loss. Goes on after the steps that
+/// were done.
 pub(crate) fn inversion(
     model: &DiffusionModel,
     scene: &PreparedScene<'_>,
@@ -336,12 +340,14 @@ pub(crate) fn inversion(
 ) -> Result<LearnedConcepts> {
     let mut inverted = learned.clone();
     let tokenizer = learned.tokenizer(model)?;
-    for done in 1..=n_steps {
+    for done in learned.step + 1..=n_steps {
         let draw = Draw::new(model, scene, config, (learned.seed, "inversion", done))?;
         let losses;
         (inverted, losses) = token_step(model, scene, None, &inverted, &tokenizer, config, &draw)
             .map_err(|error| error.during(|| step_name(INVERSION, done)))?;
-        tell(observer, &step_event(INVERSION, done, n_steps, losses))?;
+        let told = tell(observer, &step_event(INVERSION, done, n_steps, losses));
+        offer(observer, Checkpoint::Tokens(&inverted));
+        told?;
     }
     // Stage 2 counts its own steps and starts with fresh moments, as a new optimizer does.
     let optimizer = AdamWState::zeros(std::slice::from_ref(&inverted.rows))?;

@@ -147,7 +147,7 @@ pub fn extraction(
         config,
         picture,
     };
-    let seen = eye.observe(&timesteps, None, &mut rng, &mut |_| Ok(()))?;
+    let seen = eye.observe(&timesteps, None, None, &mut rng, &mut |_| Ok(()))?;
     let roles = scene.scene.roles(picture);
     let labels = label(&seen.maps, seen.evidence.as_ref(), &roles, learned, config)?;
     let lattice = scene.crf(picture, &crf.crf)?;

@@ -10,13 +10,14 @@ use stable_diffusion::rng::Rng;
 use stable_diffusion::unet::Watch;
 
 use crate::attention::AttentionSums;
+use crate::checkpoint::Checkpoint;
 use crate::config::{Cue, ExtractionConfig, Labeling, PosteriorConfig, Weighting};
 use crate::discover::discovered;
 use crate::error::Result;
 use crate::evidence::{Evidence, Observation};
 use crate::layers::LayerChoice;
 use crate::learned::LearnedConcepts;
-use crate::observer::{Event, Observer, tell};
+use crate::observer::{Event, Observer, offer, tell};
 use crate::prepared::PreparedScene;
 use crate::scene::competitors;
 use crate::size::Size;
@@ -41,21 +42,83 @@ pub fn observe(
     earlier: &[Evidence],
     observer: &mut dyn Observer,
 ) -> Result<Vec<Observation>> {
+    let looked = Looked::default();
+    observe_from(
+        model,
+        scene,
+        learned,
+        config,
+        n_timesteps,
+        earlier,
+        looked,
+        observer,
+    )
+}
+
+/// How far an E-step has come.
+#[derive(Debug, Clone, Default)]
+pub struct Looked {
+    pub(crate) done: Vec<Observation>,
+    /// Of the picture after them.
+    pub(crate) begun: Option<Begun>,
+}
+
+/// [`Looked`], borrowed.
+#[derive(Debug, Clone, Copy)]
+pub struct Looking<'a> {
+    pub(crate) done: &'a [Observation],
+    pub(crate) begun: &'a Begun,
+}
+
+/// A picture some of whose timesteps were looked at.
+#[derive(Debug, Clone)]
+pub(crate) struct Begun {
+    pub(crate) n_draws: usize,
+    pub(crate) sums: AttentionSums,
+    /// Evidence of the rounds before is in it.
+    pub(crate) evidence: Option<Evidence>,
+}
+
+/// [`observe`] from where a call with the same arguments was stopped.
+///
+/// # Errors
+/// As [`observe`].
+#[expect(clippy::too_many_arguments, reason = "those of observe, and one")]
+pub(crate) fn observe_from(
+    model: &DiffusionModel,
+    scene: &PreparedScene<'_>,
+    learned: &LearnedConcepts,
+    config: &ExtractionConfig,
+    n_timesteps: usize,
+    earlier: &[Evidence],
+    looked: Looked,
+    observer: &mut dyn Observer,
+) -> Result<Vec<Observation>> {
     let n_pictures = scene.scene.pictures().len();
-    let mut all = Vec::with_capacity(n_pictures);
-    for picture in 0..n_pictures {
+    let Looked {
+        done: mut all,
+        mut begun,
+    } = looked;
+    for picture in all.len()..n_pictures {
         let mut rng = Rng::new(
             learned.seed,
             &format!("e-step, picture {picture}"),
             learned.step as u64,
         );
-        let mut on_pass = |done: usize| {
+        let mut last_offered = begun.as_ref().map_or(0, |begun: &Begun| begun.n_draws);
+        let mut on_pass = |begun: &Begun| {
             let progress = Event::Progress {
                 stage: "attention",
-                done: picture * n_timesteps + done,
+                done: picture * n_timesteps + begun.n_draws,
                 total: n_pictures * n_timesteps,
             };
-            tell(observer, &progress)
+            let told = tell(observer, &progress);
+            if told.is_err() || begun.n_draws != last_offered {
+                last_offered = begun.n_draws;
+                let looking = Looking { done: &all, begun };
+                offer(observer, Checkpoint::Looking(looking));
+            }
+            told
         };
         let timesteps = draw_timesteps(model, config, n_timesteps, &mut rng);
         let eye = Eye {
@@ -65,7 +128,8 @@ pub fn observe(
             config,
             picture,
         };
-        let seen = eye.observe(&timesteps, earlier.get(picture), &mut rng, &mut on_pass);
+        let earlier = earlier.get(picture);
+        let seen = eye.observe(&timesteps, earlier, begun.take(), &mut rng, &mut on_pass);
         let doing = || format!("the extraction of the attention to picture {}", picture + 1);
         all.push(seen.map_err(|error| error.during(doing))?);
     }
@@ -102,13 +166,14 @@ pub(crate) struct Eye<'a> {
 }
 
 impl Eye<'_> {
-    /// Observes at given timesteps; latents and noise come from `rng`.
+    /// Observes at given timesteps; latents and noise come from `rng`. Those that were `begun` with are not looked at again.
     pub(crate) fn observe(
         &self,
         timesteps: &[usize],
         earlier: Option<&Evidence>,
+        begun: Option<Begun>,
         rng: &mut Rng,
-        on_pass: &mut dyn FnMut(usize) -> Result<()>,
+        on_pass: &mut dyn FnMut(&Begun) -> Result<()>,
     ) -> Result<Observation> {
         let (model, learned) = (self.model, self.learned);
         let concepts = &self.scene.scene.pictures()[self.picture].concepts;
@@ -120,9 +185,17 @@ impl Eye<'_> {
             Ok(context.detach())
         };
         let context = encode(&prompt.ids)?;
-        let (mut evidence, misfit) = match &self.config.labeling {
-            Labeling::Posterior(config) => (Some(self.evidence(config, earlier)), config.misfit),
+        let (config, misfit) = match &self.config.labeling {
+            Labeling::Posterior(config) => (Some(config), config.misfit),
             Labeling::Threshold { .. } | Labeling::Compete { .. } => (None, 0.0),
+        };
+        let mut begun = match begun {
+            Some(begun) => begun,
+            None => Begun {
+                n_draws: 0,
+                sums: AttentionSums::new(concepts.len(), learned.vectors_per_concept()?),
+                evidence: config.map(|config| self.evidence(config, earlier)),
+            },
         };
         let asked = self.asked_for_noise();
         let own_contexts = asked
@@ -130,24 +203,30 @@ impl Eye<'_> {
             .map(|&i| encode(&tokenizer.encode(&learned.own_prompt(concepts[i]))?.ids))
             .collect::<Result<Vec<_>>>()?;
         let layers = self.config.layers.of(model.unet.cross_attention_layers());
-        let watch = if evidence.is_some() {
+        let watch = if config.is_some() {
             Watch::WithSelfAttention(&layers, &positions)
         } else {
             Watch::Layers(&layers, &positions)
         };
         let size = self.scene.latent_size(model, self.picture);
         let batch = (BATCH_AT_32 * 32 * 32 / size.area()).clamp(1, BATCH_AT_32);
-        let mut sums = AttentionSums::new(concepts.len(), learned.vectors_per_concept()?);
-        let mut done = 0;
+        let n_begun = begun.n_draws;
+        let mut n_drawn = 0;
         for timesteps in timesteps.chunks(batch) {
-            // Also before the first pass and between forwards: each may take as long as a user waits for a stop.
-            on_pass(done)?;
             let n_draws = timesteps.len();
             let channels = model.config.unet.in_channels;
             let shape = [n_draws, channels, size.height, size.width];
+            let of_latents = rng.normal(&shape, &model.device)?;
             let noise = rng.normal(&shape, &model.device)?;
-            let latents = self.scene.latents(model, self.picture, false, &noise)?;
-            let noise = rng.normal(&shape, &model.device)?;
+            n_drawn += n_draws;
+            if n_drawn <= n_begun {
+                continue;
+            }
+            // Also before the first pass and between forwards: each may take as long as a user waits for a stop.
+            on_pass(&begun)?;
+            let latents = self
+                .scene
+                .latents(model, self.picture, false, &of_latents)?;
             let schedule = &model.noise_schedule;
             let noisy = schedule.add_noise(&latents, &noise, timesteps)?;
             let t: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
@@ -156,13 +235,15 @@ impl Eye<'_> {
             let squares = own_contexts
                 .iter()
                 .map(|context| {
-                    on_pass(done)?;
+                    on_pass(&begun)?;
                     Ok((model.unet.forward(&noisy, &t, context)? - &target)?.sqr()?)
                 })
                 .collect::<Result<Vec<_>>>()?;
             // Only now is anything read: a device has the whole pass to do before it is waited for.
-            sums.add(&observed.attention, &self.weights(timesteps))?;
-            if let Some(evidence) = &mut evidence {
+            begun
+                .sums
+                .add(&observed.attention, &self.weights(timesteps))?;
+            if let Some(evidence) = &mut begun.evidence {
                 let seen = observed.attention.iter().filter(|layer| {
                     evidence.affinity.size() == Size::new(layer.width, layer.height)
                 });
@@ -172,9 +253,12 @@ impl Eye<'_> {
                 evidence.affinity.add(&seen)?;
                 evidence.add(&asked, &squares, misfit)?;
             }
-            done += n_draws;
-            on_pass(done)?;
+            begun.n_draws += n_draws;
+            on_pass(&begun)?;
         }
+        let Begun {
+            sums, mut evidence, ..
+        } = begun;
         let weight = sums.weight();
         let maps = sums.maps(self.scene.scene.pictures()[self.picture].picture.size());
         if let (Some(evidence), Labeling::Posterior(config)) =

@@ -6,15 +6,14 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use stable_diffusion::UNet;
 
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::evidence::Observation;
-use crate::joint_state::JointState;
 use crate::learned::LearnedConcepts;
 use crate::mask::ImageMasks;
-use crate::state::EmState;
 
 /// Something happened.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub enum Event<'a> {
     /// `done` of `total` units of a stage that has no losses: an E-step, sampling, evaluation.
     Progress {
@@ -77,10 +76,8 @@ pub enum Event<'a> {
         /// [`stable_diffusion::generate::preview`].
         clean: &'a Tensor,
     },
-    /// A state from which the alternation can go on.
-    Checkpoint(&'a EmState),
-    /// A state from which the joint stage can go on; the answer to it does not count.
-    JointCheckpoint(&'a JointState),
+    /// From where the work can go on, after every step; the answer to it does not count.
+    Checkpoint(Checkpoint<'a>),
 }
 
 /// Listens, and stops the work by returning `Break`: within one optimizer step or one pass through the U-Net.
@@ -103,6 +100,11 @@ impl<F: FnMut(&Event<'_>) -> ControlFlow<()>> Observer for F {
     fn on_event(&mut self, event: &Event<'_>) -> ControlFlow<()> {
         self(event)
     }
+}
+
+/// Offers a state. Whether to stop is asked with other events: who stops keeps this one.
+pub(crate) fn offer(observer: &mut dyn Observer, checkpoint: Checkpoint<'_>) {
+    let _ = observer.on_event(&Event::Checkpoint(checkpoint));
 }
 
 /// Tells, and turns a request to stop into an error.

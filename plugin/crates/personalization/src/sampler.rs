@@ -1,15 +1,22 @@
 //! Prompts with learned tokens to pictures.
 
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::Path;
 use std::ops::ControlFlow;
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use stable_diffusion::DiffusionModel;
-use stable_diffusion::generate::{Contexts, GenerateConfig, generate};
+use stable_diffusion::generate::{
+    Contexts, GenerateConfig, GenerateProgress, GenerateStep, generate_from,
+};
 use stable_diffusion::prompt::{check_length, context};
+use stable_diffusion::weights::{TensorFile, write_tensors};
 
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::learned::LearnedConcepts;
-use crate::observer::{Event, Observer};
+use crate::observer::{Event, Observer, offer};
 use crate::scene::Concept;
 
 /// Prompts for [`sample`].
@@ -34,6 +41,22 @@ pub fn sample(
     config: &GenerateConfig,
     observer: &mut dyn Observer,
 ) -> Result<Tensor> {
+    let sampled = Sampled::default();
+    sample_from(model, learned, prompts, config, sampled, observer)
+}
+
+/// [`sample`] from where a call with the same arguments was stopped.
+///
+/// # Errors
+/// As [`sample`].
+pub fn sample_from(
+    model: &DiffusionModel,
+    learned: Option<&LearnedConcepts>,
+    prompts: &SamplePrompts<'_>,
+    config: &GenerateConfig,
+    sampled: Sampled,
+    observer: &mut dyn Observer,
+) -> Result<Tensor> {
     let width = model.text_encoder.token_table().dim(1)?;
     if let Some(learned) = learned
         && learned.rows.dim(1)? != width
@@ -53,26 +76,115 @@ pub fn sample(
     let negative = text(&prompts.negative)?;
     let unconditional = encode(model, learned, &negative, observer)?;
     let n_prompts = texts.len();
-    let mut pictures = Vec::new();
-    for (index, text) in texts.iter().enumerate() {
+    let Sampled {
+        prompts: mut pictures,
+        mut begun,
+    } = sampled;
+    for (index, text) in texts.iter().enumerate().skip(pictures.len()) {
         let conditional = encode(model, learned, text, observer)?;
         let contexts = Contexts {
             conditional: &conditional,
             unconditional: &unconditional,
         };
-        let own = generate(model, contexts, prompts.latents, config, &mut |step| {
+        let mut on_step = |step: GenerateStep<'_>| {
             let total = step.total * n_prompts;
-            observer.on_event(&Event::Denoised {
+            let told = observer.on_event(&Event::Denoised {
                 step: index * step.total + step.step,
                 total,
                 clean: step.clean,
-            })
-        });
+            });
+            let sampling = Sampling {
+                prompts: &pictures,
+                begun: step.progress,
+            };
+            offer(observer, Checkpoint::Sampling(sampling));
+            told
+        };
+        let progress = std::mem::take(&mut begun);
+        let latents = prompts.latents;
+        let own = generate_from(model, contexts, latents, config, progress, &mut on_step);
         let doing = || format!("the sampling of \"{}\"", prompts.prompts[index]);
         let own = own.map_err(|error| Error::from(error).during(doing))?;
         pictures.push(own);
     }
     Ok(Tensor::cat(&pictures, 0)?)
+}
+
+/// How far sampling has come.
+#[derive(Debug, Clone, Default)]
+pub struct Sampled {
+    /// Pictures `[n, 3, H, W]` of the prompts that are done.
+    pub prompts: Vec<Tensor>,
+    /// The prompt after them.
+    pub begun: GenerateProgress,
+}
+
+/// [`Sampled`], borrowed.
+#[derive(Debug, Clone, Copy)]
+pub struct Sampling<'a> {
+    /// Pictures `[n, 3, H, W]` of the prompts that are done.
+    pub prompts: &'a [Tensor],
+    /// The prompt after them.
+    pub begun: &'a GenerateProgress,
+}
+
+impl Sampling<'_> {
+    /// Every tensor under the name that it has in a file.
+    fn tensors(&self) -> BTreeMap<String, Tensor> {
+        let GenerateProgress { pictures, answers } = self.begun;
+        let all = [
+            (PROMPT, self.prompts),
+            (PICTURE, pictures),
+            (ANSWER, answers),
+        ];
+        all.into_iter()
+            .flat_map(|(kind, tensors)| {
+                let numbered = tensors.iter().enumerate();
+                numbered.map(move |(i, tensor)| (format!("{kind}.{i:06}"), tensor.clone()))
+            })
+            .collect()
+    }
+
+    pub(crate) fn numbers(&self) -> usize {
+        self.tensors().values().map(Tensor::elem_count).sum()
+    }
+
+    pub(crate) fn write(&self, file: &mut dyn Write) -> io::Result<()> {
+        let metadata = BTreeMap::from([(METADATA.to_owned(), String::new())]);
+        write_tensors(file, &self.tensors(), DType::F32, &metadata)
+    }
+}
+
+const PROMPT: &str = "prompt";
+const PICTURE: &str = "picture";
+const ANSWER: &str = "answer";
+/// What says that a file is one of these, in its metadata.
+const METADATA: &str = "sampling_state";
+
+impl Sampled {
+    /// Reads a state.
+    ///
+    /// # Errors
+    /// The file is missing, truncated, or no such state.
+    pub fn load(path: &Path, device: &Device) -> Result<Self> {
+        let file = TensorFile::open(path)?;
+        if !file.metadata().contains_key(METADATA) {
+            return Err(Error::file(path, "is no saved state of sampling"));
+        }
+        let all = |kind: &str| -> Result<Vec<Tensor>> {
+            let names = file
+                .names()
+                .filter(|name| name.split_once('.').is_some_and(|(start, _)| start == kind));
+            names.map(|name| Ok(file.read(name, device)?)).collect()
+        };
+        Ok(Self {
+            prompts: all(PROMPT)?,
+            begun: GenerateProgress {
+                pictures: all(PICTURE)?,
+                answers: all(ANSWER)?,
+            },
+        })
+    }
 }
 
 /// The context of a prompt in which concepts stand as all of their vectors.

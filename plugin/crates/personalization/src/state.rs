@@ -1,27 +1,32 @@
 //! Where a run stands, as one file: a run that is stopped loses nothing.
 
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
-use stable_diffusion::weights::{TensorFile, save_tensors};
+use stable_diffusion::weights::{TensorFile, write_tensors};
 
+use crate::attention::{AttentionSums, LayerSum};
 use crate::error::{Error, Result};
 use crate::evidence::{Affinity, Evidence, MeanAttention, Observation};
 use crate::learned::LearnedConcepts;
 use crate::maps::AttentionMaps;
 use crate::mask::{ImageMasks, SceneMasks};
+use crate::observation::{Begun, Looked, Looking};
 use crate::optimizer::AdamWState;
 use crate::scene::{Concept, Role};
 use crate::size::Size;
 
-/// The alternation between two rounds. Going on from it gives the same bits as never having stopped.
+/// The alternation after any of its steps. Going on from it gives the same bits as never having stopped.
 #[derive(Debug, Clone)]
 pub struct EmState {
     /// The tokens with their optimizer.
     pub learned: LearnedConcepts,
-    /// The masks.
+    /// Whether they are still in textual inversion.
+    pub is_inverting: bool,
+    /// The masks; empty before the first ones.
     pub masks: SceneMasks,
     /// What they were concluded from, one per picture; empty if the masks were given.
     pub observations: Vec<Observation>,
@@ -29,6 +34,29 @@ pub struct EmState {
     pub energies: Vec<f64>,
     /// Rounds done.
     pub round: usize,
+    /// How far the E-step has come that ends the round after them.
+    pub looked: Looked,
+}
+
+/// [`EmState`], borrowed.
+#[derive(Debug, Clone, Copy)]
+pub struct EmMoment<'a> {
+    /// The tokens with their optimizer.
+    pub learned: &'a LearnedConcepts,
+    /// Whether they are still in textual inversion.
+    pub is_inverting: bool,
+    /// The masks; empty before the first ones.
+    pub masks: &'a [ImageMasks],
+    /// What they were concluded from.
+    pub observations: &'a [Observation],
+    /// Free energy of each picture's CRF.
+    pub energies: &'a [f64],
+    /// Rounds done.
+    pub round: usize,
+    /// How far the E-step has come.
+    pub looking: Option<Looking<'a>>,
+    /// Whether all rounds are done.
+    pub is_last: bool,
 }
 
 /// On-disk form of everything that is no tensor.
@@ -42,27 +70,46 @@ struct Header {
     optimizer_step: usize,
     seed: u64,
     base_fingerprint: String,
+    is_inverting: bool,
     round: usize,
     mask_sizes: Vec<(usize, Size)>,
     /// Observations by picture; none if the masks were given.
     observations: Vec<ObservationEntry>,
     /// Bits of `f64`: decimal digits would not come back exactly.
     energies: Vec<u64>,
+    /// Those of the E-step that is on its way.
+    looked: Vec<ObservationEntry>,
+    begun: Option<BegunEntry>,
 }
 
 #[derive(Serialize, Deserialize)]
 struct ObservationEntry {
+    n_concepts: usize,
+    size: Size,
     evidence: Option<EvidenceEntry>,
 }
 
 /// Draws are bits of `f64`.
 #[derive(Serialize, Deserialize)]
 struct EvidenceEntry {
+    n_concepts: usize,
     size: Size,
     draws: u64,
+    attention_size: Size,
     attention_weight: u64,
     affinity_size: Size,
     affinity_draws: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct BegunEntry {
+    n_draws: usize,
+    n_concepts: usize,
+    vectors_per_concept: usize,
+    /// Bits of `f32`.
+    weight: u32,
+    layers: Vec<(usize, Size)>,
+    evidence: Option<EvidenceEntry>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -72,89 +119,38 @@ struct ConceptEntry {
     background: bool,
 }
 
-const VERSION: u32 = 5;
+const VERSION: u32 = 6;
 
 /// Where the header is, in the file's metadata.
 const METADATA: &str = "em_state";
 
+/// Starts of the names of tensors: of the masks' observations, of those of the E-step that is on its way, and of the picture
+/// after them.
+const SEEN: &str = "";
+const LOOKED: &str = "looked.";
+const BEGUN: &str = "begun.";
+
 impl EmState {
-    /// Takes the evidence out, for the next E-step to add to.
-    pub(crate) fn take_evidence(&mut self) -> Vec<Evidence> {
-        let observations = self.observations.iter_mut();
-        observations
-            .filter_map(|seen| seen.evidence.take())
-            .collect()
+    /// Whether it is in an E-step.
+    #[must_use]
+    pub fn is_looking(&self) -> bool {
+        self.looked.begun.is_some()
     }
 
-    /// Writes the state to a temporary sibling, then renames.
-    ///
-    /// # Errors
-    /// The file cannot be written.
-    pub fn save(&self, path: &Path) -> Result<()> {
-        let learned = &self.learned;
-        let mut tensors = BTreeMap::from([
-            ("rows".to_owned(), learned.rows.clone()),
-            ("initial_rows".to_owned(), learned.initial_rows.clone()),
-            ("optimizer.m".to_owned(), learned.optimizer.m[0].clone()),
-            ("optimizer.v".to_owned(), learned.optimizer.v[0].clone()),
-        ]);
-        for (picture, masks) in self.masks.iter().enumerate() {
-            let Size { width, height } = masks.size();
-            let shape = (masks.planes().len(), height, width);
-            let planes = Tensor::from_vec(masks.planes().concat(), shape, &Device::Cpu)?;
-            tensors.insert(format!("masks.{picture}"), planes);
-        }
-        for (picture, seen) in self.observations.iter().enumerate() {
-            let mut put = |name: &str, planes: &[Vec<f32>], size: Size| -> Result<()> {
-                let shape = (planes.len(), size.height, size.width);
-                let planes = Tensor::from_vec(planes.concat(), shape, &Device::Cpu)?;
-                tensors.insert(format!("{name}.{picture}"), planes);
-                Ok(())
-            };
-            let Observation { maps, evidence } = seen;
-            put("maps", &maps.maps, maps.size)?;
-            if let Some(evidence) = evidence {
-                put("log_likelihoods", &evidence.log_likelihoods, evidence.size)?;
-                put("attention", &evidence.attention.maps, maps.size)?;
-                let n_cells = evidence.affinity.size().area();
-                let (sums, _) = evidence.affinity.parts();
-                put("affinity", &[sums.to_vec()], Size::square(n_cells))?;
-            }
-        }
-        let header =
-            serde_json::to_string(&self.header()).map_err(|error| Error::file(path, error))?;
-        let metadata = BTreeMap::from([(METADATA.to_owned(), header)]);
-        Ok(save_tensors(path, &tensors, DType::F32, &metadata)?)
-    }
-
-    fn header(&self) -> Header {
-        let learned = &self.learned;
-        let entry = |concept: &Concept| ConceptEntry {
-            token: concept.token.clone(),
-            class_word: concept.class_word.clone(),
-            background: concept.role == Role::Background,
-        };
-        Header {
-            version: VERSION,
-            concepts: learned.concepts.iter().map(entry).collect(),
-            vectors: learned.vectors.clone(),
-            from_words: learned.from_words,
-            step: learned.step,
-            optimizer_step: learned.optimizer.t,
-            seed: learned.seed,
-            base_fingerprint: learned.base_fingerprint.clone(),
+    /// As it is offered.
+    pub(crate) fn moment(&self) -> EmMoment<'_> {
+        EmMoment {
+            learned: &self.learned,
+            is_inverting: self.is_inverting,
+            masks: &self.masks,
+            observations: &self.observations,
+            energies: &self.energies,
             round: self.round,
-            mask_sizes: self
-                .masks
-                .iter()
-                .map(|masks| (masks.planes().len(), masks.size()))
-                .collect(),
-            observations: self.observations.iter().map(ObservationEntry::of).collect(),
-            energies: self
-                .energies
-                .iter()
-                .map(|energy| energy.to_bits())
-                .collect(),
+            looking: self.looked.begun.as_ref().map(|begun| Looking {
+                done: &self.looked.done,
+                begun,
+            }),
+            is_last: false,
         }
     }
 
@@ -175,7 +171,7 @@ impl EmState {
             );
             return Err(Error::file(path, reason));
         }
-        let tensor = |name: &str| file.read(name, device);
+        let reader = Reader { file: &file, path };
         let masks = header
             .mask_sizes
             .iter()
@@ -190,46 +186,7 @@ impl EmState {
                 ImageMasks::new(size, planes.collect())
             });
         let masks = masks.collect::<Result<SceneMasks>>()?;
-        let planes = |name: String, n: usize, size: Size| -> Result<Vec<Vec<f32>>> {
-            let values = tensor(&name)?.flatten_all()?.to_vec1::<f32>()?;
-            if size.area() == 0 || values.len() != n * size.area() {
-                return Err(Error::file(
-                    path,
-                    format!("holds {name} of another size than its masks"),
-                ));
-            }
-            let planes = values.chunks_exact(size.area());
-            Ok(planes.map(<[f32]>::to_vec).collect())
-        };
-        let mut observations = Vec::with_capacity(header.observations.len());
-        for (picture, (entry, masks)) in header.observations.iter().zip(&masks).enumerate() {
-            let (n, size) = (masks.planes().len(), masks.size());
-            let maps = planes(format!("maps.{picture}"), n, size)?;
-            let evidence = match &entry.evidence {
-                None => None,
-                Some(entry) => {
-                    let cells = Size::square(entry.affinity_size.area());
-                    let sums = planes(format!("affinity.{picture}"), 1, cells)?.concat();
-                    let draws = f64::from_bits(entry.affinity_draws);
-                    let affinity = Affinity::from_parts(entry.affinity_size, sums, draws)
-                        .ok_or_else(|| Error::file(path, "holds affinities of another size"))?;
-                    let weight = f64::from_bits(entry.attention_weight);
-                    let n_seen = if weight > 0.0 { n } else { 0 };
-                    let maps = planes(format!("attention.{picture}"), n_seen, size)?;
-                    let attention = MeanAttention { maps, weight };
-                    let name = format!("log_likelihoods.{picture}");
-                    Some(Evidence {
-                        size: entry.size,
-                        log_likelihoods: planes(name, n, entry.size)?,
-                        n_draws: f64::from_bits(entry.draws),
-                        attention,
-                        affinity,
-                    })
-                }
-            };
-            let maps = AttentionMaps { size, maps };
-            observations.push(Observation { maps, evidence });
-        }
+        let tensor = |name: &str| file.read(name, device);
         let role = |background| {
             if background {
                 Role::Background
@@ -260,25 +217,287 @@ impl EmState {
         };
         Ok(Self {
             learned,
+            is_inverting: header.is_inverting,
             masks,
-            observations,
+            observations: reader.observations(SEEN, &header.observations)?,
             energies: header.energies.into_iter().map(f64::from_bits).collect(),
             round: header.round,
+            looked: Looked {
+                done: reader.observations(LOOKED, &header.looked)?,
+                begun: header.begun.map(|entry| reader.begun(&entry)).transpose()?,
+            },
+        })
+    }
+}
+
+impl EmMoment<'_> {
+    /// About how many numbers are in it.
+    pub(crate) fn numbers(&self) -> usize {
+        let looked = self.looking.map_or(&[][..], |looking| looking.done);
+        let begun = self
+            .looking
+            .and_then(|looking| looking.begun.evidence.as_ref());
+        let of_evidence = |evidence: &Evidence| {
+            let maps = evidence.attention.maps.iter().map(Vec::len).sum::<usize>();
+            evidence.size.area() * evidence.log_likelihoods.len()
+                + maps
+                + evidence.affinity.parts().0.len()
+        };
+        let of_observation = |seen: &Observation| {
+            seen.maps.maps.len() * seen.maps.size.area()
+                + seen.evidence.as_ref().map_or(0, of_evidence)
+        };
+        let seen = self.observations.iter().chain(looked).map(of_observation);
+        seen.sum::<usize>() + begun.map_or(0, of_evidence)
+    }
+
+    /// Writes the state, tensor by tensor.
+    pub(crate) fn write(&self, file: &mut dyn Write) -> io::Result<()> {
+        let learned = self.learned;
+        let mut tensors = BTreeMap::from([
+            ("rows".to_owned(), learned.rows.clone()),
+            ("initial_rows".to_owned(), learned.initial_rows.clone()),
+            ("optimizer.m".to_owned(), learned.optimizer.m[0].clone()),
+            ("optimizer.v".to_owned(), learned.optimizer.v[0].clone()),
+        ]);
+        let mut fill = || -> Result<()> {
+            for (picture, masks) in self.masks.iter().enumerate() {
+                let Size { width, height } = masks.size();
+                let shape = (masks.planes().len(), height, width);
+                let planes = Tensor::from_vec(masks.planes().concat(), shape, &Device::Cpu)?;
+                tensors.insert(format!("masks.{picture}"), planes);
+            }
+            put_observations(&mut tensors, SEEN, self.observations)?;
+            if let Some(Looking { done, begun }) = self.looking {
+                put_observations(&mut tensors, LOOKED, done)?;
+                for (layer, sum) in &begun.sums.layers {
+                    put(
+                        &mut tensors,
+                        format!("{BEGUN}layer.{layer}"),
+                        &sum.maps,
+                        sum.size,
+                    )?;
+                }
+                if let Some(evidence) = &begun.evidence {
+                    put_evidence(&mut tensors, BEGUN, 0, evidence)?;
+                }
+            }
+            Ok(())
+        };
+        fill().map_err(io::Error::other)?;
+        let header = serde_json::to_string(&self.header())?;
+        let metadata = BTreeMap::from([(METADATA.to_owned(), header)]);
+        write_tensors(file, &tensors, DType::F32, &metadata)
+    }
+
+    fn header(&self) -> Header {
+        let learned = self.learned;
+        let entry = |concept: &Concept| ConceptEntry {
+            token: concept.token.clone(),
+            class_word: concept.class_word.clone(),
+            background: concept.role == Role::Background,
+        };
+        let entries = |seen: &[Observation]| seen.iter().map(ObservationEntry::of).collect();
+        Header {
+            version: VERSION,
+            concepts: learned.concepts.iter().map(entry).collect(),
+            vectors: learned.vectors.clone(),
+            from_words: learned.from_words,
+            step: learned.step,
+            optimizer_step: learned.optimizer.t,
+            seed: learned.seed,
+            base_fingerprint: learned.base_fingerprint.clone(),
+            is_inverting: self.is_inverting,
+            round: self.round,
+            mask_sizes: self
+                .masks
+                .iter()
+                .map(|masks| (masks.planes().len(), masks.size()))
+                .collect(),
+            observations: entries(self.observations),
+            energies: self
+                .energies
+                .iter()
+                .map(|energy| energy.to_bits())
+                .collect(),
+            looked: self
+                .looking
+                .map_or_else(Vec::new, |looking| entries(looking.done)),
+            begun: self.looking.map(|looking| BegunEntry::of(looking.begun)),
+        }
+    }
+}
+
+/// Tensors by name.
+type Tensors = BTreeMap<String, Tensor>;
+
+fn put(tensors: &mut Tensors, name: String, planes: &[Vec<f32>], size: Size) -> Result<()> {
+    let shape = (planes.len(), size.height, size.width);
+    let planes = Tensor::from_vec(planes.concat(), shape, &Device::Cpu)?;
+    tensors.insert(name, planes);
+    Ok(())
+}
+
+fn put_observations(tensors: &mut Tensors, start: &str, seen: &[Observation]) -> Result<()> {
+    for (picture, Observation { maps, evidence }) in seen.iter().enumerate() {
+        put(
+            tensors,
+            format!("{start}maps.{picture}"),
+            &maps.maps,
+            maps.size,
+        )?;
+        if let Some(evidence) = evidence {
+            put_evidence(tensors, start, picture, evidence)?;
+        }
+    }
+    Ok(())
+}
+
+fn put_evidence(
+    tensors: &mut Tensors,
+    start: &str,
+    picture: usize,
+    evidence: &Evidence,
+) -> Result<()> {
+    let mut put = |name: &str, planes: &[Vec<f32>], size: Size| {
+        put(tensors, format!("{start}{name}.{picture}"), planes, size)
+    };
+    put("log_likelihoods", &evidence.log_likelihoods, evidence.size)?;
+    let attention = &evidence.attention.maps;
+    put("attention", attention, size_of_maps(attention))?;
+    let n_cells = evidence.affinity.size().area();
+    let (sums, _) = evidence.affinity.parts();
+    put("affinity", &[sums.to_vec()], Size::square(n_cells))
+}
+
+/// Of maps whose proportions do not matter.
+fn size_of_maps(maps: &[Vec<f32>]) -> Size {
+    Size::new(maps.first().map_or(0, Vec::len), 1)
+}
+
+/// Reads back what the functions above put.
+struct Reader<'a> {
+    file: &'a TensorFile,
+    path: &'a Path,
+}
+
+impl Reader<'_> {
+    fn planes(&self, name: String, n: usize, size: Size) -> Result<Vec<Vec<f32>>> {
+        if n == 0 {
+            return Ok(Vec::new());
+        }
+        let values = self.file.read(&name, &Device::Cpu)?;
+        let values = values.flatten_all()?.to_vec1::<f32>()?;
+        if size.area() == 0 || values.len() != n * size.area() {
+            let reason = format!("holds {name} of another size than it says");
+            return Err(Error::file(self.path, reason));
+        }
+        let planes = values.chunks_exact(size.area());
+        Ok(planes.map(<[f32]>::to_vec).collect())
+    }
+
+    fn observations(&self, start: &str, entries: &[ObservationEntry]) -> Result<Vec<Observation>> {
+        let read = |(picture, entry): (usize, &ObservationEntry)| {
+            let name = format!("{start}maps.{picture}");
+            let maps = AttentionMaps {
+                size: entry.size,
+                maps: self.planes(name, entry.n_concepts, entry.size)?,
+            };
+            let evidence = entry.evidence.as_ref();
+            let evidence = evidence.map(|entry| self.evidence(start, picture, entry));
+            Ok(Observation {
+                maps,
+                evidence: evidence.transpose()?,
+            })
+        };
+        entries.iter().enumerate().map(read).collect()
+    }
+
+    fn evidence(&self, start: &str, picture: usize, entry: &EvidenceEntry) -> Result<Evidence> {
+        let n = entry.n_concepts;
+        let planes = |name: &str, n: usize, size: Size| {
+            self.planes(format!("{start}{name}.{picture}"), n, size)
+        };
+        let cells = Size::square(entry.affinity_size.area());
+        let sums = planes("affinity", 1, cells)?.concat();
+        let draws = f64::from_bits(entry.affinity_draws);
+        let affinity = Affinity::from_parts(entry.affinity_size, sums, draws)
+            .ok_or_else(|| Error::file(self.path, "holds affinities of another size"))?;
+        let n_seen = if entry.attention_size.area() > 0 {
+            n
+        } else {
+            0
+        };
+        Ok(Evidence {
+            size: entry.size,
+            log_likelihoods: planes("log_likelihoods", n, entry.size)?,
+            n_draws: f64::from_bits(entry.draws),
+            attention: MeanAttention {
+                maps: planes("attention", n_seen, entry.attention_size)?,
+                weight: f64::from_bits(entry.attention_weight),
+            },
+            affinity,
+        })
+    }
+
+    fn begun(&self, entry: &BegunEntry) -> Result<Begun> {
+        let layer = |&(layer, size): &(usize, Size)| {
+            let maps = self.planes(format!("{BEGUN}layer.{layer}"), entry.n_concepts, size)?;
+            Ok((layer, LayerSum { size, maps }))
+        };
+        let evidence = entry.evidence.as_ref();
+        let evidence = evidence.map(|entry| self.evidence(BEGUN, 0, entry));
+        Ok(Begun {
+            n_draws: entry.n_draws,
+            sums: AttentionSums {
+                n_concepts: entry.n_concepts,
+                vectors_per_concept: entry.vectors_per_concept,
+                weight: f32::from_bits(entry.weight),
+                layers: entry.layers.iter().map(layer).collect::<Result<_>>()?,
+            },
+            evidence: evidence.transpose()?,
         })
     }
 }
 
 impl ObservationEntry {
     fn of(seen: &Observation) -> Self {
-        let entry = |evidence: &Evidence| EvidenceEntry {
+        Self {
+            n_concepts: seen.maps.maps.len(),
+            size: seen.maps.size,
+            evidence: seen.evidence.as_ref().map(EvidenceEntry::of),
+        }
+    }
+}
+
+impl EvidenceEntry {
+    fn of(evidence: &Evidence) -> Self {
+        Self {
+            n_concepts: evidence.log_likelihoods.len(),
             size: evidence.size,
             draws: evidence.n_draws.to_bits(),
+            attention_size: size_of_maps(&evidence.attention.maps),
             attention_weight: evidence.attention.weight.to_bits(),
             affinity_size: evidence.affinity.size(),
             affinity_draws: evidence.affinity.parts().1.to_bits(),
-        };
+        }
+    }
+}
+
+impl BegunEntry {
+    fn of(begun: &Begun) -> Self {
         Self {
-            evidence: seen.evidence.as_ref().map(entry),
+            n_draws: begun.n_draws,
+            n_concepts: begun.sums.n_concepts,
+            vectors_per_concept: begun.sums.vectors_per_concept,
+            weight: begun.sums.weight.to_bits(),
+            layers: begun
+                .sums
+                .layers
+                .iter()
+                .map(|(&layer, sum)| (layer, sum.size))
+                .collect(),
+            evidence: begun.evidence.as_ref().map(EvidenceEntry::of),
         }
     }
 }

@@ -24,6 +24,22 @@ pub fn init_tokens(
     seed: u64,
     observer: &mut dyn Observer,
 ) -> Result<LearnedConcepts> {
+    let learned = first_rows(model, scene, config, seed)?;
+    match config.init {
+        TokenInit::Inversion { steps } => {
+            inversion(model, scene, &learned, m_step, steps, observer)
+        }
+        TokenInit::Class | TokenInit::Random => Ok(learned),
+    }
+}
+
+/// The rows before textual inversion.
+pub(crate) fn first_rows(
+    model: &DiffusionModel,
+    scene: &PreparedScene<'_>,
+    config: &TokenConfig,
+    seed: u64,
+) -> Result<LearnedConcepts> {
     let concepts = scene.scene.concepts().to_vec();
     let mut rng = Rng::new(seed, "token init", 0);
     let table = TokenTable::of(model)?;
@@ -53,12 +69,7 @@ pub fn init_tokens(
         base_fingerprint: model.fingerprint.clone(),
     };
     learned.tokenizer(model)?;
-    match config.init {
-        TokenInit::Inversion { steps } => {
-            inversion(model, scene, &learned, m_step, steps, observer)
-        }
-        TokenInit::Class | TokenInit::Random => Ok(learned),
-    }
+    Ok(learned)
 }
 
 /// The frozen token table on the CPU.

@@ -7,18 +7,22 @@
 )]
 
 use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, Var};
 use personalization::config::{EmConfig, ExtractionConfig, JointConfig, JointScope};
 use personalization::loss::{cross_attention_loss, masked_diffusion_loss};
 use personalization::{
-    Concept, EmOutcome, EmStart, EmState, Error, Event, JointState, LearnedConcepts, MaskMode,
-    Picture, PreparedScene, Role, Scene, ScenePicture, Silent, Size, TokenInit, em, init_tokens,
-    joint_stage, m_step,
+    Checkpoint, Concept, EmOutcome, EmStart, EmState, Error, Event, JointState, Keeper,
+    LearnedConcepts, MaskMode, Picture, PreparedScene, Role, SamplePrompts, Sampled, Scene,
+    SceneMasks, ScenePicture, Silent, Size, TokenInit, checkpoint, em, init_tokens, joint_stage,
+    m_step, sample, sample_from,
 };
 use stable_diffusion::memory::Memory;
 use stable_diffusion::ops::{Backend, Precision};
-use stable_diffusion::{CheckpointSource, DiffusionModel};
+use stable_diffusion::{
+    CheckpointSource, DiffusionModel, GenerateConfig, Sampler, Schedule, Start,
+};
 
 fn model() -> DiffusionModel {
     let path = concat!(
@@ -172,11 +176,11 @@ fn less_memory_gives_the_same_bits() {
     assert!(fast_tuned == lean_tuned, "the joint stage differs");
 }
 
-/// Losses of every step, by their bits, and the states between rounds.
+/// Losses of every step, by their bits, and masks and tokens after every round of two steps.
 #[derive(Default)]
 struct Seen {
     losses: Vec<u32>,
-    states: Vec<EmState>,
+    rounds: Vec<(SceneMasks, LearnedConcepts)>,
 }
 
 impl Seen {
@@ -185,7 +189,12 @@ impl Seen {
             Event::Step {
                 masked_diffusion, ..
             } => self.losses.push(masked_diffusion.to_bits()),
-            Event::Checkpoint(state) => self.states.push((*state).clone()),
+            Event::Checkpoint(Checkpoint::Alternation(moment))
+                if moment.learned.step == 2 * moment.round && moment.looking.is_none() =>
+            {
+                let round = (moment.masks.to_vec(), moment.learned.clone());
+                self.rounds.push(round);
+            }
             _ => {}
         }
         ControlFlow::Continue(())
@@ -218,8 +227,8 @@ fn training_noise_does_not_depend_on_where_masks_come_from() {
     assert_eq!(re_estimated.losses[..2], baseline.losses[..2]);
     // From the second round on the masks differ. The baseline's tokens under the other run's masks: same losses, if
     // the E-step in between moved no noise.
-    let (masks, learned) = (&re_estimated.states[1].masks, &baseline.states[1].learned);
-    assert_ne!(*masks, baseline.states[1].masks);
+    let (masks, learned) = (&re_estimated.rounds[1].0, &baseline.rounds[1].1);
+    assert_ne!(*masks, baseline.rounds[1].0);
     let mut second = Seen::default();
     let mut hear = |event: &Event<'_>| second.hear(event);
     m_step(
@@ -236,53 +245,152 @@ fn training_noise_does_not_depend_on_where_masks_come_from() {
 }
 
 #[test]
-fn a_run_that_goes_on_from_its_saved_state_gives_the_same_bits() {
+fn a_run_that_was_stopped_anywhere_goes_on_with_the_same_bits() {
+    let (model, short) = (model(), short());
+    let scene = scene(&model);
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
+    // More timesteps than one pass takes.
+    let extraction = ExtractionConfig {
+        n_timesteps_initial: 12,
+        n_timesteps: 11,
+        ..short.extraction
+    };
+    let mut config = EmConfig {
+        extraction,
+        ..short
+    };
+    config.tokens.init = TokenInit::Inversion { steps: 2 };
+    let folder = tempfile::tempdir().unwrap();
+    let file = |n: usize| folder.path().join(format!("{n}.safetensors"));
+    let mut saved = 0;
+    let mut save = |event: &Event<'_>| {
+        if let Event::Checkpoint(checkpoint) = event {
+            checkpoint.save(&file(saved)).unwrap();
+            saved += 1;
+        }
+        ControlFlow::Continue(())
+    };
+    let whole = em(&model, &prepared, EmStart::Fresh, &config, 7, &mut save).unwrap();
+    let (mut inverting, mut looking) = (0, 0);
+    for n in 0..saved {
+        let state = EmState::load(&file(n), &Device::Cpu).unwrap();
+        inverting += usize::from(state.is_inverting);
+        looking += usize::from(state.is_looking());
+        let mut events = 0;
+        let resumed = em(
+            &model,
+            &prepared,
+            EmStart::Resume(Box::new(state)),
+            &config,
+            7,
+            &mut |event: &Event<'_>| {
+                events += usize::from(matches!(event, Event::Checkpoint(_)));
+                ControlFlow::Continue(())
+            },
+        )
+        .unwrap();
+        assert_eq!(
+            bits(&whole.learned.rows),
+            bits(&resumed.learned.rows),
+            "{n}"
+        );
+        assert_eq!(whole.masks, resumed.masks, "{n}");
+        assert!(whole.observations == resumed.observations, "{n}");
+        assert!(events <= saved - n + 1, "{n}: {events} states of {saved}");
+    }
+    // Two steps of inversion; two pictures in two passes each, three times.
+    assert_eq!((inverting, looking), (2, 12));
+}
+
+#[test]
+fn a_state_that_is_damaged_gives_way_to_the_one_before() {
     let (model, config) = (model(), short());
     let scene = scene(&model);
-    let whole = run(&model, &scene, &config);
     let prepared = PreparedScene::new(&model, &scene).unwrap();
-    let file = tempfile::tempdir()
+    let folder = tempfile::tempdir().unwrap();
+    let open = || {
+        let load = |path: &Path| EmState::load(path, &Device::Cpu);
+        Keeper::open(folder.path(), checkpoint::EM, load)
+    };
+    let (mut keeper, state, said) = open();
+    assert!(state.is_none() && said.is_empty());
+    let mut keep = |event: &Event<'_>| {
+        if let Event::Checkpoint(checkpoint) = event {
+            keeper.keep(checkpoint).unwrap();
+        }
+        ControlFlow::Continue(())
+    };
+    em(&model, &prepared, EmStart::Fresh, &config, 7, &mut keep).unwrap();
+    let last = open().1.unwrap();
+    let files: Vec<_> = std::fs::read_dir(folder.path())
         .unwrap()
-        .keep()
-        .join("state.safetensors");
-    let stopped = em(
-        &model,
-        &prepared,
-        EmStart::Fresh,
-        &config,
-        7,
-        &mut |event: &Event<'_>| {
-            if let Event::Checkpoint(state) = event {
-                state.save(&file).unwrap();
-            }
-            // In the middle of the second round.
-            if matches!(event, Event::Step { step: 3, .. }) {
-                ControlFlow::Break(())
-            } else {
-                ControlFlow::Continue(())
-            }
-        },
-    );
-    assert!(matches!(stopped, Err(Error::Canceled)));
-    let state = EmState::load(&file, &Device::Cpu).unwrap();
-    assert_eq!(
-        (state.round, state.learned.step, state.observations.len()),
-        (1, 2, 2)
-    );
-    let resumed = em(
-        &model,
-        &prepared,
-        EmStart::Resume(Box::new(state)),
-        &config,
-        7,
-        &mut Silent,
-    )
-    .unwrap();
-    assert_eq!(bits(&whole.learned.rows), bits(&resumed.learned.rows));
-    assert_eq!(
-        (whole.masks, whole.observations),
-        (resumed.masks, resumed.observations)
-    );
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    assert_eq!(files.len(), 2);
+    let newest = |path: &PathBuf| path.metadata().unwrap().modified().unwrap();
+    let newest = files.iter().max_by_key(|path| newest(path)).unwrap();
+    let whole = std::fs::read(newest).unwrap();
+    let mut damaged = whole.clone();
+    damaged[whole.len() / 2] ^= 1;
+    for bytes in [&damaged[..], &whole[..whole.len() - 1], &[]] {
+        std::fs::write(newest, bytes).unwrap();
+        let (_, state, said) = open();
+        assert_eq!(state.unwrap().round, last.round);
+        assert_eq!(said.len(), 1, "{said:?}");
+        assert!(
+            said[0].ends_with("; going on from the one before it"),
+            "{said:?}"
+        );
+    }
+    for file in &files {
+        std::fs::write(file, "nothing").unwrap();
+    }
+    let (_, state, said) = open();
+    assert!(state.is_none());
+    assert_eq!(said.len(), 2, "{said:?}");
+    assert!(said[0].ends_with("; starting anew"), "{said:?}");
+}
+
+#[test]
+fn sampling_that_was_stopped_anywhere_goes_on_with_the_same_bits() {
+    let model = model();
+    let config = GenerateConfig {
+        steps: 3,
+        guidance: 3.0,
+        sampler: Sampler::DpmPp2mSde,
+        schedule: Schedule::Karras,
+        seed: 4,
+        n_pictures: 2,
+        start: Start::Noise([model.image_size(); 2]),
+    };
+    let prompts = SamplePrompts {
+        prompts: &["a dog", "a car"],
+        negative: "",
+        latents: None,
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let file = |n: usize| folder.path().join(format!("{n}.safetensors"));
+    let mut saved = 0;
+    let mut save = |event: &Event<'_>| {
+        if let Event::Checkpoint(checkpoint) = event {
+            checkpoint.save(&file(saved)).unwrap();
+            saved += 1;
+        }
+        ControlFlow::Continue(())
+    };
+    let whole = sample(&model, None, &prompts, &config, &mut save).unwrap();
+    assert_eq!(saved, 12);
+    for n in 0..saved {
+        let sampled = Sampled::load(&file(n), &Device::Cpu).unwrap();
+        let mut steps = 0;
+        let mut count = |event: &Event<'_>| {
+            steps += usize::from(matches!(event, Event::Denoised { .. }));
+            ControlFlow::Continue(())
+        };
+        let resumed = sample_from(&model, None, &prompts, &config, sampled, &mut count);
+        assert_eq!(bits(&whole), bits(&resumed.unwrap()), "{n}");
+        assert_eq!(steps, saved - n - 1);
+    }
 }
 
 #[test]
@@ -497,26 +605,24 @@ fn a_joint_stage_that_was_stopped_goes_on_with_the_same_bits() {
             observer,
         )
     };
-    let (_, whole) = stage(None, &mut Silent).unwrap();
-    let file = tempfile::tempdir()
-        .unwrap()
-        .keep()
-        .join("joint.safetensors");
-    let stopped = stage(None, &mut |event: &Event<'_>| {
-        if let Event::JointCheckpoint(state) = event {
-            state.save(&file).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = |n: usize| folder.path().join(format!("{n}.safetensors"));
+    let mut saved = 0;
+    let (_, whole) = stage(None, &mut |event: &Event<'_>| {
+        if let Event::Checkpoint(checkpoint) = event {
+            checkpoint.save(&file(saved)).unwrap();
+            saved += 1;
         }
-        if matches!(event, Event::Step { step: 2, .. }) {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        }
-    });
-    assert!(matches!(stopped, Err(Error::Canceled)));
-    let state = JointState::load(&file, &Device::Cpu).unwrap();
-    assert_eq!(state.step, 2);
-    let (_, resumed) = stage(Some(state), &mut Silent).unwrap();
-    assert_eq!(bits(&whole.rows), bits(&resumed.rows));
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert_eq!(saved, joint.steps);
+    for n in 0..saved {
+        let state = JointState::load(&file(n), &Device::Cpu).unwrap();
+        assert_eq!(state.step, n + 1);
+        let (_, resumed) = stage(Some(state), &mut Silent).unwrap();
+        assert_eq!(bits(&whole.rows), bits(&resumed.rows), "{n}");
+    }
 }
 
 #[test]

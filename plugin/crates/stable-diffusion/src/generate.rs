@@ -52,6 +52,19 @@ pub enum Start {
     },
 }
 
+/// Bytes of answers of the model that are kept of one picture: those of a thousand steps at 512 pixels.
+const KEPT: usize = 64 << 20;
+
+/// How far [`generate_from`] has come. Going on from it gives the same bits: a sampler is a function of what the model answers,
+/// so it is run again with the answers that are known.
+#[derive(Debug, Clone, Default)]
+pub struct GenerateProgress {
+    /// Decoded pictures [1, 3, H, W], as the decoder leaves them.
+    pub pictures: Vec<Tensor>,
+    /// D(x, σ) [1, 4, h, w] of the picture after them, in the order in which they were asked for.
+    pub answers: Vec<Tensor>,
+}
+
 /// Where a call of [`generate`] stands.
 #[derive(Debug)]
 pub struct GenerateStep<'a> {
@@ -63,6 +76,8 @@ pub struct GenerateStep<'a> {
     pub total: usize,
     /// This picture's clean latent as it is predicted now, [1, 4, h, w], scaled; see [`preview`].
     pub clean: &'a Tensor,
+    /// From where the call can go on.
+    pub progress: &'a GenerateProgress,
 }
 
 /// Generates pictures, [n, 3, H, W] in [0, 1]. Picture i is the same whatever `n_pictures` is.
@@ -77,6 +92,22 @@ pub fn generate(
     contexts: Contexts<'_>,
     latents: Option<&Tensor>,
     config: &GenerateConfig,
+    on_step: &mut dyn FnMut(GenerateStep<'_>) -> ControlFlow<()>,
+) -> Result<Tensor> {
+    let progress = GenerateProgress::default();
+    generate_from(model, contexts, latents, config, progress, on_step)
+}
+
+/// [`generate`] from where an earlier call with the same arguments was stopped. `on_step` hears of the steps that were not done.
+///
+/// # Errors
+/// As [`generate`].
+pub fn generate_from(
+    model: &DiffusionModel,
+    contexts: Contexts<'_>,
+    latents: Option<&Tensor>,
+    config: &GenerateConfig,
+    mut progress: GenerateProgress,
     on_step: &mut dyn FnMut(GenerateStep<'_>) -> ControlFlow<()>,
 ) -> Result<Tensor> {
     if config.n_pictures == 0 {
@@ -105,20 +136,23 @@ pub fn generate(
             .sampler
             .noise_levels(&guided.levels, config.schedule, config.steps, denoise)?;
     let n_pictures = starts.len() * config.n_pictures;
-    let mut pictures = Vec::with_capacity(n_pictures);
-    for picture in 0..n_pictures {
+    for picture in progress.pictures.len()..n_pictures {
         let mut denoising = Denoising {
             guided: &guided,
             noise: Rng::new(config.seed, "sampler noise", picture as u64),
             picture,
             steps: (picture * config.steps, n_pictures * config.steps),
+            n_known: progress.answers.len(),
+            n_asked: 0,
+            progress: &mut progress,
             on_step,
         };
         let x = denoising.noisy(&starts[picture / config.n_pictures], &sigmas, config.seed)?;
         let latents = config.sampler.sample(&mut denoising, &x, &sigmas)?;
-        pictures.push(model.vae.decode(&latents)?);
+        progress.pictures.push(model.vae.decode(&latents)?);
+        progress.answers.clear();
     }
-    in_unit_range(&Tensor::cat(&pictures, 0)?)
+    in_unit_range(&Tensor::cat(&progress.pictures, 0)?)
 }
 
 /// What [`generate`] is told in words, see [`crate::prompt`].
@@ -170,6 +204,10 @@ struct Denoising<'a> {
     picture: usize,
     /// Done and to do over all pictures.
     steps: (usize, usize),
+    /// Answers that were there at the beginning.
+    n_known: usize,
+    n_asked: usize,
+    progress: &'a mut GenerateProgress,
     on_step: &'a mut dyn FnMut(GenerateStep<'_>) -> ControlFlow<()>,
 }
 
@@ -190,7 +228,18 @@ impl Denoising<'_> {
 
 impl Problem for Denoising<'_> {
     fn clean(&mut self, x: &Tensor, sigma: f64) -> Result<Tensor> {
-        self.guided.clean(x, sigma)
+        let answers = &mut self.progress.answers;
+        self.n_asked += 1;
+        if self.n_asked <= self.n_known {
+            return Ok(answers[self.n_asked - 1].clone());
+        }
+        let answer = self.guided.clean(x, sigma)?;
+        // The first ones are of use without the later ones.
+        let is_next = answers.len() + 1 == self.n_asked;
+        if is_next && self.n_asked * answer.elem_count() * size_of::<f32>() <= KEPT {
+            answers.push(answer.clone());
+        }
+        Ok(answer)
     }
 
     fn noise(&mut self, x: &Tensor) -> Result<Tensor> {
@@ -199,6 +248,9 @@ impl Problem for Denoising<'_> {
 
     fn on_step(&mut self, clean: &Tensor) -> Result<()> {
         self.steps.0 += 1;
+        if self.n_asked <= self.n_known {
+            return Ok(());
+        }
         let (step, total) = self.steps;
         let picture = self.picture;
         let step = GenerateStep {
@@ -206,6 +258,7 @@ impl Problem for Denoising<'_> {
             step,
             total,
             clean,
+            progress: self.progress,
         };
         if (self.on_step)(step).is_break() {
             return Err(Error::Canceled);

@@ -245,14 +245,14 @@ impl DiffusionModel {
             file: config.display().to_string(),
             reason: error.to_string(),
         };
-        std::fs::create_dir_all(&unet).map_err(unwritable)?;
+        let text = format!("{:#}", self.config.unet.to_json());
+        durable_files::write_over(&config, |file| file.write_all(text.as_bytes()))
+            .map_err(unwritable)?;
         let mut metadata = extra.clone();
         metadata.insert("format".to_owned(), "pt".to_owned());
         metadata.insert(BASE_MODEL.to_owned(), self.fingerprint.clone());
         let path = unet.join(TUNED_WEIGHTS);
         save_tensors(&path, &self.unet.weights().0, dtype, &metadata)?;
-        let text = format!("{:#}", self.config.unet.to_json());
-        std::fs::write(&config, text).map_err(unwritable)?;
         Ok(path)
     }
 

@@ -5,7 +5,6 @@
 
 mod tensor_file;
 mod tensor_writer;
-mod whole_file;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
@@ -15,8 +14,7 @@ use candle_core::{DType, Device, Tensor, Var};
 
 pub use tensor_file::TensorFile;
 pub(crate) use tensor_file::refuse_pickle;
-pub use tensor_writer::{encode_tensors, save_tensors};
-pub use whole_file::write_whole;
+pub use tensor_writer::{encode_tensors, save_tensors, write_tensors};
 
 use crate::error::{CheckpointError, Error, Misshapen, Result};
 use crate::ops::{Backend, Precision};

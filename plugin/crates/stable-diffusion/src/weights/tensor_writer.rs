@@ -3,14 +3,13 @@
 //! The safetensors crate keeps metadata in the order of a hash map, which differs from run to run.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Write};
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
-use crate::weights::write_whole;
 
 /// The header's length is padded to this, so that tensors are aligned.
 const ALIGNMENT: usize = 8;
@@ -41,17 +40,29 @@ pub fn save_tensors(
     dtype: DType,
     metadata: &BTreeMap<String, String>,
 ) -> Result<()> {
-    let written = write_whole(path, |file| {
-        file.write_all(&header(tensors, dtype, metadata))?;
-        for tensor in tensors.values() {
-            file.write_all(&bytes_of(tensor, dtype).map_err(io::Error::other)?)?;
-        }
-        Ok(())
-    });
+    let written =
+        durable_files::write_over(path, |file| write_tensors(file, tensors, dtype, metadata));
     written.map_err(|error| Error::CannotWrite {
         file: path.display().to_string(),
         reason: error.to_string(),
     })
+}
+
+/// Writes what [`save_tensors`] does to somewhere else.
+///
+/// # Errors
+/// Those of the writer, and of the tensor library.
+pub fn write_tensors(
+    file: &mut dyn Write,
+    tensors: &BTreeMap<String, Tensor>,
+    dtype: DType,
+    metadata: &BTreeMap<String, String>,
+) -> io::Result<()> {
+    file.write_all(&header(tensors, dtype, metadata))?;
+    for tensor in tensors.values() {
+        file.write_all(&bytes_of(tensor, dtype).map_err(io::Error::other)?)?;
+    }
+    Ok(())
 }
 
 /// The type in which a tensor is written.
@@ -97,7 +108,14 @@ fn bytes_of(tensor: &Tensor, dtype: DType) -> Result<Vec<u8>> {
             &flat.to_dtype(DType::F16)?.to_vec1()?,
             half::f16::to_le_bytes,
         ),
-        _ => little_endian(&flat.to_dtype(DType::F32)?.to_vec1()?, f32::to_le_bytes),
+        _ => {
+            let values = flat.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+            if cfg!(target_endian = "little") {
+                bytemuck::cast_slice(&values).to_vec()
+            } else {
+                little_endian(&values, f32::to_le_bytes)
+            }
+        }
     })
 }
 

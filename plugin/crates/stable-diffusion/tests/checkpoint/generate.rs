@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 use stable_diffusion::Result;
 use stable_diffusion::config::ModelConfig;
 use stable_diffusion::generate::{
-    Contexts, GenerateConfig, GenerateStep, Start, generate, preview,
+    Contexts, GenerateConfig, GenerateStep, Start, generate, generate_from, preview,
 };
 use stable_diffusion::model::DiffusionModel;
 use stable_diffusion::rng::Rng;
@@ -151,6 +151,41 @@ fn every_step_is_reported_and_can_be_the_last() {
     ];
     assert_eq!(run(0), (all.to_vec(), None));
     assert_eq!(run(4), (all[..4].to_vec(), Some("canceled".to_owned())));
+}
+
+#[test]
+fn a_call_that_was_stopped_anywhere_goes_on_with_the_same_bits() {
+    let model = model();
+    let (conditional, unconditional) = embeddings(&model);
+    let contexts = Contexts {
+        conditional: &conditional,
+        unconditional: &unconditional,
+    };
+    let bits = |pictures: &Tensor| -> Vec<u32> {
+        let values = pictures.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        values.into_iter().map(f32::to_bits).collect()
+    };
+    for sampler in Sampler::ALL {
+        let config = GenerateConfig { sampler, ..CONFIG };
+        let mut at_step = Vec::new();
+        let whole = generate(&model, contexts, None, &config, &mut |step| {
+            at_step.push(step.progress.clone());
+            ControlFlow::Continue(())
+        });
+        let whole = bits(&whole.unwrap());
+        let total = config.steps * config.n_pictures;
+        assert_eq!(at_step.len(), total);
+        for (done, progress) in at_step.into_iter().enumerate() {
+            let mut left = Vec::new();
+            let on = generate_from(&model, contexts, None, &config, progress, &mut |step| {
+                left.push(step.step);
+                ControlFlow::Continue(())
+            });
+            assert!(bits(&on.unwrap()) == whole, "{} {done}", sampler.name());
+            let expected: Vec<usize> = (done + 2..=total).collect();
+            assert_eq!(left, expected, "{} {done}", sampler.name());
+        }
+    }
 }
 
 #[test]

@@ -1,0 +1,160 @@
+//! Files that are there complete or not at all.
+
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::disk::{self, File};
+
+/// What is written under another name first is called so: nobody else's files are.
+const TORN: (&str, &str) = (".conceptloom-", ".tmp");
+
+/// Bytes that are written at once.
+const PIECE: usize = 1 << 20;
+
+/// Writes a file beside its place, waits until it is on the disk, and gives it its name: a reader sees the old file, the new
+/// one, or none, also after a crash. Makes the folders above it.
+///
+/// # Errors
+/// Those of the system and of `write`; the old file is there then, and nothing else.
+pub fn write_over(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
+    let unnamed = written_beside(path, write)?;
+    disk::rename(&unnamed, path).inspect_err(|_| forget(&unnamed))?;
+    disk::sync_dir(folder_of(path));
+    Ok(())
+}
+
+/// The same for a name that nobody has.
+///
+/// # Errors
+/// As [`write_over`]; [`io::ErrorKind::AlreadyExists`] if somebody has it.
+pub fn write_new(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
+    let unnamed = written_beside(path, write)?;
+    // Nobody but this process writes into its folders, so nobody takes the name in between.
+    if path.exists() {
+        forget(&unnamed);
+        return Err(io::ErrorKind::AlreadyExists.into());
+    }
+    disk::rename(&unnamed, path).inspect_err(|_| forget(&unnamed))
+}
+
+fn written_beside(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<PathBuf> {
+    let folder = folder_of(path);
+    disk::create_dir_all(folder)?;
+    let (file, unnamed) = unnamed_file(folder)?;
+    let written = || -> io::Result<()> {
+        let mut file = BufWriter::with_capacity(PIECE, file);
+        write(&mut file)?;
+        file.into_inner()
+            .map_err(io::IntoInnerError::into_error)?
+            .sync()
+    };
+    written().inspect_err(|_| forget(&unnamed))?;
+    Ok(unnamed)
+}
+
+/// A new file under a name that no other process takes; one that has died may have had this process's number.
+fn unnamed_file(folder: &Path) -> io::Result<(File, PathBuf)> {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    loop {
+        let (start, end) = TORN;
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = folder.join(format!("{start}{}-{number}{end}", std::process::id()));
+        match File::create_new(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => return Ok((made?, path)),
+        }
+    }
+}
+
+/// Nothing half-written stays; if even that fails, who opens the folder next removes it.
+fn forget(unnamed: &Path) {
+    let _ = disk::remove_file(unnamed);
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new(""))
+}
+
+/// Whether a file of this name is one that was being written.
+#[must_use]
+pub fn is_torn(name: &str) -> bool {
+    name.starts_with(TORN.0) && name.ends_with(TORN.1)
+}
+
+/// Removes what dead processes were writing into a folder, and into those in it. Nobody else may write there now.
+pub fn remove_torn(folder: &Path) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let Ok(kind) = entry.file_type() else {
+            continue;
+        };
+        if kind.is_dir() {
+            remove_torn(&entry.path());
+        } else if kind.is_file() && is_torn(&entry.file_name().to_string_lossy()) {
+            forget(&entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_fails_half_way_leaves_the_old_file_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a/x.bin");
+        write_over(&path, |file| file.write_all(b"old")).unwrap();
+        for write in [write_over, write_new] {
+            let failed = write(&path, |file| {
+                file.write_all(b"half of the new")?;
+                Err(io::Error::other("out of paper"))
+            });
+            assert_eq!(failed.unwrap_err().to_string(), "out of paper");
+            assert_eq!(std::fs::read(&path).unwrap(), b"old");
+            let n = std::fs::read_dir(folder.path().join("a")).unwrap().count();
+            assert_eq!(n, 1);
+        }
+    }
+
+    #[test]
+    fn a_new_file_takes_no_name_and_another_one_does() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.bin");
+        write_new(&path, |file| file.write_all(b"one")).unwrap();
+        let taken = write_new(&path, |file| file.write_all(b"two")).unwrap_err();
+        assert_eq!(taken.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(std::fs::read(&path).unwrap(), b"one");
+        write_over(&path, |file| file.write_all(b"two")).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"two");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_the_dead_were_writing_is_removed_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("a")).unwrap();
+        let files = [
+            ("a/.conceptloom-7-0.tmp", false),
+            (".conceptloom-7-1.tmp", false),
+            ("a/.x.tmp", true),
+            ("a/x.png", true),
+        ];
+        for (file, _) in files {
+            std::fs::write(folder.path().join(file), "").unwrap();
+        }
+        remove_torn(folder.path());
+        for (file, stays) in files {
+            assert_eq!(folder.path().join(file).exists(), stays, "{file}");
+        }
+    }
+}
