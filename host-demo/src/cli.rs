@@ -23,7 +23,7 @@ use crate::interrupt::{self, EXIT_CANCELED};
 use crate::isolated::{self, Engine, IsolationArguments};
 use crate::plugin_search::Libraries;
 use crate::recorder::Recorder;
-use crate::run_folder::{Destination, RunFolder};
+use crate::run_folder::{Destination, RunFolder, WorkDirs};
 use crate::terminal::Terminal;
 use crate::validate::{Plan, Problem, validate};
 use crate::workflow_file::Workflow;
@@ -394,7 +394,8 @@ fn run(arguments: &RunArguments) -> Result<(), Ended> {
     let folder = RunFolder::create(&destination).map_err(anyhow::Error::from)?;
     let cancel = interrupt::flag().context("Ctrl-C cannot be handled")?;
     let recorder = Arc::new(Recorder::new(folder.path()));
-    let outcome = execute(&prepared, arguments, &folder, &recorder, cancel);
+    let work_dirs = folder.work_dirs();
+    let outcome = execute(&prepared, arguments, &folder, &work_dirs, &recorder, cancel);
     if let Err(error) = outcome {
         return Err(tell_run_error(&error, &folder));
     }
@@ -413,6 +414,7 @@ fn run(arguments: &RunArguments) -> Result<(), Ended> {
     )
     .map_err(|error| anyhow!(folder.after_commit(&error.to_string())))?;
     let place = folder.commit().map_err(anyhow::Error::from)?;
+    work_dirs.finish();
     say(&format!("{}", place.join(report::FILE_NAME).display()));
     Ok(())
 }
@@ -421,6 +423,7 @@ fn execute(
     prepared: &Prepared,
     arguments: &RunArguments,
     folder: &RunFolder,
+    work_dirs: &WorkDirs,
     recorder: &Arc<Recorder>,
     cancel: Arc<AtomicBool>,
 ) -> Result<(), RunError> {
@@ -441,7 +444,7 @@ fn execute(
         plan,
         catalog,
         output_dir: folder.path(),
-        work_dirs: &folder.work_dirs(),
+        work_dirs,
         workflow: metadata(workflow.document()),
         prompt: metadata(workflow.graph.to_api()),
         cancel,

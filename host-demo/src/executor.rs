@@ -34,7 +34,7 @@ pub(crate) struct Job<'a> {
     pub(crate) catalog: &'a Catalog,
     /// Where nodes write.
     pub(crate) output_dir: &'a Path,
-    /// Where nodes keep what they need to resume.
+    /// Where nodes keep what they need to resume; to be finished once the results are kept.
     pub(crate) work_dirs: &'a WorkDirs,
     /// The editor's document and the graph as JSON, for files; empty if unwanted.
     pub(crate) workflow: String,
@@ -144,9 +144,7 @@ impl<'a> Worker<'a> {
             self.values.insert(id.clone(), outputs);
             self.release(id, node);
         }
-        for work in self.work {
-            work.finish();
-        }
+        self.job.work_dirs.all_done(self.work);
         Ok(())
     }
 

@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use durable_files::{Claim, ClaimError, disk};
+use parking_lot::Mutex;
 
 const LOCK: &str = ".lock";
 const WORK: &str = ".work";
@@ -405,6 +406,8 @@ pub(crate) struct WorkDirs {
     root: PathBuf,
     /// Whether another process is still to be waited for: once in a run is enough.
     is_patient: Arc<AtomicBool>,
+    /// Of a run whose nodes are all done.
+    done: Arc<Mutex<Vec<WorkDir>>>,
 }
 
 impl WorkDirs {
@@ -413,6 +416,19 @@ impl WorkDirs {
         Self {
             root,
             is_patient: Arc::new(AtomicBool::new(true)),
+            done: Arc::default(),
+        }
+    }
+
+    /// All nodes of a run are done. Their folders are kept until its results are, too.
+    pub(crate) fn all_done(&self, work: Vec<WorkDir>) {
+        self.done.lock().extend(work);
+    }
+
+    /// The results are kept: nothing is needed any more.
+    pub(crate) fn finish(&self) {
+        for work in self.done.lock().drain(..) {
+            work.finish();
         }
     }
 
@@ -478,6 +494,7 @@ impl WorkDirs {
 }
 
 /// A node's own folder between runs.
+#[derive(Debug)]
 pub(crate) struct WorkDir {
     path: PathBuf,
     claim: Claim,
@@ -489,8 +506,8 @@ impl WorkDir {
         &self.path
     }
 
-    /// The run is complete: nothing is needed any more.
-    pub(crate) fn finish(self) {
+    /// Nothing is needed any more.
+    fn finish(self) {
         let _ = disk::remove_dir_all(&self.path);
         self.leave();
     }

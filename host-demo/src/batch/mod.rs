@@ -256,12 +256,13 @@ fn run_one(
         }
     };
     let recorder = Arc::new(Recorder::new(folder.path()));
+    let work_dirs = folder.work_dirs();
     let job = Job {
         graph: &one.workflow.graph,
         plan: &one.plan,
         catalog,
         output_dir: folder.path(),
-        work_dirs: &folder.work_dirs(),
+        work_dirs: &work_dirs,
         workflow: metadata(one.workflow.document()),
         prompt: metadata(one.workflow.graph.to_api()),
         cancel: cancel.clone(),
@@ -279,5 +280,6 @@ fn run_one(
         .collect();
     Done::write(folder.path(), &one.entry.id, &one.hash, files)?;
     folder.commit()?;
+    work_dirs.finish();
     Ok(())
 }

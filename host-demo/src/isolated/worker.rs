@@ -145,19 +145,23 @@ fn run(
         Err(error) => return EndText::Worker(error),
     };
     let plan: Vec<_> = text.plan.iter().map(NodeId::new).collect();
+    let work_dirs = WorkDirs::new(text.work_dirs.clone());
     let job = Job {
         graph: &graph,
         plan: &plan,
         catalog,
         output_dir: &text.output_dir,
-        work_dirs: &WorkDirs::new(text.work_dirs.clone()),
+        work_dirs: &work_dirs,
         workflow: text.workflow.clone(),
         prompt: text.prompt.clone(),
         cancel,
         observer: teller.clone(),
     };
     match executor::run(&job, cache) {
-        Ok(()) => EndText::Done,
+        Ok(()) => {
+            work_dirs.finish();
+            EndText::Done
+        }
         Err(RunError::Canceled { node, resumable }) => EndText::Canceled { node, resumable },
         Err(RunError::Node { node, error }) => EndText::Failed {
             node,

@@ -18,6 +18,7 @@ use crate::executor::{self, RunError};
 use crate::graph::{Graph, NodeId};
 use crate::isolated::Engine;
 use crate::memory;
+use crate::run_folder::WorkDirs;
 use crate::validate::{Problem, judge};
 
 /// What interrupted nodes left is looked through so often.
@@ -62,7 +63,8 @@ fn run(server: &Arc<Server>, running: &Running, engine: &mut Engine, files: &Arc
     live.tell("execution_start", json!({}));
     // Nodes from the cache are told as they are reached; clients expect one such message in any case.
     live.tell("execution_cached", json!({"nodes": []}));
-    let (outcome, kind, data) = match execute(server, running, &live, engine) {
+    let work_dirs = server.folders.work_dirs();
+    let (outcome, kind, data) = match execute(server, running, &live, &work_dirs, engine) {
         Ok(()) => (Outcome::Completed, "execution_success", json!({})),
         Err(Failure::Run(RunError::Canceled { node, .. })) => {
             let data =
@@ -86,6 +88,7 @@ fn run(server: &Arc<Server>, running: &Running, engine: &mut Engine, files: &Arc
     };
     // Who hears of the end finds the job in the history.
     server.queue.end(Ended::new(job, outcome, &results));
+    work_dirs.finish();
     live.send(kind, data);
     live.finish();
 }
@@ -164,6 +167,7 @@ fn execute(
     server: &Arc<Server>,
     running: &Running,
     live: &Arc<Live>,
+    work_dirs: &WorkDirs,
     engine: &mut Engine,
 ) -> Result<(), Failure> {
     let job = &running.job;
@@ -196,7 +200,7 @@ fn execute(
         plan: &verdict.plan,
         catalog: &server.catalog,
         output_dir: server.folders.output.path(),
-        work_dirs: &server.folders.work_dirs(),
+        work_dirs,
         workflow,
         prompt,
         cancel: running.cancel.clone(),
