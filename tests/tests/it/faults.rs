@@ -158,6 +158,7 @@ fn every_fault_of_a_run(
     assert!(!whole.is_empty());
     for_every_operation(is_wanted, |arm, tally| {
         let _ = std::fs::remove_dir_all(&out);
+        let _ = std::fs::remove_dir_all(place.path().join(".work"));
         prepare();
         let mut command = run();
         arm(&mut command);
@@ -218,7 +219,7 @@ fn every_fault_of_what_a_learner_keeps_and_saves_is_said_and_the_next_run_is_rig
     let is_wanted = |line: &str| {
         let is_own = line.contains("/.work/") || line.contains("/c/") || line.ends_with("/c");
         count.set(count.get() + usize::from(is_own));
-        is_own && (is_all() || count.get() % 3 == 0)
+        is_own && (is_all() || count.get().is_multiple_of(3))
     };
     println!(
         "{:?}",
@@ -244,7 +245,7 @@ fn every_fault_of_a_batch_is_said_and_the_next_one_is_right() {
             arm(&mut command);
             count(&done(command.output().unwrap()), tally);
             done(batch().output().unwrap()).succeeded();
-            let there = tree(&out);
+            let there = results(&out);
             assert!(there == whole, "{:?}", there.keys());
         },
     );
@@ -328,6 +329,20 @@ fn every_fault_of_a_server_loses_nothing_that_it_confirmed() {
                 Ok(mut server) => {
                     confirmed = ask_for_everything(&server, &picture);
                     wait(&server);
+                    let is_whole = confirmed.job.is_some()
+                        && confirmed.setting
+                        && confirmed.file
+                        && confirmed.upload;
+                    // A job may also have failed, and its history says so.
+                    let job = confirmed.job.as_deref().unwrap_or_default();
+                    let history = server.send("GET", &format!("/api/history/{job}"), "", b"");
+                    let has_failed = history.is_ok_and(|(_, history)| {
+                        history.pointer(&format!("/{job}/status/status_str"))
+                            == Some(&json!("error"))
+                    });
+                    if has_failed {
+                        confirmed.job = None;
+                    }
                     match server.child.try_wait().unwrap() {
                         Some(_) => tally.stopped += 1,
                         None if is_whole && !has_failed => tally.harmless += 1,

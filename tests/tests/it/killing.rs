@@ -30,7 +30,6 @@ impl Random {
             },
             |seed| seed.parse().unwrap(),
         );
-        println!("CONCEPTLOOM_TESTS_SEED={seed}");
         Self(seed)
     }
 
@@ -114,6 +113,7 @@ fn ended_well(child: Child, is_there: bool) {
 fn a_run_that_was_killed_in_its_first_seconds_again_and_again_simply_runs() {
     let place = Place::with_conceptloom();
     let mut random = Random::new();
+    println!("CONCEPTLOOM_TESTS_SEED={}", random.0);
     place.write("w.json", graph(40, 5, "picture").to_string());
     let run = |out: &str| command(&place, &["run", "w.json", "--out", out]);
     done(run("whole").output().unwrap()).succeeded();
@@ -167,6 +167,7 @@ struct Tally {
 fn kills_at_random_moments_lose_nothing_and_double_nothing() {
     let place = Place::with_conceptloom();
     let mut random = Random::new();
+    println!("CONCEPTLOOM_TESTS_SEED={}", random.0);
     let mut tally = Tally::default();
     let kinds: [&dyn Victim; 3] = [&Run, &Batch, &Serve];
     let wholes = kinds.map(|kind| kind.whole(&place));

@@ -276,6 +276,10 @@ fn a_run_that_was_stopped_anywhere_goes_on_with_the_same_bits() {
         let state = EmState::load(&file(n), &Device::Cpu).unwrap();
         inverting += usize::from(state.is_inverting);
         looking += usize::from(state.is_looking());
+        // Half of them: each is most of a run.
+        if n % 2 == 1 && n + 1 < saved {
+            continue;
+        }
         let mut events = 0;
         let resumed = em(
             &model,
