@@ -130,9 +130,8 @@ impl Surfaces {
             let mut parameters = Map::from_iter([("filename_prefix".to_owned(), json!(name))]);
             file_words::replace(&mut parameters, &Graph::default(), &ZonedDateTime::now());
             let _ = file_words::sized(name, [1, 2]);
-            let load = self.catalog.create("LoadImage");
-            let load = load.map_err(|error| error.message.into_string())?;
-            let _ = load.validate(&Map::from_iter([("image".to_owned(), json!(name))]));
+            let parameters = Map::from_iter([("image".to_owned(), json!(name))]);
+            let _ = self.catalog.validate("LoadImage", &parameters);
         }
         Ok(())
     }

@@ -114,11 +114,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a/x.bin");
         write_over(&path, |file| file.write_all(b"old")).unwrap();
-        for write in [write_over, write_new] {
-            let failed = write(&path, |file| {
-                file.write_all(b"half of the new")?;
-                Err(io::Error::other("out of paper"))
-            });
+        let half = |file: &mut dyn Write| {
+            file.write_all(b"half of the new")?;
+            Err(io::Error::other("out of paper"))
+        };
+        for failed in [write_over(&path, half), write_new(&path, half)] {
             assert_eq!(failed.unwrap_err().to_string(), "out of paper");
             assert_eq!(std::fs::read(&path).unwrap(), b"old");
             let n = std::fs::read_dir(folder.path().join("a")).unwrap().count();

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::path::Path;
 use std::ops::ControlFlow;
+use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use stable_diffusion::DiffusionModel;

@@ -17,8 +17,7 @@ const PATTERN: &str =
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 
 /// The same without the special tokens, which are found before it is used: as OpenAI's own file has it.
-const SHORT_PATTERN: &str =
-    r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
+const SHORT_PATTERN: &str = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 
 /// A prompt as the text encoder takes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -383,7 +382,12 @@ fn from_vocab_and_merges(
             "normalized": false, "special": true}));
     }
     added.sort_by_key(|token| token["id"].as_u64());
-    Ok(clip(json!(added), json!(names.unknown), json!(vocab), json!(pairs)))
+    Ok(clip(
+        json!(added),
+        json!(names.unknown),
+        json!(vocab),
+        json!(pairs),
+    ))
 }
 
 /// What a `tokenizer.json` has in the place of CLIP's own tokenizer. The format describes programs, with patterns that a text may
@@ -396,7 +400,9 @@ fn from_whole(file: &str, json: &[u8]) -> Result<Vec<u8>> {
     let whole = Value::Object(whole);
     let model = &whole["model"];
     let other = |what: &str, value: &Value| {
-        fault(format!("its {what} is {value}: this is not the tokenizer of CLIP, which Stable Diffusion 1.x and 2.x have"))
+        fault(format!(
+            "its {what} is {value}: this is not the tokenizer of CLIP, which Stable Diffusion 1.x and 2.x have"
+        ))
     };
     // Each with what it may be besides absent.
     for (key, supported) in [
@@ -418,7 +424,9 @@ fn from_whole(file: &str, json: &[u8]) -> Result<Vec<u8>> {
         return Err(other("normalizer", &whole["normalizer"]));
     }
     let steps = &whole["pre_tokenizer"]["pretokenizers"];
-    let is_split = [PATTERN, SHORT_PATTERN].iter().any(|pattern| steps[0] == split(pattern));
+    let is_split = [PATTERN, SHORT_PATTERN]
+        .iter()
+        .any(|pattern| steps[0] == split(pattern));
     if !is_split || steps[1]["type"] != "ByteLevel" || steps[1]["add_prefix_space"] != false {
         return Err(other("pre_tokenizer", &whole["pre_tokenizer"]));
     }

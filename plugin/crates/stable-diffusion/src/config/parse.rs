@@ -108,7 +108,13 @@ impl<'a> Fields<'a> {
         self.wholes(key, &vec![default; len], Some(len), MAX_DEPTH)
     }
 
-    fn wholes(&mut self, key: &str, default: &[usize], len: Option<usize>, most: u64) -> Vec<usize> {
+    fn wholes(
+        &mut self,
+        key: &str,
+        default: &[usize],
+        len: Option<usize>,
+        most: u64,
+    ) -> Vec<usize> {
         let Some(value) = self.value(key) else {
             return default.to_vec();
         };
@@ -237,11 +243,7 @@ impl UNetConfig {
             up_block_types: f.choices("up_block_types", &up, &[UpBlock::Plain, u, u, u]),
             cross_attention_dim: f.size("cross_attention_dim", 1280),
             heads: f.sizes(heads_key, 8, n),
-            transformer_layers_per_block: f.depths(
-                "transformer_layers_per_block",
-                1,
-                n,
-            ),
+            transformer_layers_per_block: f.depths("transformer_layers_per_block", 1, n),
             norm_num_groups: f.size("norm_num_groups", 32),
             norm_eps: f.number("norm_eps", 1e-5),
             use_linear_projection: f.flag("use_linear_projection", false),
