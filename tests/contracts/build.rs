@@ -1,7 +1,6 @@
 //! Layouts name the package that a type is from, and a host compares the names: the types here are those of another
 //! version of `plugin-api`.
 
-#[expect(clippy::print_stdout, reason = "this is how Cargo is told")]
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rustc-env=CARGO_PKG_NAME=plugin-api");

@@ -15,8 +15,8 @@ pub enum Precision {
     /// f32: 24 bits.
     #[default]
     F32,
-    /// bf16: 8 bits, and the range of f32. Processors multiply it by their matrix tiles (Intel AMX); where they have none,
-    /// only weights are rounded.
+    /// bf16: 8 bits, and the range of f32. Processors multiply it by their matrix tiles (Intel AMX) or by vectors of it
+    /// (AVX512-BF16); where they have neither, only weights are rounded.
     Bf16,
     /// f16: 11 bits, and a small range; for devices.
     F16,
