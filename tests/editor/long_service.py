@@ -400,8 +400,8 @@ def prompt_note(n):
     return node("LoadImage", image="demo:man-and-cat.png") | {"_meta": {"title": "x" * n}}
 
 
-def serve(folder, jobs, clients, seed=1, seconds=None):
-    """Runs all of it; returns what was measured."""
+def serve(folder, jobs, clients, seed=1, seconds=None, picture=None):
+    """Runs all of it; returns what was measured, and draws it."""
     disk = Disk(folder)
     arguments = ["--cache-memory", "256"]
     try:
@@ -409,13 +409,15 @@ def serve(folder, jobs, clients, seed=1, seconds=None):
             service = Service(server, jobs, clients, seed, seconds)
             service.run(lambda: disturb_the_disk(service, disk))
             wait_until(lambda: server.get("/prompt").json["exec_info"]["queue_remaining"] == 0)
+            print(f"{service.done} jobs of {clients} clients in {service.samples[-1]['seconds'] / 60:.1f} min:", dict(service.outcomes))
+            for what in ("memory", "files", "sockets", "threads", "disk", "journal"):
+                values = [sample[what] for sample in service.samples]
+                print(f"{what}: {values[0]:.1f} at first, {values[-1]:.1f} at last, {max(values):.1f} at most, "
+                      f"last fifth to second {service.growth(what):.3f}", flush=True)
+            if picture:
+                curves(service.samples, picture)
             restored = kill_behind_a_full_disk(service, disk, arguments)
-        print(f"{service.done} jobs of {clients} clients in {service.samples[-1]['seconds'] / 60:.1f} min:", dict(service.outcomes))
         print(f"{restored} jobs were there again after the kill")
-        for what in ("memory", "files", "sockets", "threads", "disk", "journal"):
-            values = [sample[what] for sample in service.samples]
-            print(f"{what}: {values[0]:.1f} at first, {values[-1]:.1f} at last, {max(values):.1f} at most, "
-                  f"last fifth to second {service.growth(what):.3f}")
         return service
     finally:
         disk.close()
@@ -454,11 +456,9 @@ def main():
     folder = tempfile.mkdtemp()
     try:
         seconds = arguments.minutes and 60 * arguments.minutes
-        service = serve(folder, arguments.jobs, arguments.clients, arguments.seed, seconds)
+        service = serve(folder, arguments.jobs, arguments.clients, arguments.seed, seconds, arguments.curves)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if arguments.curves:
-        curves(service.samples, arguments.curves)
     grown = [what for what in ("memory", "files", "sockets", "threads") if service.growth(what) > 1.1]
     if grown:
         sys.exit(f"error: {' and '.join(grown)} grew by more than a tenth")
