@@ -87,8 +87,8 @@ impl Root {
     }
 }
 
-/// A name that has only ordinary parts.
-fn relative(name: &str) -> Result<&Path, PathError> {
+/// A name that has only ordinary parts, without what the system reads more into: a `/` at its end follows a link.
+fn relative(name: &str) -> Result<PathBuf, PathError> {
     let path = Path::new(name);
     let is_plain = !name.is_empty()
         && !name.contains(['\\', '\0', ':'])
@@ -96,7 +96,7 @@ fn relative(name: &str) -> Result<&Path, PathError> {
             .components()
             .all(|part| matches!(part, Component::Normal(_)));
     if is_plain {
-        Ok(path)
+        Ok(path.components().collect())
     } else {
         Err(PathError::NotRelative(name.to_owned()))
     }
@@ -162,6 +162,11 @@ mod tests {
             Err(PathError::Outside(_))
         ));
         assert!(matches!(root.place("file"), Err(PathError::Outside(_))));
-        assert!(matches!(root.place("out/new"), Err(PathError::Outside(_))));
+        for name in ["out/new", "out", "out/", "out//", "out/.", "file/"] {
+            assert!(
+                matches!(root.place(name), Err(PathError::Outside(_))),
+                "{name}"
+            );
+        }
     }
 }

@@ -51,6 +51,30 @@ fn is_cut_off_jpeg(bytes: &[u8]) -> bool {
     !scans.windows(2).any(|pair| pair == END_OF_IMAGE)
 }
 
+/// Whether a chunk of a WebP claims more bytes than the file has: the decoder would take as much memory for it.
+fn is_cut_off_webp(bytes: &[u8]) -> bool {
+    let number = |at: usize| {
+        let four = bytes.get(at..at + 4)?.try_into().ok()?;
+        Some(u32::from_le_bytes(four) as usize)
+    };
+    if !bytes.starts_with(b"RIFF") || bytes.get(8..12) != Some(b"WEBP") {
+        return false;
+    }
+    // What stands behind the end that the file claims is not read.
+    let end = number(4).map_or(0, |size| size.saturating_add(8));
+    let mut at = 12;
+    while at < end
+        && let Some(size) = number(at + 4)
+    {
+        at += 8 + size;
+        if at > bytes.len() {
+            return true;
+        }
+        at += size % 2;
+    }
+    false
+}
+
 impl LoadedPicture {
     /// Reads a picture; `name` is what errors call it.
     ///
@@ -65,7 +89,11 @@ impl LoadedPicture {
                 "cannot be read ({error}); PNG, JPEG and WebP files are"
             ))
         };
+        let cut_off = || refuse("ends before its last row; copy or download it again".to_owned());
         Self::check_size(name, bytes)?;
+        if is_cut_off_webp(bytes) {
+            return Err(cut_off());
+        }
         let reader = || ImageReader::new(Cursor::new(bytes)).with_guessed_format();
         let mut reader = reader().map_err(|error| refuse(format!("cannot be read ({error})")))?;
         let mut limits = Limits::default();
@@ -79,8 +107,7 @@ impl LoadedPicture {
         let mut picture = DynamicImage::from_decoder(decoder).map_err(unreadable)?;
         picture.apply_orientation(orientation);
         if is_cut_off_jpeg(bytes) {
-            let reason = "ends before its last row; copy or download it again".to_owned();
-            return Err(refuse(reason));
+            return Err(cut_off());
         }
         Ok(Self(picture))
     }

@@ -34,22 +34,22 @@ pub struct Target {
 pub static TARGETS: [Target; 12] = [
     Target {
         name: "workflow",
-        mutations: 3000,
+        mutations: 20000,
         run: |bench, bytes| bench.surfaces()?.workflow(bytes),
     },
     Target {
         name: "names",
-        mutations: 3000,
+        mutations: 10000,
         run: |bench, bytes| bench.surfaces()?.names(&String::from_utf8_lossy(bytes)),
     },
     Target {
         name: "connection",
-        mutations: 1000,
+        mutations: 5000,
         run: |bench, bytes| bench.surfaces()?.connection(bytes),
     },
     Target {
         name: "socket",
-        mutations: 500,
+        mutations: 5000,
         run: |bench, bytes| {
             let sent = [UPGRADE.as_bytes(), bytes].concat();
             bench.surfaces()?.connection(&sent)
@@ -57,7 +57,7 @@ pub static TARGETS: [Target; 12] = [
     },
     Target {
         name: "picture",
-        mutations: 3000,
+        mutations: 20000,
         run: |_, bytes| {
             fuzzing::picture(bytes);
             Ok(())
@@ -65,7 +65,7 @@ pub static TARGETS: [Target; 12] = [
     },
     Target {
         name: "descriptor",
-        mutations: 3000,
+        mutations: 20000,
         run: |_, bytes| {
             fuzzing::descriptor(bytes);
             Ok(())
@@ -73,17 +73,17 @@ pub static TARGETS: [Target; 12] = [
     },
     Target {
         name: "tensors",
-        mutations: 3000,
+        mutations: 20000,
         run: |bench, bytes| checkpoints::tensors(bench.folder.path(), bytes),
     },
     Target {
         name: "embedding",
-        mutations: 3000,
+        mutations: 20000,
         run: |bench, bytes| checkpoints::embedding(bench.folder.path(), bytes),
     },
     Target {
         name: "lora",
-        mutations: 1500,
+        mutations: 10000,
         run: |bench, bytes| {
             let model = bench.model.get_or_init(checkpoints::small_model);
             checkpoints::lora(bench.folder.path(), model.as_ref()?, bytes)
@@ -91,17 +91,17 @@ pub static TARGETS: [Target; 12] = [
     },
     Target {
         name: "tokenizer",
-        mutations: 1500,
+        mutations: 10000,
         run: |_, bytes| checkpoints::tokenizer(bytes),
     },
     Target {
         name: "single_file",
-        mutations: 1500,
+        mutations: 10000,
         run: |bench, bytes| checkpoints::single_file(bench.folder.path(), bytes),
     },
     Target {
         name: "model_folder",
-        mutations: 1500,
+        mutations: 6000,
         run: |bench, bytes| checkpoints::model_folder(bench.folder.path(), bytes),
     },
 ];

@@ -13,6 +13,7 @@ mod mutation;
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use fuzz::{Bench, TARGETS, Target, seeds};
@@ -29,13 +30,19 @@ const MOST_MIB: f32 = 2048.0;
 
 /// Where and why code panicked since this was looked at, whether or not a guard caught it.
 static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+/// Whether a target runs: panics of these tests themselves are told as ever.
+static IS_RUNNING: AtomicBool = AtomicBool::new(false);
 /// One target at a time: panics and memory are counted for the whole process.
 static TURN: Mutex<()> = Mutex::new(());
 
 fn turn() -> MutexGuard<'static, ()> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
-        std::panic::set_hook(Box::new(|info| {
+        let usual = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if !IS_RUNNING.load(Ordering::SeqCst) {
+                return usual(info);
+            }
             let mut panics = PANICS.lock().unwrap_or_else(PoisonError::into_inner);
             panics.push(info.to_string());
         }));
@@ -47,7 +54,9 @@ fn turn() -> MutexGuard<'static, ()> {
 fn found(bench: &Bench, target: &Target, bytes: &[u8]) -> Option<String> {
     MEMORY.reset_peak_usage();
     let before = MEMORY.current_usage_as_mb();
+    IS_RUNNING.store(true, Ordering::SeqCst);
     let ran = catch_unwind(AssertUnwindSafe(|| bench.run(target, bytes)));
+    IS_RUNNING.store(false, Ordering::SeqCst);
     let panics = std::mem::take(&mut *PANICS.lock().unwrap_or_else(PoisonError::into_inner));
     let taken = MEMORY.peak_usage_as_mb() - before;
     match ran {
