@@ -381,7 +381,7 @@ fn sync_folders(folder: &Path) {
 }
 
 /// Removes incomplete runs whose process is gone, and what nodes kept too long ago.
-fn sweep(root: &Path) {
+pub(crate) fn sweep(root: &Path) {
     WorkDirs::new(root.join(WORK)).forget_older_than(KEEP_WORK);
     for entry in fs::read_dir(root).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();

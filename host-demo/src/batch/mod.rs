@@ -25,7 +25,7 @@ use crate::executor::{self, Job, RunError};
 use crate::isolated::IsolationArguments;
 use crate::plugin_search::Libraries;
 use crate::recorder::Recorder;
-use crate::run_folder::{Destination, RunFolder, write_new};
+use crate::run_folder::{self, Destination, RunFolder, write_new};
 use crate::terminal::Terminal;
 use crate::validate::{Plan, validate};
 use crate::workflow_file::Workflow;
@@ -115,6 +115,8 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<BatchEnd> {
         "shard {shard}: {} of {n_all} entries",
         prepared.len()
     ));
+    // Where all is done no entry would do it.
+    run_folder::sweep(&options.out);
     let mut cache = Cache::new(options.cache_budget);
     let (mut n_done, mut n_skipped, mut failed) = (0, 0, Vec::new());
     for (index, one) in prepared.iter().enumerate() {

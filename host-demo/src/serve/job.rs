@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use durable_files::disk;
 use serde::{Deserialize, Serialize};
@@ -25,7 +26,10 @@ pub(crate) struct Job {
     pub(crate) outputs: Vec<String>,
     /// When it was accepted.
     pub(crate) created_ms: u64,
-    /// What it has saved before a crash cut it short.
+    /// When it was begun first, by the clock of the disk, if a crash has cut it short.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) begun: Option<SystemTime>,
+    /// What it had saved then.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) saved: Vec<SavedFile>,
     /// Left over from a crash: waits until somebody says so.
@@ -52,6 +56,25 @@ impl SavedFile {
             path: path.to_owned(),
             blake3: hasher.finalize().to_hex().to_string(),
         })
+    }
+
+    /// A file beside this one with the same content, written since then and none of `others`: the job's own, saved in the moment
+    /// of the crash and not written down any more.
+    pub(crate) fn twin_since(&self, begun: SystemTime, others: &[PathBuf]) -> Option<PathBuf> {
+        let bytes = self.path.metadata().ok()?.len();
+        let entries = std::fs::read_dir(self.path.parent()?).ok()?.flatten();
+        entries
+            .filter(|entry| {
+                let is_like = |meta: std::fs::Metadata| {
+                    let is_new = meta.modified().is_ok_and(|time| time >= begun);
+                    meta.is_file() && meta.len() == bytes && is_new
+                };
+                entry.metadata().is_ok_and(is_like)
+            })
+            .map(|entry| entry.path())
+            .filter(|path| path.extension() == self.path.extension())
+            .filter(|path| *path != self.path && !others.contains(path))
+            .find(|path| Self::of(path).is_ok_and(|other| other.blake3 == self.blake3))
     }
 
     /// Removes the file if nobody has changed it: the job writes it again.

@@ -1,11 +1,13 @@
 //! Which jobs were accepted and not ended, on disk: what a crash must not lose.
 //!
-//! A file of JSON lines, `{"accepted": job}`, `{"saved": {"id": …, "file": …}}` and `{"ended": id}`; a line counts once it is on
-//! the disk. A job that did not end begins anew, and what it had saved is taken back first: it is there once in the end.
+//! A file of JSON lines, `{"accepted": job}`, `{"begun": {"id": …, "at": …}}`, `{"saved": {"id": …, "file": …}}` and
+//! `{"ended": id}`; a line counts once it is on the disk. A job that did not end begins anew, and what it had saved is taken
+//! back first: it is there once in the end.
 
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use durable_files::disk;
 use serde::{Deserialize, Serialize};
@@ -28,6 +30,7 @@ pub(crate) struct JournalError {
 #[serde(rename_all = "snake_case")]
 enum Line {
     Accepted(Box<Job>),
+    Begun { id: String, at: SystemTime },
     Saved { id: String, file: SavedFile },
     Ended(String),
 }
@@ -73,6 +76,21 @@ impl Journal {
     /// See [`JournalError`]; the job then must not be accepted.
     pub(crate) fn accepted(&mut self, job: &Job) -> Result<(), JournalError> {
         self.append(&Line::Accepted(Box::new(job.clone())))
+    }
+
+    /// Writes down that a job begins.
+    ///
+    /// # Errors
+    /// See [`JournalError`]; a file then may be there twice if the job is cut short.
+    pub(crate) fn begun(&mut self, id: &str) -> Result<(), JournalError> {
+        // The clock of the disk, whose ticks are coarser: files that the job saves are not older than the line before this.
+        let at = self
+            .file
+            .inner()
+            .metadata()
+            .and_then(|meta| meta.modified());
+        let (id, at) = (id.to_owned(), at.map_err(|error| self.failed(error))?);
+        self.append(&Line::Begun { id, at })
     }
 
     /// Writes down that a job has saved a file.
@@ -137,6 +155,11 @@ fn read(file: File) -> io::Result<Vec<Job>> {
     for line in BufReader::new(file).split(b'\n') {
         match serde_json::from_slice(&line?) {
             Ok(Line::Accepted(job)) => waiting.push(*job),
+            Ok(Line::Begun { id, at }) => {
+                let job = waiting.iter_mut().find(|job| job.id == id);
+                job.into_iter()
+                    .for_each(|job| job.begun = job.begun.or(Some(at)));
+            }
             Ok(Line::Saved { id, file }) => {
                 let job = waiting.iter_mut().find(|job| job.id == id);
                 job.into_iter().for_each(|job| job.saved.push(file.clone()));
@@ -205,13 +228,25 @@ mod tests {
             journal.accepted(&job(id)).unwrap();
         }
         let saved = SavedFile::of(&picture).unwrap();
+        journal.begun("a").unwrap();
         journal.saved("a", saved.clone()).unwrap();
         drop(journal);
         // Also when the file was begun anew.
         for _ in 0..2 {
             let (_, waiting) = Journal::open(&path).unwrap();
             assert_eq!(waiting[0].saved, std::slice::from_ref(&saved));
-            assert!(waiting[1].saved.is_empty());
+            assert!(waiting[1].saved.is_empty() && waiting[1].begun.is_none());
+            // What was not written down any more.
+            let twin = folder.path().join("b.png");
+            std::fs::write(&twin, "a").unwrap();
+            let begun = waiting[0].begun.unwrap();
+            assert_eq!(saved.twin_since(begun, &[]).as_ref(), Some(&twin));
+            let others = std::slice::from_ref(&twin);
+            assert_eq!(saved.twin_since(begun, others), None);
+            let later = begun + std::time::Duration::from_secs(3600);
+            assert_eq!(saved.twin_since(later, &[]), None);
+            std::fs::write(&twin, "b").unwrap();
+            assert_eq!(saved.twin_since(begun, &[]), None);
         }
         std::fs::write(&picture, "of somebody").unwrap();
         saved.take_back();

@@ -1,10 +1,11 @@
 //! Jobs: waiting, running, ended. One runs at a time.
 
 use std::collections::VecDeque;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use durable_files::disk;
 use parking_lot::{Condvar, Mutex};
 
 use super::ended::{Ended, Outcome, Results};
@@ -183,24 +184,40 @@ impl Queue {
         }
     }
 
-    /// The running job has saved a file.
-    pub(crate) fn saved(&self, id: &str, path: &Path) {
-        let file = match SavedFile::of(path) {
+    /// The worker begins a job.
+    pub(crate) fn begin(&self, id: &str) {
+        if let Err(error) = self.journal.lock().begun(id) {
+            complain(&format!(
+                "warning: {error}; after a crash the job's files may be there twice"
+            ));
+        }
+    }
+
+    /// The running job has saved a file, besides `others`. Returns where it is: a job that a crash cut short may have saved the
+    /// very same already.
+    pub(crate) fn saved(&self, job: &Job, path: &Path, others: &[PathBuf]) -> PathBuf {
+        let mut file = match SavedFile::of(path) {
             Ok(file) => file,
             Err(error) => {
                 complain(&format!(
                     "warning: {} cannot be read: {error}",
                     path.display()
                 ));
-                return;
+                return path.to_owned();
             }
         };
-        if let Err(error) = self.journal.lock().saved(id, file) {
+        let twin = job.begun.and_then(|begun| file.twin_since(begun, others));
+        if let Some(twin) = twin.filter(|twin| disk::rename(path, twin).is_ok()) {
+            file.path = twin;
+        }
+        let path = file.path.clone();
+        if let Err(error) = self.journal.lock().saved(&job.id, file) {
             complain(&format!(
                 "warning: {error}; after a crash {} would be there twice",
                 path.display()
             ));
         }
+        path
     }
 
     fn write_ended(&self, ids: &[String], is_idle: bool) {

@@ -1,19 +1,22 @@
 //! The one thread that runs jobs: it owns the cache, and with it the device, or the process that does.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use plugin_api::ErrorCode;
 use serde_json::{Value, json};
 
 use super::Server;
 use super::ended::{Ended, Outcome, Results};
+use super::job::Job;
 use super::live::{Live, Previews};
 use super::queue::{Running, Task};
 use super::shown::ShownFiles;
 use crate::clock::now_ms;
 use crate::console::complain;
-use crate::events::{Event, NodeLabel, Observer, Observers};
+use crate::events::{Event, NodeLabel, Observer};
 use crate::executor::{self, RunError};
 use crate::graph::{Graph, NodeId};
 use crate::isolated::Engine;
@@ -149,17 +152,33 @@ fn exception_type(code: ErrorCode) -> &'static str {
     }
 }
 
-/// Has it written down what a job saves.
+/// Writes down what a job saves before anybody hears of it.
 struct Saves {
     server: Arc<Server>,
-    id: String,
+    job: Arc<Job>,
+    live: Arc<Live>,
+    /// Where its files are.
+    saved: Mutex<Vec<PathBuf>>,
 }
 
 impl Observer for Saves {
-    fn on_event(&self, _: &NodeLabel, event: &Event<'_>) {
+    fn on_event(&self, node: &NodeLabel, event: &Event<'_>) {
         if let Event::Saved { path } = event {
-            self.server.queue.saved(&self.id, path);
+            let mut saved = self.saved.lock();
+            let path = self.server.queue.saved(&self.job, path, &saved);
+            saved.push(path.clone());
+            self.live.on_event(node, &Event::Saved { path: &path });
+        } else {
+            self.live.on_event(node, event);
         }
+    }
+
+    fn entered(&self, node: &NodeLabel) {
+        self.live.entered(node);
+    }
+
+    fn polled(&self) {
+        self.live.polled();
     }
 }
 
@@ -174,10 +193,13 @@ fn execute(
     for file in &job.saved {
         file.take_back();
     }
-    let saves = Arc::new(Saves {
+    server.queue.begin(&job.id);
+    let saves = Saves {
         server: server.clone(),
-        id: job.id.clone(),
-    });
+        job: job.clone(),
+        live: live.clone(),
+        saved: Mutex::default(),
+    };
     let no_graph = || Failure::Unreadable("the prompt is no graph".to_owned());
     let prompt = job.prompt.as_object().ok_or_else(no_graph)?;
     let graph = Graph::from_api(prompt).map_err(Failure::Unreadable)?;
@@ -204,7 +226,7 @@ fn execute(
         workflow,
         prompt,
         cancel: running.cancel.clone(),
-        observer: Arc::new(Observers(vec![saves, live.clone()])),
+        observer: Arc::new(saves),
     };
     engine.run(&job).map_err(Failure::Run)
 }

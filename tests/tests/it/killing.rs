@@ -174,6 +174,9 @@ fn kills_at_random_moments_lose_nothing_and_double_nothing() {
     for n in 0..kills() {
         let (kind, (whole, length)) = (kinds[n % 3], &wholes[n % 3]);
         kind.kill_once(&place, random.before(*length), whole, &mut tally);
+        if (n + 1).is_multiple_of(20) {
+            println!("{} kills: {tally:?}", n + 1);
+        }
     }
     println!("{tally:?}");
 }
@@ -254,8 +257,10 @@ impl Victim for Batch {
         let batch = || command(place, &["batch", "m.jsonl", "--out", "b", "--resume"]);
         let mut child = batch().spawn().unwrap();
         std::thread::sleep(at);
-        tally.late += usize::from(child.try_wait().unwrap().is_some());
-        kill(child.id());
+        match child.try_wait().unwrap() {
+            Some(_) => tally.late += 1,
+            None => kill(child.id()),
+        }
         tally.batch += 1;
         child.wait().unwrap();
         let again = done(batch().output().unwrap()).succeeded();
