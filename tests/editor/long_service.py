@@ -318,10 +318,10 @@ class Service:
                 raise client.error
 
     def growth(self, what):
-        """How the median of the last fifth stands to that of the second."""
+        """How the most of the last fifth stands to that of the second: a job that takes memory makes teeth, a leak lifts them."""
         n = len(self.samples)
-        median = lambda part: sorted(sample[what] for sample in part)[len(part) // 2]
-        return median(self.samples[-max(1, n // 5):]) / max(median(self.samples[n // 5:2 * n // 5 + 1]), 1e-9)
+        most = lambda part: max(sample[what] for sample in part)
+        return most(self.samples[-max(1, n // 5):]) / max(most(self.samples[n // 5:2 * n // 5 + 1]), 1e-9)
 
     def probe(self, room=0):
         """A job that is done while nothing is in its way; its entry in the journal takes `room` bytes more."""
