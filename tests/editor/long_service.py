@@ -317,11 +317,15 @@ class Service:
             if client.error:
                 raise client.error
 
-    def growth(self, what):
-        """How the most of the last fifth stands to that of the second: a job that takes memory makes teeth, a leak lifts them."""
+    def highest(self, what):
+        """In the second fifth and in the last: a job that takes memory makes teeth, a leak lifts them."""
         n = len(self.samples)
-        most = lambda part: max(sample[what] for sample in part)
-        return most(self.samples[-max(1, n // 5):]) / max(most(self.samples[n // 5:2 * n // 5 + 1]), 1e-9)
+        return [max(sample[what] for sample in part) for part in (self.samples[n // 5:2 * n // 5 + 1], self.samples[-max(1, n // 5):])]
+
+    def grew(self, what):
+        """By more than a tenth, and by more than requests that are under way."""
+        before, after = self.highest(what)
+        return after > 1.1 * before and after > before + 4
 
     def probe(self, room=0):
         """A job that is done while nothing is in its way; its entry in the journal takes `room` bytes more."""
@@ -413,7 +417,7 @@ def serve(folder, jobs, clients, seed=1, seconds=None, picture=None):
             for what in ("memory", "files", "sockets", "threads", "disk", "journal"):
                 values = [sample[what] for sample in service.samples]
                 print(f"{what}: {values[0]:.1f} at first, {values[-1]:.1f} at last, {max(values):.1f} at most, "
-                      f"last fifth to second {service.growth(what):.3f}", flush=True)
+                      "{:.1f} in the second fifth, {:.1f} in the last".format(*service.highest(what)), flush=True)
             if picture:
                 curves(service.samples, picture)
             restored = kill_behind_a_full_disk(service, disk, arguments)
@@ -459,7 +463,7 @@ def main():
         service = serve(folder, arguments.jobs, arguments.clients, arguments.seed, seconds, arguments.curves)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    grown = [what for what in ("memory", "files", "sockets", "threads") if service.growth(what) > 1.1]
+    grown = [what for what in ("memory", "files", "sockets", "threads") if service.grew(what)]
     if grown:
         sys.exit(f"error: {' and '.join(grown)} grew by more than a tenth")
 
