@@ -116,7 +116,7 @@ fn main() {
     }
     let micro = |time: Duration| time.as_secs_f64() * 1e6;
     println!(
-        "| door | a node's call, µs | a tensor of 256 MiB, µs | of 12 bytes, µs | loading conceptloom, ms |"
+        "| door | a node's call, µs | with a tensor of 256 MiB, µs | of 12 bytes, µs | loading conceptloom, ms |"
     );
     println!("| --- | --- | --- | --- | --- |");
     for door in ["Rust", "C"] {

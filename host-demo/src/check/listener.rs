@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -68,12 +68,15 @@ pub(crate) fn listener(behavior: Behavior, folder: &Path) -> (Listener, Record) 
         Behavior::CancelsAfter(time) => Some(Instant::now() + time),
         Behavior::Patient | Behavior::Panics => None,
     };
+    // What a run leaves there is for one with the same inputs and parameters: here every run has a folder of its own.
+    static RUNS: AtomicUsize = AtomicUsize::new(0);
+    let work = format!("work-{}", RUNS.fetch_add(1, Ordering::Relaxed));
     let listener = Listener {
         shared: shared.clone(),
         info: RunInfo {
             node_id: "1".into(),
             output_dir: path("output"),
-            work_dir: path("work"),
+            work_dir: path(&work),
         },
         panics: behavior == Behavior::Panics,
         cancel_at,
