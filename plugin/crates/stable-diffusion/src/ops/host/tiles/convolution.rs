@@ -470,7 +470,7 @@ mod tests {
             .into_iter()
             .flat_map(|tiles| sizes.map(|size| (tiles, size)))
         {
-            for (factors, tolerance) in [(Factors::Exact, 5e-6), (Factors::Rounded, 2e-2)] {
+            for (factors, tolerance) in [(Factors::Exact, 1e-5), (Factors::Rounded, 2e-2)] {
                 let convolution = Convolution3x3 {
                     tiles,
                     factors,
