@@ -270,3 +270,22 @@ fn dlpack_that_nobody_else_holds_goes_on_as_it_came() {
     drop(held);
     assert_eq!(alive.load(Ordering::SeqCst), 0);
 }
+
+#[test]
+fn dlpack_of_a_device_waits_for_no_stream() {
+    let (tensor, alive) = view(&[2, 3], &[3, 1], 0);
+    let mut managed = disowned(tensor.into_dlpack().unwrap(), 1);
+    // SAFETY: made above; nobody reads the memory.
+    unsafe { managed.as_mut() }.dl_tensor.device.device_type = 2;
+    // SAFETY: valid, and handed over.
+    let tensor = unsafe { SharedTensor::from_dlpack(managed) }.unwrap();
+    let not_released = tensor.release_after(1).unwrap_err();
+    assert!(
+        not_released
+            .to_string()
+            .contains("cannot wait for a stream")
+    );
+    assert_eq!(alive.load(Ordering::SeqCst), 1);
+    drop(not_released);
+    assert_eq!(alive.load(Ordering::SeqCst), 0);
+}
