@@ -328,15 +328,20 @@ impl<'a> Worker<'a> {
         Ok((inputs, descriptor.completed_parameters(&parameters)))
     }
 
-    fn context(
-        &mut self,
+    /// The node's own folder; `None` if it is in use.
+    fn open_work(
+        &self,
         label: &NodeLabel,
         signature: &Signature,
-        has_saved: &Arc<AtomicBool>,
-    ) -> Result<Context, NodeError> {
-        let job = self.job;
-        let work = match job.work_dirs.open(signature.as_str()) {
-            Ok(work) => Some(work),
+    ) -> Result<Option<WorkDir>, NodeError> {
+        let dirs = self.job.work_dirs;
+        let path = dirs.path_of(signature.as_str());
+        // Two output nodes of one run may be the same.
+        if self.work.iter().any(|work| work.path() == path) {
+            return Ok(None);
+        }
+        match dirs.open(signature.as_str()) {
+            Ok(work) => Ok(Some(work)),
             Err(FolderError::InUse { process, .. }) => {
                 let text = format!(
                     "another run{} does the same now; if this one is stopped it cannot go on where it was",
@@ -346,13 +351,21 @@ impl<'a> Worker<'a> {
                     level: 2,
                     text: &text,
                 };
-                job.observer.on_event(label, &event);
-                None
+                self.job.observer.on_event(label, &event);
+                Ok(None)
             }
-            Err(error) => {
-                return Err(NodeError::new(ErrorCode::CannotWrite, error.to_string()));
-            }
-        };
+            Err(error) => Err(NodeError::new(ErrorCode::CannotWrite, error.to_string())),
+        }
+    }
+
+    fn context(
+        &mut self,
+        label: &NodeLabel,
+        signature: &Signature,
+        has_saved: &Arc<AtomicBool>,
+    ) -> Result<Context, NodeError> {
+        let job = self.job;
+        let work = self.open_work(label, signature)?;
         let work_dir = work
             .as_ref()
             .map(|work| work.path().to_string_lossy().into_owned());

@@ -101,6 +101,14 @@ pub(crate) fn write_new(path: &Path, bytes: &[u8]) -> Result<(), FolderError> {
     durable_files::write_new(path, |file| file.write_all(bytes)).map_err(at(path))
 }
 
+/// [`write_new`] of a picture that is only looked at: the disk is not waited for.
+///
+/// # Errors
+/// As [`write_new`].
+pub(crate) fn write_shown(path: &Path, bytes: &[u8]) -> Result<(), FolderError> {
+    durable_files::write_shown(path, bytes).map_err(at(path))
+}
+
 /// Where a run is to go.
 #[derive(Debug, Clone)]
 pub(crate) enum Destination {
@@ -370,7 +378,7 @@ fn move_up(from: &Path, to: &Path) -> io::Result<()> {
     disk::remove_dir(from)
 }
 
-/// Waits until the names in a folder, and in those in it, are on the disk; files already are.
+/// Waits until the names in a folder, and in those in it, are on the disk; files that are results already are.
 fn sync_folders(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -437,6 +445,12 @@ impl WorkDirs {
         &self.root
     }
 
+    /// Where the folder of the node with this signature is.
+    pub(crate) fn path_of(&self, signature: &str) -> PathBuf {
+        self.root
+            .join(signature.get(..SIGNATURE).unwrap_or(signature))
+    }
+
     /// The folder of the node with this signature.
     ///
     /// # Errors
@@ -455,9 +469,7 @@ impl WorkDirs {
     }
 
     fn open_within(&self, signature: &str, patience: Duration) -> Result<WorkDir, FolderError> {
-        let path = self
-            .root
-            .join(signature.get(..SIGNATURE).unwrap_or(signature));
+        let path = self.path_of(signature);
         let claim = claim(&lock_of(&path), &path, patience)?;
         match disk::create_dir_all(&path) {
             Ok(()) => Ok(WorkDir { path, claim }),

@@ -22,7 +22,7 @@ use crate::clock;
 use crate::pictures::RgbPicture;
 use crate::png_text;
 use crate::recorder::Record;
-use crate::run_folder::{FolderError, RunFolder, write_new};
+use crate::run_folder::{FolderError, RunFolder, write_new, write_shown};
 use crate::workflow_file::Workflow;
 
 /// Name of the page in the run's folder.
@@ -60,7 +60,7 @@ pub(crate) fn write(
             );
             // The same name twice, after what is not a letter or digit was replaced: the first one stays.
             if !path(&name).exists() {
-                write_new(&path(&name), &png(&frame.picture))?;
+                write_shown(&path(&name), &png(&frame.picture))?;
             }
         }
     }

@@ -51,7 +51,7 @@ impl ShownFiles {
         let name = format!("{}.png", &hash[..16]);
         let mut bytes = self.bytes.lock();
         if !self.is_there(&name) {
-            run_folder::write_new(&self.folder.join(&name), png)?;
+            run_folder::write_shown(&self.folder.join(&name), png)?;
             *bytes += png.len() as u64;
             if *bytes > self.most {
                 *bytes = self.make_room();

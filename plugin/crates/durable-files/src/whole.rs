@@ -21,7 +21,7 @@ pub fn write_over(
     path: &Path,
     write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> io::Result<()> {
-    let unnamed = written_beside(path, write)?;
+    let unnamed = written_beside(path, write, File::sync)?;
     disk::rename(&unnamed, path).inspect_err(|_| forget(&unnamed))?;
     disk::sync_dir(folder_of(path));
     Ok(())
@@ -35,7 +35,20 @@ pub fn write_new(
     path: &Path,
     write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> io::Result<()> {
-    let unnamed = written_beside(path, write)?;
+    named_anew(path, written_beside(path, write, File::sync)?)
+}
+
+/// [`write_new`] of what is only looked at: a process that dies leaves it whole or not at all, a machine that loses power may
+/// not. The disk is not waited for.
+///
+/// # Errors
+/// As [`write_new`].
+pub fn write_shown(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let write = |file: &mut dyn Write| file.write_all(bytes);
+    named_anew(path, written_beside(path, write, |_| Ok(()))?)
+}
+
+fn named_anew(path: &Path, unnamed: PathBuf) -> io::Result<()> {
     // Nobody but this process writes into its folders, so nobody takes the name in between.
     if path.exists() {
         forget(&unnamed);
@@ -47,6 +60,7 @@ pub fn write_new(
 fn written_beside(
     path: &Path,
     write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    sync: impl Fn(&File) -> io::Result<()>,
 ) -> io::Result<PathBuf> {
     let folder = folder_of(path);
     disk::create_dir_all(folder)?;
@@ -54,9 +68,7 @@ fn written_beside(
     let written = || -> io::Result<()> {
         let mut file = BufWriter::with_capacity(PIECE, file);
         write(&mut file)?;
-        file.into_inner()
-            .map_err(io::IntoInnerError::into_error)?
-            .sync()
+        sync(&file.into_inner().map_err(io::IntoInnerError::into_error)?)
     };
     written().inspect_err(|_| forget(&unnamed))?;
     Ok(unnamed)
@@ -120,10 +132,10 @@ mod tests {
         };
         for failed in [write_over(&path, half), write_new(&path, half)] {
             assert_eq!(failed.unwrap_err().to_string(), "out of paper");
-            assert_eq!(std::fs::read(&path).unwrap(), b"old");
-            let n = std::fs::read_dir(folder.path().join("a")).unwrap().count();
-            assert_eq!(n, 1);
         }
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        let n = std::fs::read_dir(folder.path().join("a")).unwrap().count();
+        assert_eq!(n, 1);
     }
 
     #[test]
