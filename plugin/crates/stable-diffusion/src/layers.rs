@@ -58,7 +58,7 @@ impl Linear {
             return Ok(y);
         };
         let low = ops::linear(x, &factors.down, None)?;
-        Ok((y + (ops::linear(&low, &factors.up, None)? * *scale)?)?)
+        ops::add_scaled(&y, &ops::linear(&low, &factors.up, None)?, *scale)
     }
 
     /// x `[B, in, h, w]` to `[B, h·w, out]`.
@@ -129,7 +129,7 @@ impl Conv3x3 {
 
     /// As [`Self::forward`], with `shift` `[B, out]` added to every pixel.
     pub(crate) fn forward_shifted(&self, x: &Tensor, shift: &Tensor) -> Result<Tensor> {
-        let bias = shift.broadcast_add(&self.bias)?;
+        let bias = ops::shift(shift, &self.bias)?;
         ops::conv2d(x, &self.weight, Some(&bias), self.stride, self.padding)
     }
 }

@@ -3,10 +3,13 @@
 //! [`composed`] holds the same functions in candle's operations alone, with any gradient: what both backends are tested
 //! against.
 
+mod arrangement;
 mod backend;
 mod device;
+mod function;
 mod host;
 mod precision;
+mod tape;
 mod workers;
 
 pub mod composed;
@@ -16,7 +19,10 @@ use candle_core::{Result as TensorResult, Tensor, bail};
 pub use backend::Backend;
 pub use device::kernels;
 pub use precision::Precision;
+pub(crate) use tape::{Gradients, Tape};
 pub(crate) use workers::on_workers;
+
+use self::arrangement::{Joint, MeanOfHeads, Repeat, Shift, Sum};
 
 use crate::Result;
 
@@ -284,10 +290,70 @@ pub fn observed_attention(
     positions: &[usize],
 ) -> Result<(Tensor, Tensor)> {
     expect_heads([q, k, v], n_heads, Mask::None, positions)?;
-    Ok(match Backend::of([q, k, v]) {
+    let both = match Backend::of([q, k, v]) {
         Backend::Host => host::observed_attention([q, k, v], n_heads, positions),
         Backend::Device => device::observed_attention([q, k, v], n_heads, positions),
-    }?)
+    }?;
+    let Ok([attended, probabilities]) = <[Tensor; 2]>::try_from(both) else {
+        return Err(candle_core::Error::Msg("attention gave something else".into()).into());
+    };
+    Ok((attended, probabilities))
+}
+
+/// x + y, of one shape.
+///
+/// # Errors
+/// [`crate::Error::Tensor`] when the shapes differ.
+pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    add_scaled(x, y, 1.0)
+}
+
+/// x + scale·y, of one shape.
+///
+/// # Errors
+/// [`crate::Error::Tensor`] when the shapes differ.
+pub fn add_scaled(x: &Tensor, y: &Tensor, scale: f64) -> Result<Tensor> {
+    if x.shape() != y.shape() {
+        let [x, y] = [x, y].map(Tensor::shape);
+        return Err(candle_core::Error::Msg(format!("the sum of {x:?} and {y:?}")).into());
+    }
+    Ok(function::apply(Sum { scale }, &[x, y])?)
+}
+
+/// The channels of x `[B, C, ..]` and behind them those of y `[B, D, ..]`: `[B, C + D, ..]`.
+///
+/// # Errors
+/// [`crate::Error::Tensor`] when the shapes do not fit.
+pub fn join_channels(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    Ok(function::apply(Joint, &[x, y])?)
+}
+
+/// x `[B, C]` + shift `[C]`.
+///
+/// # Errors
+/// [`crate::Error::Tensor`] when the shapes do not fit.
+pub fn shift(x: &Tensor, shift: &Tensor) -> Result<Tensor> {
+    expect_affine("shift", [shift; 2], x.dims2()?.1)?;
+    Ok(function::apply(Shift, &[x, shift])?)
+}
+
+/// x `[1 or n_samples, ..]` for every sample, `[n_samples, ..]`.
+///
+/// # Errors
+/// [`crate::Error::Tensor`] when x has another number of samples.
+pub fn for_samples(x: &Tensor, n_samples: usize) -> Result<Tensor> {
+    if x.dim(0)? == n_samples {
+        return Ok(x.clone());
+    }
+    Ok(function::apply(Repeat { n_samples }, &[x])?)
+}
+
+/// The mean of x `[B, heads, ..]` over its heads, `[B, ..]`.
+///
+/// # Errors
+/// [`crate::Error::Tensor`] when the tensor library fails.
+pub fn mean_of_heads(x: &Tensor) -> Result<Tensor> {
+    Ok(function::apply(MeanOfHeads, &[x])?)
 }
 
 // ---------------------------------------------------------------- shapes that every backend relies on

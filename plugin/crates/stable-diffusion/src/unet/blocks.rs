@@ -12,6 +12,7 @@ use crate::{
     Result,
     config::{DownBlock, UNetConfig, UpBlock},
     layers::{Conv3x3, GroupNorm, Linear},
+    ops,
     weights::Weights,
 };
 
@@ -216,8 +217,8 @@ impl Residual {
         let h = self.conv_1.forward_shifted(&h, &self.time.forward(time)?)?;
         let h = self.conv_2.forward(&self.norm_2.forward_silu(&h)?)?;
         match &self.shortcut {
-            Some(shortcut) => Ok((shortcut.forward_plane(x)? + h)?),
-            None => Ok((x + h)?),
+            Some(shortcut) => ops::add(&shortcut.forward_plane(x)?, &h),
+            None => ops::add(x, &h),
         }
     }
 }

@@ -224,15 +224,12 @@ impl UNet {
         context: &Tensor,
         watch: Watch<'_>,
     ) -> Result<(Observed, Backward<'_>)> {
-        if !self.computes_again(latents)? {
-            let observed = self.forward_observed(latents, timesteps, context, watch)?;
-            return Ok((observed, Backward::kept()));
-        }
         self.check(latents, timesteps, context, watch)?;
+        let is_again = self.computes_again(latents)?;
         let [latents, context] = self.as_activations([latents, context])?;
         let (observed, backward) = self.compute(latents.device(), || {
             let time = self.network.time(&self.config, &latents, timesteps)?;
-            backward::forward(self, &latents, time, &context, watch)
+            backward::forward(self, &latents, time, &context, watch, is_again)
         })?;
         let observed = Observed {
             prediction: observed.prediction.to_dtype(DType::F32)?,
@@ -288,13 +285,14 @@ impl UNet {
 
     /// About what a step that keeps everything holds of its pass, in bytes; a test counts them.
     pub fn kept_bytes(&self, n_samples: usize, latent: [usize; 2]) -> u64 {
-        /// Planes of a residual block: what it is given and joined with, both norms, convolutions, and sums.
-        const RESIDUAL: usize = 8;
-        /// Planes around the blocks of a transformer: norm, both projections, and the sum.
-        const TRANSFORMER: usize = 4;
-        /// Planes of one of its blocks: three norms, projections, two attentions and sums, and the 8 + 4 of the
-        /// feed-forward.
-        const BLOCK: usize = 28;
+        /// Planes of a residual block that its backward reads: what either norm is given, for the first one on the way up
+        /// joined with another plane.
+        const RESIDUAL: usize = 3;
+        /// Around the blocks of a transformer: what the norm is given.
+        const TRANSFORMER: usize = 1;
+        /// Of one of its blocks: what three norms are given, q, k, v and the output of one attention, q and the output of
+        /// the other, and the 8 of the feed-forward.
+        const BLOCK: usize = 17;
         let config = &self.config;
         let from_coarsest = config.up_block_types.iter().rev();
         let levels = config.down_block_types.iter().zip(from_coarsest);

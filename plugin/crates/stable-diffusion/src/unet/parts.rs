@@ -95,7 +95,7 @@ impl<'a> Part<'a> {
     ) -> Result<Tensor> {
         let joined = planes
             .skip
-            .map(|skip| Tensor::cat(&[planes.x, skip], 1))
+            .map(|skip| ops::join_channels(planes.x, skip))
             .transpose()?;
         let x = joined.as_ref().unwrap_or(planes.x);
         match self.work {

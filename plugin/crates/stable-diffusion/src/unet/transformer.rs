@@ -63,7 +63,10 @@ impl Transformer {
         for block in &self.blocks {
             tokens = block.forward(&tokens, [height, width], pass)?;
         }
-        Ok((x + self.proj_out.forward_to_plane(&tokens, [height, width])?)?)
+        ops::add(
+            x,
+            &self.proj_out.forward_to_plane(&tokens, [height, width])?,
+        )
     }
 }
 
@@ -115,18 +118,18 @@ impl Block {
         let (attended, self_attention) = if pass.watch.sees_self_attention(self.layer) {
             let all: Vec<usize> = (0..height * width).collect();
             let (attended, seen) = ops::observed_attention(&q, &k, &v, n_heads, &all)?;
-            (attended, Some(seen.mean(1)?))
+            (attended, Some(ops::mean_of_heads(&seen)?))
         } else {
             (ops::attention(&q, &k, &v, n_heads, Mask::None)?, None)
         };
-        let x = (x + self.self_attention.out.forward(&attended)?)?;
+        let x = ops::add(x, &self.self_attention.out.forward(&attended)?)?;
 
         let h = self.norm_2.forward(&x)?;
         let attended = self.attend_to_context(&h, [height, width], self_attention, pass)?;
-        let x = (&x + attended)?;
+        let x = ops::add(&x, &attended)?;
 
         let h = ops::geglu(&self.widen.forward(&self.norm_3.forward(&x)?)?)?;
-        Ok((x + self.narrow.forward(&h)?)?)
+        ops::add(&x, &self.narrow.forward(&h)?)
     }
 
     fn attend_to_context(
@@ -192,19 +195,10 @@ impl Attention {
     /// Queries of x `[B, N, C]`; keys and values of the context `[B or 1, M, D]`, for every sample.
     fn project(&self, x: &Tensor, context: &Tensor) -> Result<[Tensor; 3]> {
         let n_samples = x.dim(0)?;
-        let for_all = |y: Tensor| -> Result<Tensor> {
-            let (n, n_tokens, width) = y.dims3()?;
-            if n == n_samples {
-                Ok(y)
-            } else {
-                Ok(y.broadcast_as((n_samples, n_tokens, width))?)
-            }
-        };
-        let q = self.to_q.forward(x)?;
         Ok([
-            q,
-            for_all(self.to_k.forward(context)?)?,
-            for_all(self.to_v.forward(context)?)?,
+            self.to_q.forward(x)?,
+            ops::for_samples(&self.to_k.forward(context)?, n_samples)?,
+            ops::for_samples(&self.to_v.forward(context)?, n_samples)?,
         ])
     }
 }

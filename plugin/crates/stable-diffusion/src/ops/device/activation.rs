@@ -2,8 +2,7 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
-use super::function::Function;
-use crate::ops::{Activation, composed};
+use crate::ops::{Activation, composed, function::Function};
 
 /// An activation of its one operand.
 pub(super) struct Elementwise(pub(super) Activation);
@@ -122,5 +121,9 @@ impl Function for Nearest {
             };
         }
         Ok(vec![Some(dx)])
+    }
+
+    fn reads(&self, _: usize, _: &[bool]) -> bool {
+        false
     }
 }

@@ -10,8 +10,7 @@ use std::ops::Range;
 
 use candle_core::{D, DType, Result, Tensor};
 
-use super::function::Function;
-use crate::ops::Mask;
+use crate::ops::{Mask, function::Function};
 
 /// Scores that are held at a time, in elements.
 const MOST_SCORES: usize = 1 << 23;

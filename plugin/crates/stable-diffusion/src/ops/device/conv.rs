@@ -2,8 +2,10 @@
 
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::function::{Function, in_type_of, only, sum_to};
-use crate::ops::Padding;
+use crate::ops::{
+    Padding,
+    function::{Function, in_type_of, only, sum_to},
+};
 
 /// Operands x, W and perhaps b `[out]` or `[B, out]`.
 pub(super) struct Conv {
@@ -111,14 +113,22 @@ impl Function for Conv {
         let [x, weight, ..] = operands else {
             return Ok(Vec::new());
         };
-        let (dy, weight) = (dy.contiguous()?, in_type_of(x, weight)?);
+        let dy = dy.contiguous()?;
         let gradient = |operand: usize| match operand {
-            0 => self.input_gradient(x, &weight, &dy),
-            1 => self.weight_gradient(x, &weight, &dy),
+            0 => self.input_gradient(x, &in_type_of(x, weight)?, &dy),
+            1 => self.weight_gradient(x, weight, &dy),
             _ if operands[2].rank() == 2 => dy.flatten_from(2)?.sum(2),
             _ => sum_to(&dy, 1),
         };
         only(wanted, gradient)
+    }
+
+    fn reads(&self, operand: usize, wanted: &[bool]) -> bool {
+        match operand {
+            0 => wanted[1],
+            1 => wanted[0],
+            _ => false,
+        }
     }
 }
 

@@ -1,14 +1,13 @@
 //! The operations in candle's own, for every device and type; see [`super`] for what each of them computes.
 //!
 //! candle's graph keeps every intermediate result, and computes and keeps the gradients of all operands. So each
-//! operation here is one node ([`function`]): its inside is computed without a graph, its backward computes again what it
+//! operation here is one node ([`super::function`]): its inside is computed without a graph, its backward computes again what it
 //! needs, and only operands that are tracked get gradients. Softmax, statistics and slopes are computed in f32 whatever the
 //! operands are.
 //!
 //! On a CUDA device some of them are done by kernels of our own ([`kernels`] says which and when), each of which is tested
 //! against the form in candle's operations.
 
-mod function;
 pub mod kernels;
 
 mod activation;
@@ -24,14 +23,23 @@ use self::{
     attention::{Attended, Heads, Watched},
     conv::Conv,
     kernels::{Fused, FusedGeglu, FusedGroups},
-    linear::Linear,
+    linear::{Arrangement, Linear},
     norm::Normalization,
 };
-use super::{Activation, After, Mask, Padding};
+use super::{Activation, After, Mask, Padding, function};
 
 pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    arranged(Arrangement::Tokens, x, weight, bias)
+}
+
+fn arranged(
+    arrangement: Arrangement,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
     let operands: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
-    function::apply(Linear, &operands)
+    function::apply(Linear(arrangement), &operands)
 }
 
 pub(super) fn linear_from_channels(
@@ -39,17 +47,16 @@ pub(super) fn linear_from_channels(
     weight: &Tensor,
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
-    linear(&x.flatten_from(2)?.transpose(1, 2)?, weight, bias)
+    arranged(Arrangement::FromChannels, x, weight, bias)
 }
 
 pub(super) fn linear_to_channels(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
-    [height, width]: [usize; 2],
+    size: [usize; 2],
 ) -> Result<Tensor> {
-    let y = linear(x, weight, bias)?.transpose(1, 2)?;
-    y.reshape((y.dim(0)?, y.dim(1)?, height, width))
+    arranged(Arrangement::ToChannels(size), x, weight, bias)
 }
 
 pub(super) fn conv2d(
@@ -106,24 +113,24 @@ pub(super) fn attention(operands: [&Tensor; 3], n_heads: usize, mask: Mask) -> R
     }
 }
 
-/// Without a kernel, two nodes, as the output has the operands' type and the probabilities are f32; those of the watched keys
-/// cost little where there are as few keys as words.
+/// Without a kernel, two operations, as the output has the operands' type and the probabilities are f32; those of the watched
+/// keys cost little where there are as few keys as words.
 pub(super) fn observed_attention(
     [q, k, v]: [&Tensor; 3],
     n_heads: usize,
     positions: &[usize],
-) -> Result<(Tensor, Tensor)> {
+) -> Result<Vec<Tensor>> {
     let mask = Mask::None;
     if !positions.is_empty()
         && let Some(fused) = Fused::of([q, k, v], n_heads, mask, positions)
     {
-        let value = function::apply(fused, &[q, k, v])?;
-        return Fused::unpack(&value, q, n_heads, positions.len());
+        let parts = |value: &Tensor| Fused::unpack(value, q, n_heads, positions.len());
+        return function::apply_in_parts(fused, &[q, k, v], parts);
     }
     let output = attention([q, k, v], n_heads, mask)?;
     let watched = Watched {
         heads: Heads { n_heads, mask },
         positions: positions.to_vec(),
     };
-    Ok((output, function::apply(watched, &[q, k])?))
+    Ok(vec![output, function::apply(watched, &[q, k])?])
 }

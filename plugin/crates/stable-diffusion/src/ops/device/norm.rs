@@ -7,11 +7,11 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
-use super::{
-    activation::slope,
+use super::activation::slope;
+use crate::ops::{
+    Activation, After, composed,
     function::{Function, only, sum_to},
 };
-use crate::ops::{Activation, After, composed};
 
 /// Operands x, γ and β.
 pub(super) struct Normalization {

@@ -1,14 +1,14 @@
 //! Element-wise activations, the gated one of the feed-forward layers, and nearest-neighbor enlargement.
 
-use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
+use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
 use super::{
-    memory::{Values, output, slice_of, tracked},
+    memory::{Values, tensor},
     norm::silu_slope,
     simd::{erf, exp, items_per_thread, map, sigmoid, vectorize, zip_map},
 };
-use crate::ops::Activation;
+use crate::ops::{Activation, function::Function};
 
 const QUICK: f32 = 1.702;
 const SQRT_HALF: f32 = std::f32::consts::FRAC_1_SQRT_2;
@@ -75,29 +75,29 @@ impl Activation {
     }
 }
 
-/// Applies an operation of one tensor, keeping the graph only where a gradient can flow.
-pub(crate) fn apply<Op: CustomOp1 + Send + Sync + 'static>(x: &Tensor, op: Op) -> Result<Tensor> {
-    let x = x.contiguous()?;
-    if tracked(Some(&x)) {
-        x.apply_op1(op)
-    } else {
-        x.apply_op1_no_bwd(&op)
-    }
-}
+/// An activation of its one operand.
+pub(crate) struct Elementwise(pub(crate) Activation);
 
-impl CustomOp1 for Activation {
-    fn name(&self) -> &'static str {
-        "activation"
+impl Function for Elementwise {
+    const NAME: &'static str = "activation";
+
+    fn forward(&self, operands: &[Tensor]) -> Result<Tensor> {
+        let x = operands[0].contiguous()?;
+        let y = self.0.values(Values::of(&x)?.as_slice()?);
+        tensor(y, x.shape(), x.device())
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok(output(self.values(slice_of(x, layout)?), layout.shape()))
-    }
-
-    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let dy = dy.contiguous()?;
-        let dx = self.gradient(Values::of(x)?.as_slice()?, Values::of(&dy)?.as_slice()?);
-        Tensor::from_vec(dx, x.shape(), x.device()).map(Some)
+    fn backward(
+        &self,
+        operands: &[Tensor],
+        _: &Tensor,
+        dy: &Tensor,
+        _: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let (x, dy) = (operands[0].contiguous()?, dy.contiguous()?);
+        let (x_values, dy_values) = (Values::of(&x)?, Values::of(&dy)?);
+        let dx = self.0.gradient(x_values.as_slice()?, dy_values.as_slice()?);
+        Ok(vec![Some(tensor(dx, x.shape(), x.device())?)])
     }
 }
 
@@ -118,13 +118,13 @@ impl Geglu {
     }
 }
 
-impl CustomOp1 for Geglu {
-    fn name(&self) -> &'static str {
-        "geglu"
-    }
+impl Function for Geglu {
+    const NAME: &'static str = "geglu";
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, width) = (slice_of(x, layout)?, self.width);
+    fn forward(&self, operands: &[Tensor]) -> Result<Tensor> {
+        let operand = operands[0].contiguous()?;
+        let (x, width) = (Values::of(&operand)?, self.width);
+        let x = x.as_slice()?;
         let mut y = vec![0.0; x.len() / 2];
         let chunks = y
             .par_chunks_mut(self.rows() * width)
@@ -142,16 +142,22 @@ impl CustomOp1 for Geglu {
                 },
             );
         });
-        let mut dims = layout.dims().to_vec();
+        let mut dims = operand.dims().to_vec();
         if let Some(last) = dims.last_mut() {
             *last = width;
         }
-        Ok(output(y, dims))
+        tensor(y, dims, operand.device())
     }
 
-    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let (dy, width) = (dy.contiguous()?, self.width);
-        let (x_values, dy_values) = (Values::of(x)?, Values::of(&dy)?);
+    fn backward(
+        &self,
+        operands: &[Tensor],
+        _: &Tensor,
+        dy: &Tensor,
+        _: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let (x, dy, width) = (operands[0].contiguous()?, dy.contiguous()?, self.width);
+        let (x_values, dy_values) = (Values::of(&x)?, Values::of(&dy)?);
         let (x_values, dy_values) = (x_values.as_slice()?, dy_values.as_slice()?);
         let mut dx = vec![0.0; x_values.len()];
         let (double, single) = (self.rows() * 2 * width, self.rows() * width);
@@ -178,7 +184,7 @@ impl CustomOp1 for Geglu {
                 },
             );
         });
-        Tensor::from_vec(dx, x.shape(), x.device()).map(Some)
+        Ok(vec![Some(tensor(dx, x.shape(), x.device())?)])
     }
 }
 
@@ -197,14 +203,14 @@ impl Nearest {
     }
 }
 
-impl CustomOp1 for Nearest {
-    fn name(&self) -> &'static str {
-        "upsample_nearest"
-    }
+impl Function for Nearest {
+    const NAME: &'static str = "upsample_nearest";
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (b, c, h, w) = layout.shape().dims4()?;
-        let x = slice_of(x, layout)?;
+    fn forward(&self, operands: &[Tensor]) -> Result<Tensor> {
+        let operand = operands[0].contiguous()?;
+        let (b, c, h, w) = operand.dims4()?;
+        let x = Values::of(&operand)?;
+        let x = x.as_slice()?;
         let (rows, cols) = (Self::sources(self.height, h), Self::sources(self.width, w));
         let mut y = vec![0.0; b * c * self.height * self.width];
         y.par_chunks_mut(self.height * self.width)
@@ -218,10 +224,17 @@ impl CustomOp1 for Nearest {
                     }
                 }
             });
-        Ok(output(y, (b, c, self.height, self.width)))
+        tensor(y, (b, c, self.height, self.width), operand.device())
     }
 
-    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+    fn backward(
+        &self,
+        operands: &[Tensor],
+        _: &Tensor,
+        dy: &Tensor,
+        _: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let x = &operands[0];
         let (_, _, h, w) = x.dims4()?;
         let dy = dy.contiguous()?;
         let dy = Values::of(&dy)?;
@@ -238,6 +251,10 @@ impl CustomOp1 for Nearest {
                 }
             }
         });
-        Tensor::from_vec(dx, x.shape(), x.device()).map(Some)
+        Ok(vec![Some(tensor(dx, x.shape(), x.device())?)])
+    }
+
+    fn reads(&self, _: usize, _: &[bool]) -> bool {
+        false
     }
 }

@@ -303,6 +303,7 @@ impl Conv {
 
 impl Layer for Conv {
     const NAME: &'static str = "conv2d";
+    const IS_LINEAR: bool = true;
 
     fn output_shape(&self) -> Shape {
         Shape::from((self.n_samples, self.n_out, self.output[0], self.output[1]))

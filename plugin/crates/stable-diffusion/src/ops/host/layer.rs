@@ -1,17 +1,19 @@
-//! How a kernel with a weight and a bias becomes a node of candle's graph.
-//!
-//! candle computes the gradient of every operand of a product and keeps it until the gradients are dropped,
-//! whether anybody wants it or not. Here parameters that nobody trains live inside the operation, where candle
-//! does not see them, and only the input is an operand; parameters that are trained are operands too.
+//! How a kernel with a weight and a bias becomes an operation that gradients go through.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{Result, Shape, Tensor, bail};
 
-use super::memory::{Values, output, slice_of, tracked};
-use super::numbers::Numbers;
+use super::{
+    memory::{Values, tensor},
+    numbers::Numbers,
+};
+use crate::ops::function::{self, Function, only};
 
 /// A kernel y = f(x; weight, bias). Absent parameters are empty slices.
 pub(crate) trait Layer: Send + Sync + 'static {
     const NAME: &'static str;
+
+    /// Whether dL/dx depends on x; where it does not, an empty slice is given for it.
+    const IS_LINEAR: bool;
 
     fn output_shape(&self) -> Shape;
 
@@ -20,150 +22,95 @@ pub(crate) trait Layer: Send + Sync + 'static {
     /// dL/dx from dL/dy.
     fn input_gradient(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32], dy: &[f32]) -> Vec<f32>;
 
+    /// dL/dweight.
     fn weight_gradient(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32], dy: &[f32])
     -> Vec<f32>;
 
     fn bias_gradient(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32], dy: &[f32]) -> Vec<f32>;
 }
 
-/// Applies a layer. Keeps nothing when neither input nor parameters are tracked; computes gradients of exactly
-/// the tracked ones.
+/// Applies a layer.
 pub(crate) fn apply<L: Layer>(
     layer: L,
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
-    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
-    let bias = match bias {
-        Some(bias) => bias.contiguous()?,
-        None => Tensor::zeros(0, DType::F32, x.device())?,
-    };
-    if tracked(Some(&weight)) || tracked(Some(&bias)) {
-        return x.apply_op3(&weight, &bias, Trained(layer));
-    }
-    let node = Frozen {
-        layer,
-        weight,
-        bias,
-    };
-    if tracked(Some(&x)) {
-        x.apply_op1(node)
-    } else {
-        x.apply_op1_no_bwd(&node)
-    }
+    let operands: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
+    function::apply(Parameterized(layer), &operands)
 }
 
-struct Frozen<L> {
-    layer: L,
-    weight: Tensor,
-    bias: Tensor,
+/// Nothing of what is not read.
+fn slice_of<'a>(values: &'a Option<Values<'_>>) -> Result<&'a [f32]> {
+    values.as_ref().map_or(Ok(&[]), Values::as_slice)
 }
 
-impl<L: Layer> CustomOp1 for Frozen<L> {
-    fn name(&self) -> &'static str {
-        L::NAME
-    }
+/// Operands x, weight and perhaps bias.
+struct Parameterized<L>(L);
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (weight, bias) = (Values::of(&self.weight)?, Values::of(&self.bias)?);
-        let x = slice_of(x, layout)?;
-        let y = self.layer.forward(x, weight.numbers()?, bias.as_slice()?);
-        Ok(output(y, self.layer.output_shape()))
-    }
+impl<L: Layer> Function for Parameterized<L> {
+    const NAME: &'static str = L::NAME;
 
-    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let operands = Operands::of(x, &self.weight, &self.bias, dy)?;
-        operands.gradient(x, |x, weight, bias, dy| {
-            self.layer.input_gradient(x, weight, bias, dy)
-        })
-    }
-}
-
-struct Trained<L>(L);
-
-impl<L: Layer> CustomOp3 for Trained<L> {
-    fn name(&self) -> &'static str {
-        L::NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        weight: &CpuStorage,
-        weight_layout: &Layout,
-        bias: &CpuStorage,
-        bias_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let x = slice_of(x, x_layout)?;
+    fn forward(&self, operands: &[Tensor]) -> Result<Tensor> {
+        let contiguous = operands.iter().map(Tensor::contiguous);
+        let operands = contiguous.collect::<Result<Vec<_>>>()?;
+        let values = operands.iter().map(Values::of);
+        let values = values.collect::<Result<Vec<_>>>()?;
+        let bias = values.get(2).map(Values::as_slice).transpose()?;
         let y = self.0.forward(
-            x,
-            Numbers::F32(slice_of(weight, weight_layout)?),
-            slice_of(bias, bias_layout)?,
+            values[0].as_slice()?,
+            values[1].numbers()?,
+            bias.unwrap_or_default(),
         );
-        Ok(output(y, self.0.output_shape()))
+        tensor(y, self.0.output_shape(), operands[0].device())
     }
 
-    fn bwd(
+    fn backward(
         &self,
-        x: &Tensor,
-        weight: &Tensor,
-        bias: &Tensor,
-        _y: &Tensor,
+        operands: &[Tensor],
+        _: &Tensor,
         dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let operands = Operands::of(x, weight, bias, dy)?;
+        wanted: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let dy = dy.contiguous()?;
+        let read = (0..operands.len()).filter(|&operand| self.reads(operand, wanted));
+        let mut held: [Option<Tensor>; 3] = [None, None, None];
+        for operand in read {
+            held[operand] = Some(operands[operand].contiguous()?);
+        }
+        let [x, weight, bias] = held.each_ref().map(|held| held.as_ref().map(Values::of));
+        let (x, weight) = (x.transpose()?, weight.transpose()?);
+        let (bias, dy) = (bias.transpose()?, Values::of(&dy)?);
+        let (x, bias, dy) = (slice_of(&x)?, slice_of(&bias)?, dy.as_slice()?);
+        let weight = match &weight {
+            Some(weight) => weight.numbers()?,
+            None => Numbers::F32(&[]),
+        };
         let layer = &self.0;
-        Ok((
-            operands.gradient(x, |x, w, b, dy| layer.input_gradient(x, w, b, dy))?,
-            operands.gradient(weight, |x, w, b, dy| layer.weight_gradient(x, w, b, dy))?,
-            operands.gradient(bias, |x, w, b, dy| layer.bias_gradient(x, w, b, dy))?,
-        ))
-    }
-}
-
-/// Everything a backward pass reads.
-struct Operands<'a> {
-    x: Values<'a>,
-    weight: Values<'a>,
-    bias: Values<'a>,
-    dy: Tensor,
-}
-
-impl<'a> Operands<'a> {
-    fn of(x: &'a Tensor, weight: &'a Tensor, bias: &'a Tensor, dy: &Tensor) -> Result<Self> {
-        Ok(Self {
-            x: Values::of(x)?,
-            weight: Values::of(weight)?,
-            bias: Values::of(bias)?,
-            dy: dy.contiguous()?,
+        only(wanted, |operand| {
+            let of = &operands[operand];
+            let values = match operand {
+                0 => layer.input_gradient(x, weight, bias, dy),
+                1 => layer.weight_gradient(x, weight, bias, dy),
+                _ => layer.bias_gradient(x, weight, bias, dy),
+            };
+            if values.len() != of.elem_count() {
+                bail!(
+                    "gradient of {} elements for a tensor of shape {:?}",
+                    values.len(),
+                    of.shape()
+                );
+            }
+            tensor(values, of.shape().clone(), of.device())
         })
     }
 
-    /// The gradient with respect to `of`, or nothing if nobody asked for it.
-    fn gradient(
-        &self,
-        of: &Tensor,
-        compute: impl FnOnce(&[f32], Numbers<'_>, &[f32], &[f32]) -> Vec<f32>,
-    ) -> Result<Option<Tensor>> {
-        if !tracked(Some(of)) {
-            return Ok(None);
+    fn reads(&self, operand: usize, wanted: &[bool]) -> bool {
+        match operand {
+            _ if !L::IS_LINEAR => true,
+            0 => wanted[1],
+            1 => wanted[0],
+            _ => wanted[2],
         }
-        let dy = Values::of(&self.dy)?;
-        let values = compute(
-            self.x.as_slice()?,
-            self.weight.numbers()?,
-            self.bias.as_slice()?,
-            dy.as_slice()?,
-        );
-        if values.len() != of.elem_count() {
-            bail!(
-                "gradient of {} elements for a tensor of shape {:?}",
-                values.len(),
-                of.shape()
-            );
-        }
-        Tensor::from_vec(values, of.shape(), of.device()).map(Some)
     }
 }

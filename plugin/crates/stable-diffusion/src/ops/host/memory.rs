@@ -3,14 +3,9 @@
 
 use std::{cell::RefCell, ops::Deref};
 
-use candle_core::{CpuStorage, Error, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, Device, Error, Layout, Result, Shape, Storage, Tensor};
 
 use super::numbers::Numbers;
-
-/// Whether a gradient can reach this tensor.
-pub(crate) fn tracked(tensor: Option<&Tensor>) -> bool {
-    tensor.is_some_and(Tensor::track_op)
-}
 
 /// The values of a contiguous tensor in memory, f32 but for some weights, locked for reading.
 pub(crate) struct Values<'a> {
@@ -49,15 +44,9 @@ impl<'a> Values<'a> {
     }
 }
 
-/// The slice of a custom operation's argument, which must be contiguous f32.
-pub(crate) fn slice_of<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    let (start, end) = contiguous_range(layout)?;
-    Ok(&storage.as_slice::<f32>()?[start..end])
-}
-
-/// The result of a custom operation.
-pub(crate) fn output(values: Vec<f32>, shape: impl Into<Shape>) -> (CpuStorage, Shape) {
-    (CpuStorage::F32(values), shape.into())
+/// What a kernel computed.
+pub(crate) fn tensor(values: Vec<f32>, shape: impl Into<Shape>, device: &Device) -> Result<Tensor> {
+    Tensor::from_vec(values, shape.into(), device)
 }
 
 fn contiguous_range(layout: &Layout) -> Result<(usize, usize)> {

@@ -12,18 +12,21 @@ mod conv;
 mod layer;
 mod norm;
 mod projection;
+mod sum;
 mod winograd;
 
 use candle_core::{Result, Tensor};
 
 use self::{
-    activation::{Geglu, Nearest},
+    activation::{Elementwise, Geglu, Nearest},
     attention::Attention,
     conv::Conv,
     norm::{GroupNorm, LayerNorm},
     projection::{Arrangement, Projection},
 };
-use super::{Activation, After, Mask, Padding};
+use super::{Activation, After, Mask, Padding, function};
+
+pub(super) use sum::{add_to, sum};
 
 pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     layer::apply(Projection::tokens(x, weight)?, x, weight, bias)
@@ -79,36 +82,39 @@ pub(super) fn layer_norm(x: &Tensor, [weight, bias]: [&Tensor; 2], epsilon: f64)
 }
 
 pub(super) fn activation(x: &Tensor, which: Activation) -> Result<Tensor> {
-    activation::apply(x, which)
+    function::apply(Elementwise(which), &[x])
 }
 
 pub(super) fn geglu(x: &Tensor) -> Result<Tensor> {
-    activation::apply(x, Geglu::new(x)?)
+    function::apply(Geglu::new(x)?, &[x])
 }
 
 pub(super) fn upsample_nearest(x: &Tensor, [height, width]: [usize; 2]) -> Result<Tensor> {
-    activation::apply(x, Nearest { height, width })
+    function::apply(Nearest { height, width }, &[x])
 }
 
 pub(super) fn attention(operands: [&Tensor; 3], n_heads: usize, mask: Mask) -> Result<Tensor> {
-    attention::apply(Attention::new(operands, n_heads, mask, &[])?, operands)
+    function::apply(Attention::new(operands, n_heads, mask, &[])?, &operands)
 }
 
 pub(super) fn observed_attention(
     operands: [&Tensor; 3],
     n_heads: usize,
     positions: &[usize],
-) -> Result<(Tensor, Tensor)> {
+) -> Result<Vec<Tensor>> {
     let op = Attention::new(operands, n_heads, Mask::None, positions)?;
     let ((n_output, n_columns), output, columns) =
         (op.lengths(), op.output_dims(), op.column_dims());
-    let packed = attention::apply(op, operands)?;
+    let parts = |packed: &Tensor| {
+        Ok(vec![
+            packed.narrow(0, 0, n_output)?.reshape(output)?,
+            packed.narrow(0, n_output, n_columns)?.reshape(columns)?,
+        ])
+    };
     if positions.is_empty() {
-        let [q, ..] = operands;
-        return Ok((packed, Tensor::zeros(columns, q.dtype(), q.device())?));
+        let attended = function::apply(op, &operands)?;
+        let nothing = Tensor::zeros(columns, attended.dtype(), attended.device())?;
+        return Ok(vec![attended, nothing]);
     }
-    Ok((
-        packed.narrow(0, 0, n_output)?.reshape(output)?,
-        packed.narrow(0, n_output, n_columns)?.reshape(columns)?,
-    ))
+    function::apply_in_parts(op, &operands, parts)
 }

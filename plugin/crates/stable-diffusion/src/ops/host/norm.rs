@@ -132,6 +132,7 @@ pub(crate) fn silu_slope(x: f32) -> f32 {
 
 impl Layer for GroupNorm {
     const NAME: &'static str = "group_norm";
+    const IS_LINEAR: bool = false;
 
     fn output_shape(&self) -> Shape {
         self.shape.clone()
@@ -282,6 +283,7 @@ impl LayerNorm {
 
 impl Layer for LayerNorm {
     const NAME: &'static str = "layer_norm";
+    const IS_LINEAR: bool = false;
 
     fn output_shape(&self) -> Shape {
         self.shape.clone()

@@ -138,6 +138,7 @@ impl Projection {
 
 impl Layer for Projection {
     const NAME: &'static str = "projection";
+    const IS_LINEAR: bool = true;
 
     fn output_shape(&self) -> Shape {
         self.output_shape.clone()

@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 
 /// Elements per parallel chunk of an element-wise loop.
-const CHUNK: usize = 1 << 15;
+pub(crate) const CHUNK: usize = 1 << 15;
 
 /// How many items of `len` values each make a chunk that is worth another thread.
 pub(crate) fn items_per_thread(len: usize) -> usize {

@@ -10,7 +10,7 @@ use super::{
     Argument, Launch, Launcher, MOST, MOST_BLOCKS, aligned, int, launcher, memory::output,
     type_name,
 };
-use crate::ops::{Mask, device::function::Function};
+use crate::ops::{Mask, function::Function};
 
 /// What heads can be padded to.
 const WIDTHS: [usize; 5] = [32, 48, 64, 80, 160];
@@ -158,13 +158,13 @@ impl Fused {
         q: &Tensor,
         n_heads: usize,
         n_observed: usize,
-    ) -> Result<(Tensor, Tensor)> {
+    ) -> Result<Vec<Tensor>> {
         let (n_samples, n_queries, _) = q.dims3()?;
         let n_out = q.elem_count();
         let out = value.narrow(0, 0, n_out)?.reshape(q.shape())?;
         let observed = value.narrow(0, n_out, value.elem_count() - n_out)?;
         let shape = (n_samples, n_heads, n_queries, n_observed);
-        Ok((out.to_dtype(q.dtype())?, observed.reshape(shape)?))
+        Ok(vec![out.to_dtype(q.dtype())?, observed.reshape(shape)?])
     }
 
     /// The kernel of a name for this type and width.
@@ -297,6 +297,10 @@ impl Fused {
 
 impl Function for Fused {
     const NAME: &'static str = "attention";
+
+    fn reads_value(&self) -> bool {
+        true
+    }
 
     fn forward(&self, operands: &[Tensor]) -> Result<Tensor> {
         let [q, k, v] = [0, 1, 2].map(|i| aligned(&operands[i]));

@@ -5,7 +5,7 @@ use candle_core::{D, Result, Tensor};
 use super::{
     Argument, Launch, Launcher, MOST, PACK_BYTES, aligned, int, launcher, memory::output, type_name,
 };
-use crate::ops::device::function::Function;
+use crate::ops::function::Function;
 
 const N_THREADS: usize = 256;
 

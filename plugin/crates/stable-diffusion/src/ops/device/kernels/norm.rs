@@ -8,10 +8,7 @@ use super::{
     Argument, Launch, Launcher, MOST, MOST_BLOCKS, aligned, int, launcher, memory::output,
     type_name,
 };
-use crate::ops::{
-    After,
-    device::{function::Function, norm::Normalization},
-};
+use crate::ops::{After, device::norm::Normalization, function::Function};
 
 const N_THREADS: usize = 256;
 const N_WARPS: usize = N_THREADS / 32;

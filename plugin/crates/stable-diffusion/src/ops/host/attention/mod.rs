@@ -31,16 +31,16 @@ mod vectors;
 
 use std::{ops::Range, sync::OnceLock};
 
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{
     gemm::{Matrix, MatrixMut, Tile},
-    memory::{Values, output, slice_of, tracked},
+    memory::{Values, tensor},
     simd::{exp, items_per_thread, sum_zip_by},
     tiles::{Factors, Means, Tiles},
 };
-use crate::ops::Mask;
+use crate::ops::{Mask, function::Function};
 
 /// Queries of a block.
 const QUERIES: usize = 64;
@@ -176,7 +176,7 @@ struct Gradients<'a> {
 
 impl Attention {
     /// The output followed by the watched columns, and the logarithms of the sums.
-    fn forward(&self, q: &[f32], k: &[f32], v: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    fn attend(&self, q: &[f32], k: &[f32], v: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let (n_output, n_columns) = self.lengths();
         let mut packed = vec![0.0; n_output + n_columns];
         let mut log_sums = vec![0.0; self.n_samples * self.n_heads * self.n_queries];
@@ -222,7 +222,7 @@ impl Attention {
     }
 
     /// Gradients of q, k and v as far as `wanted`. `y` and `dy` are packed as the result of the forward pass is.
-    fn backward(
+    fn gradients(
         &self,
         [q, k, v, y, dy]: [&[f32]; 5],
         log_sums: &[f32],
@@ -398,78 +398,58 @@ fn pieces(rows: &mut [f32], n_queries: usize, width: usize, n_blocks: usize) -> 
         .collect()
 }
 
-/// Applies the attention; returns output and columns in one buffer, see [`Attention::lengths`].
-pub(crate) fn apply(op: Attention, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
-    let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
-    if [&q, &k, &v].into_iter().any(|tensor| tracked(Some(tensor))) {
-        q.apply_op3(&k, &v, op)
-    } else {
-        q.apply_op3_no_bwd(&k, &v, &op)
-    }
-}
+/// Operands q, k and v; the value is output and columns in one buffer, see [`Attention::lengths`], or the output as it stands
+/// where there are no columns.
+impl Function for Attention {
+    const NAME: &'static str = "attention";
 
-impl CustomOp3 for Attention {
-    fn name(&self) -> &'static str {
-        "attention"
-    }
-
-    fn cpu_fwd(
-        &self,
-        q: &CpuStorage,
-        q_layout: &Layout,
-        k: &CpuStorage,
-        k_layout: &Layout,
-        v: &CpuStorage,
-        v_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (packed, log_sums) = self.forward(
-            slice_of(q, q_layout)?,
-            slice_of(k, k_layout)?,
-            slice_of(v, v_layout)?,
-        );
+    fn forward(&self, operands: &[Tensor]) -> Result<Tensor> {
+        let device = operands[0].device();
+        let contiguous = operands.iter().map(Tensor::contiguous);
+        let operands = contiguous.collect::<Result<Vec<_>>>()?;
+        let values = operands.iter().map(Values::of);
+        let values = values.collect::<Result<Vec<_>>>()?;
+        let [q, k, v] = &values[..] else {
+            bail!("attention takes three operands")
+        };
+        let (packed, log_sums) = self.attend(q.as_slice()?, k.as_slice()?, v.as_slice()?);
         // A second pass of one operation finds the same.
         self.log_sums.get_or_init(|| log_sums);
-        let len = packed.len();
-        // Without columns the buffer is the output as it stands.
         if self.watched.is_empty() {
-            return Ok(output(packed, self.output_dims()));
+            return tensor(packed, self.output_dims(), device);
         }
-        Ok(output(packed, len))
+        let len = packed.len();
+        tensor(packed, len, device)
     }
 
-    fn bwd(
+    fn backward(
         &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
+        operands: &[Tensor],
         y: &Tensor,
         dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        wanted: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
         let Some(log_sums) = self.log_sums.get() else {
             bail!("attention goes back before it went forward")
         };
-        let dy = dy.contiguous()?;
-        let [q_values, k_values, v_values, y_values, dy_values] = [
-            Values::of(q)?,
-            Values::of(k)?,
-            Values::of(v)?,
-            Values::of(y)?,
-            Values::of(&dy)?,
-        ];
-        let seen = [
-            q_values.as_slice()?,
-            k_values.as_slice()?,
-            v_values.as_slice()?,
-            y_values.as_slice()?,
-            dy_values.as_slice()?,
-        ];
-        let wanted = [tracked(Some(q)), tracked(Some(k)), tracked(Some(v))];
-        let [dq, dk, dv] = self.backward(seen, log_sums, wanted);
-        let tensor = |values: Option<Vec<f32>>, like: &Tensor| {
+        let seen = operands.iter().chain([y, dy]).map(Tensor::contiguous);
+        let seen = seen.collect::<Result<Vec<_>>>()?;
+        let values = seen.iter().map(Values::of).collect::<Result<Vec<_>>>()?;
+        let slices = values.iter().map(Values::as_slice);
+        let slices = slices.collect::<Result<Vec<_>>>()?;
+        let (Ok(slices), &[q, k, v]) = (slices.try_into(), wanted) else {
+            bail!("attention takes three operands")
+        };
+        let gradients = self.gradients(slices, log_sums, [q, k, v]);
+        let tensor = |(values, like): (Option<Vec<f32>>, &Tensor)| {
             values
-                .map(|values| Tensor::from_vec(values, like.shape(), like.device()))
+                .map(|values| tensor(values, like.shape(), like.device()))
                 .transpose()
         };
-        Ok((tensor(dq, q)?, tensor(dk, k)?, tensor(dv, v)?))
+        gradients.into_iter().zip(operands).map(tensor).collect()
+    }
+
+    fn reads_value(&self) -> bool {
+        true
     }
 }

@@ -1,4 +1,5 @@
-//! A function of tensors as one node of candle's graph.
+//! A function of tensors as one operation that gradients go through: on the tape of a pass that is recorded
+//! ([`super::tape`]), or as a node of candle's graph.
 //!
 //! candle lets an operation of ours make its result from bare storages only. So the result is computed first, of tensors
 //! that have no graph, and its storage is moved, not copied, into the node.
@@ -6,14 +7,16 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, D, InplaceOp1, Layout, MetalStorage,
-    Result, Shape, Tensor,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, InplaceOp1, Layout,
+    MetalStorage, Result, Shape, Tensor,
     backend::{BackendDevice, BackendStorage},
     bail,
 };
 
-/// What the node does. Operands are detached: nothing that is computed from them has a graph. Gradients are brought into the
-/// types of their operands.
+use super::tape::{self, Recorded};
+
+/// What the operation does. Operands are detached: nothing that is computed from them has a graph. Gradients are brought into
+/// the types of their operands.
 pub(super) trait Function: Send + Sync + 'static {
     const NAME: &'static str;
 
@@ -28,12 +31,113 @@ pub(super) trait Function: Send + Sync + 'static {
         dy: &Tensor,
         wanted: &[bool],
     ) -> Result<Vec<Option<Tensor>>>;
+
+    /// Whether [`Self::backward`] reads the numbers of an operand. Of one that it does not read it is given the shape alone,
+    /// and the tape does not hold it.
+    fn reads(&self, _operand: usize, _wanted: &[bool]) -> bool {
+        true
+    }
+
+    /// The same of the value.
+    fn reads_value(&self) -> bool {
+        false
+    }
+
+    /// Whether a gradient that it returns may be the one that it was given, or a part of it.
+    fn passes_on(&self) -> bool {
+        false
+    }
 }
 
-/// The value, as a node if an operand is tracked. At most three can be.
+/// The value, differentiable in every operand that is tracked. In candle's graph at most three can be.
 pub(super) fn apply<F: Function>(function: F, operands: &[&Tensor]) -> Result<Tensor> {
+    let mut parts = apply_in_parts(function, operands, |y| Ok(vec![y.clone()]))?;
+    match parts.pop() {
+        Some(y) => Ok(y),
+        None => bail!("{} has no value", F::NAME),
+    }
+}
+
+/// [`apply`], and `parts` of the value: views of pieces of it one after the other, perhaps in another type.
+pub(super) fn apply_in_parts<F: Function>(
+    function: F,
+    operands: &[&Tensor],
+    parts: impl FnOnce(&Tensor) -> Result<Vec<Tensor>>,
+) -> Result<Vec<Tensor>> {
     let detached: Vec<Tensor> = operands.iter().map(|operand| operand.detach()).collect();
     let y = function.forward(&detached)?;
+    let Some(tracked) = tape::tracked(operands)? else {
+        return parts(&in_graph(function, operands, detached, y)?);
+    };
+    if !tracked.contains(&true) {
+        return parts(&y);
+    }
+    let y = tape::mark(y)?;
+    let parts = parts(&y)?;
+    let kept = |operand: usize| {
+        let tensor = &detached[operand];
+        if function.reads(operand, &tracked) {
+            Ok(tensor.clone())
+        } else {
+            shape_of(tensor)
+        }
+    };
+    let kept: Vec<Tensor> = (0..detached.len()).map(kept).collect::<Result<_>>()?;
+    let value = if function.reads_value() {
+        y.detach()
+    } else {
+        shape_of(&y)?
+    };
+    let dtypes: Vec<DType> = detached.iter().map(Tensor::dtype).collect();
+    tape::push(Recorded {
+        results: parts
+            .iter()
+            .map(|part| (part.id(), part.elem_count()))
+            .collect(),
+        operands: operands
+            .iter()
+            .zip(&tracked)
+            .map(|(operand, tracked)| tracked.then(|| operand.id()))
+            .collect(),
+        passes_on: function.passes_on(),
+        backward: Box::new(move |of_parts| {
+            let dy = joined(of_parts, &value)?;
+            let gradients = function.backward(&kept, &value, &dy, &tracked)?;
+            // A parameter may have another type than what it is multiplied with.
+            let gradients = gradients.into_iter().zip(&dtypes);
+            gradients
+                .map(|(gradient, &dtype)| gradient.map(|g| g.to_dtype(dtype)).transpose())
+                .collect()
+        }),
+    });
+    Ok(parts)
+}
+
+/// A tensor of this shape and type that holds nothing to speak of.
+fn shape_of(tensor: &Tensor) -> Result<Tensor> {
+    Tensor::zeros((), tensor.dtype(), tensor.device())?.broadcast_as(tensor.shape())
+}
+
+/// The gradient of a value from those of its parts.
+fn joined(mut of_parts: Vec<(Option<Tensor>, usize)>, value: &Tensor) -> Result<Tensor> {
+    let is_whole = matches!(&of_parts[..], [(Some(only), _)] if only.shape() == value.shape());
+    if is_whole && let Some((Some(only), _)) = of_parts.pop() {
+        return Ok(only);
+    }
+    let flat = of_parts.into_iter().map(|(gradient, len)| match gradient {
+        Some(gradient) => gradient.flatten_all()?.to_dtype(value.dtype()),
+        None => Tensor::zeros(len, value.dtype(), value.device()),
+    });
+    Tensor::cat(&flat.collect::<Result<Vec<_>>>()?, 0)?.reshape(value.shape())
+}
+
+/// The value as a node of candle's graph, if an operand is tracked.
+fn in_graph<F: Function>(
+    function: F,
+    operands: &[&Tensor],
+    detached: Vec<Tensor>,
+    y: Tensor,
+) -> Result<Tensor> {
     let wanted: Vec<bool> = operands.iter().map(|operand| operand.track_op()).collect();
     let tracked: Vec<&Tensor> = operands.iter().copied().filter(|t| t.track_op()).collect();
     if tracked.is_empty() {
@@ -105,7 +209,7 @@ impl<F: Function> Node<F> {
 }
 
 /// The storage of a value that was computed already.
-struct Value {
+pub(super) struct Value {
     shape: Shape,
     storage: Mutex<Option<AnyStorage>>,
 }
@@ -118,7 +222,7 @@ enum AnyStorage {
 
 impl Value {
     /// Moves the storage out of `y`, which nobody else may hold.
-    fn take(y: Tensor) -> Result<Self> {
+    pub(super) fn take(y: Tensor) -> Result<Self> {
         let is_whole = {
             let (storage, layout) = y.storage_and_layout();
             let n_elements = match &*storage {
@@ -147,21 +251,21 @@ impl Value {
         Ok(storage)
     }
 
-    fn cpu(&self) -> Result<(CpuStorage, Shape)> {
+    pub(super) fn cpu(&self) -> Result<(CpuStorage, Shape)> {
         match self.storage()? {
             AnyStorage::Cpu(storage) => Ok((storage, self.shape.clone())),
             _ => bail!("a value is on another device than its operands"),
         }
     }
 
-    fn cuda(&self) -> Result<(CudaStorage, Shape)> {
+    pub(super) fn cuda(&self) -> Result<(CudaStorage, Shape)> {
         match self.storage()? {
             AnyStorage::Cuda(storage) => Ok((storage, self.shape.clone())),
             _ => bail!("a value is on another device than its operands"),
         }
     }
 
-    fn metal(&self) -> Result<(MetalStorage, Shape)> {
+    pub(super) fn metal(&self) -> Result<(MetalStorage, Shape)> {
         match self.storage()? {
             AnyStorage::Metal(storage) => Ok((storage, self.shape.clone())),
             _ => bail!("a value is on another device than its operands"),

@@ -1,0 +1,66 @@
+//! Sums of two tensors over all threads.
+
+use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor};
+use rayon::prelude::*;
+
+use super::{
+    memory::{Values, tensor},
+    projection::add_to as add_slice,
+    simd::{CHUNK, zip_map},
+};
+
+/// x + scale·y of two tensors of one shape.
+pub(in crate::ops) fn sum(x: &Tensor, y: &Tensor, scale: f64) -> Result<Tensor> {
+    if x.shape() != y.shape() {
+        return x + (y * scale)?;
+    }
+    let (x, y, scale) = (x.contiguous()?, y.contiguous()?, scale as f32);
+    let (x_values, y_values) = (Values::of(&x)?, Values::of(&y)?);
+    let sums = zip_map(
+        x_values.as_slice()?,
+        y_values.as_slice()?,
+        #[inline(always)]
+        |x, y| x + scale * y,
+    );
+    tensor(sums, x.shape(), x.device())
+}
+
+/// Adds to the numbers of a tensor where they are; false, and nothing is done, unless both are f32 in memory and of one shape.
+pub(in crate::ops) fn add_to(x: &Tensor, more: &Tensor) -> Result<bool> {
+    let is_fit = |tensor: &Tensor| {
+        tensor.device().is_cpu() && tensor.dtype() == DType::F32 && tensor.is_contiguous()
+    };
+    if !is_fit(x) || !is_fit(more) || x.shape() != more.shape() {
+        return Ok(false);
+    }
+    x.inplace_op2(more, &AddTo)?;
+    Ok(true)
+}
+
+struct AddTo;
+
+impl InplaceOp2 for AddTo {
+    fn name(&self) -> &'static str {
+        "add to"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &mut CpuStorage,
+        x_layout: &Layout,
+        more: &CpuStorage,
+        more_layout: &Layout,
+    ) -> Result<()> {
+        let (CpuStorage::F32(x), CpuStorage::F32(more)) = (x, more) else {
+            candle_core::bail!("f32 numbers are added to f32 numbers")
+        };
+        let range = |layout: &Layout| {
+            let start = layout.start_offset();
+            start..start + layout.shape().elem_count()
+        };
+        let (x, more) = (&mut x[range(x_layout)], &more[range(more_layout)]);
+        let pieces = x.par_chunks_mut(CHUNK).zip(more.par_chunks(CHUNK));
+        pieces.for_each(|(x, more)| add_slice(x, more));
+        Ok(())
+    }
+}
