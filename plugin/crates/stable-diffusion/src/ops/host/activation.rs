@@ -4,7 +4,7 @@ use candle_core::{D, Result, Tensor};
 use rayon::prelude::*;
 
 use super::{
-    memory::{Values, tensor},
+    memory::{Values, tensor, unwritten},
     norm::silu_slope,
     simd::{erf, exp, items_per_thread, map, sigmoid, vectorize, zip_map},
 };
@@ -125,7 +125,7 @@ impl Function for Geglu {
         let operand = operands[0].contiguous()?;
         let (x, width) = (Values::of(&operand)?, self.width);
         let x = x.as_slice()?;
-        let mut y = vec![0.0; x.len() / 2];
+        let mut y = unwritten(x.len() / 2);
         let chunks = y
             .par_chunks_mut(self.rows() * width)
             .zip(x.par_chunks(self.rows() * 2 * width));
@@ -159,7 +159,7 @@ impl Function for Geglu {
         let (x, dy, width) = (operands[0].contiguous()?, dy.contiguous()?, self.width);
         let (x_values, dy_values) = (Values::of(&x)?, Values::of(&dy)?);
         let (x_values, dy_values) = (x_values.as_slice()?, dy_values.as_slice()?);
-        let mut dx = vec![0.0; x_values.len()];
+        let mut dx = unwritten(x_values.len());
         let (double, single) = (self.rows() * 2 * width, self.rows() * width);
         let chunks = dx.par_chunks_mut(double).zip(
             x_values
@@ -212,7 +212,7 @@ impl Function for Nearest {
         let x = Values::of(&operand)?;
         let x = x.as_slice()?;
         let (rows, cols) = (Self::sources(self.height, h), Self::sources(self.width, w));
-        let mut y = vec![0.0; b * c * self.height * self.width];
+        let mut y = unwritten(b * c * self.height * self.width);
         y.par_chunks_mut(self.height * self.width)
             .zip(x.par_chunks(h * w))
             .with_min_len(items_per_thread(self.height * self.width))

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::{
     gemm::{Matrix, MatrixMut, Write, gemm, parallel_gemm},
     layer::Layer,
-    memory::with_scratch,
+    memory::{unwritten, with_scratch},
     numbers::Numbers,
     projection::{channel_sums, shift},
     simd::items_per_thread,
@@ -240,7 +240,7 @@ impl Conv {
     fn convolved_by_parts(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
         let (n_pixels, window) = (self.n_outputs(), self.window());
         let weight = Matrix::new(weight, [self.n_out, window]);
-        let mut y = vec![0.0; self.n_samples * self.n_out * n_pixels];
+        let mut y = unwritten(self.n_samples * self.n_out * n_pixels);
         let samples = y
             .chunks_exact_mut(self.n_out * n_pixels)
             .zip(x.chunks_exact(self.n_in * self.n_inputs()))
@@ -325,7 +325,7 @@ impl Layer for Conv {
             return weight.with_f32(|weight| self.convolved_by_parts(x, weight, bias));
         }
         let weight = weight.matrix([self.n_out, window]);
-        let mut y = vec![0.0; self.n_samples * self.n_out * n_pixels];
+        let mut y = unwritten(self.n_samples * self.n_out * n_pixels);
         let samples = y
             .chunks_exact_mut(self.n_out * n_pixels)
             .zip(x.chunks_exact(self.n_in * self.n_inputs()))

@@ -58,6 +58,24 @@ fn contiguous_range(layout: &Layout) -> Result<(usize, usize)> {
     })
 }
 
+/// Memory for so many numbers, all of which a kernel writes: until then it may hold any. To fill it with zeros first takes as
+/// long as some kernels.
+#[expect(unsafe_code, reason = "memory is taken as it comes")]
+pub(crate) fn unwritten(len: usize) -> Vec<f32> {
+    if cfg!(any(miri, debug_assertions)) {
+        // What a kernel leaves out is seen.
+        return vec![f32::NAN; len];
+    }
+    let mut values: Vec<f32> = Vec::with_capacity(len);
+    // SAFETY: the capacity is `len`. For the compiler the instruction, of which there is none, may have written all of it: the
+    // numbers are some numbers, and stay what they are. Pages of an allocator do not change by themselves.
+    unsafe {
+        std::arch::asm!("/* {} */", in(reg) values.as_mut_ptr(), options(nostack, preserves_flags));
+        values.set_len(len);
+    }
+    values
+}
+
 thread_local! {
     static SCRATCH: RefCell<Vec<Vec<u32>>> = const { RefCell::new(Vec::new()) };
 }

@@ -5,6 +5,7 @@ use rayon::prelude::*;
 
 use super::{
     layer::Layer,
+    memory::unwritten,
     numbers::Numbers,
     simd::{items_per_thread, sigmoid, sum_by, sum_zip_by, vectorize},
 };
@@ -141,7 +142,7 @@ impl Layer for GroupNorm {
     fn forward(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32]) -> Vec<f32> {
         let weight = weight.f32();
         let len = self.group_len();
-        let mut y = vec![0.0; x.len()];
+        let mut y = unwritten(x.len());
         y.par_chunks_mut(len)
             .zip(x.par_chunks(len))
             .enumerate()
@@ -182,7 +183,7 @@ impl Layer for GroupNorm {
     fn input_gradient(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32], dy: &[f32]) -> Vec<f32> {
         let weight = weight.f32();
         let len = self.group_len();
-        let mut dx = vec![0.0; x.len()];
+        let mut dx = unwritten(x.len());
         let groups = dx
             .par_chunks_mut(len)
             .zip(x.par_chunks(len).zip(dy.par_chunks(len)))
@@ -292,7 +293,7 @@ impl Layer for LayerNorm {
     fn forward(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32]) -> Vec<f32> {
         let weight = weight.f32();
         let (len, width) = (ROWS * self.width, self.width);
-        let mut y = vec![0.0; x.len()];
+        let mut y = unwritten(x.len());
         y.par_chunks_mut(len)
             .zip(x.par_chunks(len))
             .with_min_len(items_per_thread(len))
@@ -322,7 +323,7 @@ impl Layer for LayerNorm {
     ) -> Vec<f32> {
         let weight = weight.f32();
         let (len, width) = (ROWS * self.width, self.width);
-        let mut dx = vec![0.0; x.len()];
+        let mut dx = unwritten(x.len());
         let chunks = dx
             .par_chunks_mut(len)
             .zip(x.par_chunks(len).zip(dy.par_chunks(len)))

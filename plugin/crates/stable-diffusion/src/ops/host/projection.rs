@@ -5,6 +5,7 @@ use candle_core::{Result, Shape, Tensor, bail};
 use super::{
     gemm::{Matrix, MatrixMut, Write, parallel_gemm},
     layer::Layer,
+    memory::unwritten,
     numbers::Numbers,
     simd::{sum_by, vectorize},
     tiles::Means,
@@ -146,7 +147,7 @@ impl Layer for Projection {
 
     fn forward(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32]) -> Vec<f32> {
         let len = self.n_positions * self.n_out;
-        let mut y = vec![0.0; self.n_samples * len];
+        let mut y = unwritten(self.n_samples * len);
         let weight = weight.matrix([self.n_out, self.n_in]);
         for (sample, y) in y.chunks_exact_mut(len.max(1)).enumerate() {
             let x = self.view(x, sample, self.n_in, self.input);
@@ -186,7 +187,7 @@ impl Layer for Projection {
         dy: &[f32],
     ) -> Vec<f32> {
         let len = self.n_positions * self.n_in;
-        let mut dx = vec![0.0; self.n_samples * len];
+        let mut dx = unwritten(self.n_samples * len);
         let weight = weight.matrix([self.n_out, self.n_in]);
         for (sample, dx) in dx.chunks_exact_mut(len.max(1)).enumerate() {
             let dy = self.view(dy, sample, self.n_out, self.output);

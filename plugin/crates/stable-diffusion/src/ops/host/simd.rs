@@ -5,6 +5,8 @@
 
 use rayon::prelude::*;
 
+use super::memory::unwritten;
+
 /// Elements per parallel chunk of an element-wise loop.
 pub(crate) const CHUNK: usize = 1 << 15;
 
@@ -22,7 +24,7 @@ pub(crate) fn vectorize<R>(work: impl FnOnce() -> R) -> R {
 
 /// out[i] = f(x[i]) over all threads.
 pub(crate) fn map(x: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
+    let mut out = unwritten(x.len());
     out.par_chunks_mut(CHUNK)
         .zip(x.par_chunks(CHUNK))
         .for_each(|(out, x)| {
@@ -40,7 +42,7 @@ pub(crate) fn map(x: &[f32], f: impl Fn(f32) -> f32 + Sync) -> Vec<f32> {
 
 /// out[i] = f(x[i], y[i]) over all threads. The slices have the same length.
 pub(crate) fn zip_map(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32 + Sync) -> Vec<f32> {
-    let mut out = vec![0.0; x.len()];
+    let mut out = unwritten(x.len());
     out.par_chunks_mut(CHUNK)
         .zip(x.par_chunks(CHUNK).zip(y.par_chunks(CHUNK)))
         .for_each(|(out, (x, y))| {

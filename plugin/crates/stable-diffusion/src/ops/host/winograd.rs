@@ -19,7 +19,7 @@ use rayon::prelude::*;
 
 use super::{
     gemm::{Matrix, MatrixMut, Write, gemm},
-    memory::with_scratch,
+    memory::{unwritten, with_scratch},
     simd::{items_per_thread, vectorize},
 };
 
@@ -103,7 +103,7 @@ impl Winograd {
     ) -> Vec<f32> {
         let (n_in, n_out, plane) = (self.n_in, self.n_out, self.height * self.width);
         let n_samples = x.len() / (n_in * plane).max(1);
-        let mut y = vec![0.0; n_samples * n_out * plane];
+        let mut y = unwritten(n_samples * n_out * plane);
         let tiles = Tiles {
             height: self.height,
             width: self.width,

@@ -36,7 +36,7 @@ use rayon::prelude::*;
 
 use super::{
     gemm::{Matrix, MatrixMut, Tile},
-    memory::{Values, tensor},
+    memory::{Values, tensor, unwritten},
     simd::{exp, items_per_thread, sum_zip_by},
     tiles::{Factors, Means, Tiles},
 };
@@ -167,7 +167,7 @@ struct Head<'a> {
     means: Vec<f32>,
 }
 
-/// Where the gradients of one head go, as far as they are wanted; they are zero.
+/// Where the gradients of one head go, as far as they are wanted; zeros for vectors.
 struct Gradients<'a> {
     q: Option<MatrixMut<'a>>,
     k: Option<MatrixMut<'a>>,
@@ -178,7 +178,7 @@ impl Attention {
     /// The output followed by the watched columns, and the logarithms of the sums.
     fn attend(&self, q: &[f32], k: &[f32], v: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let (n_output, n_columns) = self.lengths();
-        let mut packed = vec![0.0; n_output + n_columns];
+        let mut packed = unwritten(n_output + n_columns);
         let mut log_sums = vec![0.0; self.n_samples * self.n_heads * self.n_queries];
         let (out, columns) = packed.split_at_mut(n_output);
         let heads = self.heads_mut(out, self.n_queries).into_iter().enumerate();
@@ -230,10 +230,15 @@ impl Attention {
     ) -> [Option<Vec<f32>>; 3] {
         let (n_output, _) = self.lengths();
         let [(y, columns), (dy, d_columns)] = [y, dy].map(|packed| packed.split_at(n_output));
+        // Tiles write what vectors add to.
+        let buffer = |len: usize| match self.tiles {
+            Some(_) => unwritten(len),
+            None => vec![0.0; len],
+        };
         let mut buffers = [
-            wanted[0].then(|| vec![0.0; q.len()]),
-            wanted[1].then(|| vec![0.0; k.len()]),
-            wanted[2].then(|| vec![0.0; v.len()]),
+            wanted[0].then(|| buffer(q.len())),
+            wanted[1].then(|| buffer(k.len())),
+            wanted[2].then(|| buffer(v.len())),
         ];
         let [dq, dk, dv] = &mut buffers;
         let dq = self.optional_heads_mut(dq, self.n_queries);

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::super::{
     gemm::{MatrixMut, Tile, Write},
-    memory::with_words,
+    memory::{unwritten, with_words},
     numbers::{Number, Numbers},
 };
 use super::Factors;
@@ -93,7 +93,7 @@ impl Convolution3x3 {
     ) -> Vec<f32> {
         let n_pixels = self.size[0] * self.size[1];
         let n_samples = x.len() / (self.n_in * n_pixels).max(1);
-        let mut y = vec![0.0; n_samples * self.n_out * n_pixels];
+        let mut y = unwritten(n_samples * self.n_out * n_pixels);
         let plane = Plane::of(self.size);
         let n_together = most_steps(P).min(self.n_steps());
         let n_blocks = self.n_out.div_ceil(BLOCK);
