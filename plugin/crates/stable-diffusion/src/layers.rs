@@ -61,6 +61,14 @@ impl Linear {
         ops::add_scaled(&y, &ops::linear(&low, &factors.up, None)?, *scale)
     }
 
+    /// x `[.., in]` to `[.., out / 2]`: value·gelu(gate) of what [`Self::forward`] gives.
+    pub(crate) fn forward_gated(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.lora {
+            None => ops::gated_linear(x, &self.weight, self.bias.as_ref()),
+            Some(_) => ops::geglu(&self.forward(x)?),
+        }
+    }
+
     /// x `[B, in, h, w]` to `[B, h·w, out]`.
     pub(crate) fn forward_to_tokens(&self, x: &Tensor) -> Result<Tensor> {
         ops::linear_from_channels(x, &self.weight, self.bias.as_ref())

@@ -250,6 +250,21 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
     }?)
 }
 
+/// value·gelu(gate) of (value, gate) = x·Wᵀ + b: x `[.., in]`, weight `[2·out, in]`, bias `[2·out]`; y `[.., out]`.
+///
+/// # Errors
+/// As [`linear`] and [`geglu`].
+pub fn gated_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (n_out, n_in) = weight_dims(weight)?;
+    match Backend::of_product(x, weight) {
+        Backend::Host if n_out.is_multiple_of(2) && n_out > 0 => {
+            expect_width("gated linear", x.dims().last().copied().unwrap_or(0), n_in)?;
+            Ok(host::gated_linear(x, weight, bias)?)
+        }
+        _ => geglu(&linear(x, weight, bias)?),
+    }
+}
+
 /// Nearest-neighbor enlargement of x `[B, C, h, w]` to `[B, C, height, width]`; output pixel i shows input
 /// pixel floor(i·h / height), as in PyTorch.
 ///

@@ -109,6 +109,11 @@ impl Tape {
     }
 }
 
+/// Whether what this thread computes is recorded.
+pub(super) fn is_recording() -> bool {
+    RECORDING.with_borrow(Option::is_some)
+}
+
 /// Which of these a gradient goes to; `None` if nothing is recorded.
 pub(super) fn tracked(tensors: &[&Tensor]) -> Result<Option<Vec<bool>>> {
     RECORDING.with_borrow(|tape| {

@@ -128,7 +128,7 @@ impl Block {
         let attended = self.attend_to_context(&h, [height, width], self_attention, pass)?;
         let x = ops::add(&x, &attended)?;
 
-        let h = ops::geglu(&self.widen.forward(&self.norm_3.forward(&x)?)?)?;
+        let h = self.widen.forward_gated(&self.norm_3.forward(&x)?)?;
         ops::add(&x, &self.narrow.forward(&h)?)
     }
 

@@ -1,11 +1,12 @@
 //! Element-wise activations, the gated one of the feed-forward layers, and nearest-neighbor enlargement.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::{
     memory::{Values, tensor, unwritten},
     norm::silu_slope,
+    numbers::Number,
     simd::{erf, exp, items_per_thread, map, sigmoid, vectorize, zip_map},
 };
 use crate::ops::{Activation, function::Function};
@@ -107,29 +108,22 @@ pub(crate) struct Geglu {
 }
 
 impl Geglu {
-    pub(crate) fn new(x: &Tensor) -> Result<Self> {
-        let width = x.dim(D::Minus1)? / 2;
-        Ok(Self { width })
+    pub(crate) fn new(width: usize) -> Self {
+        Self { width }
     }
 
-    /// Rows per parallel work item: about as many values as an element-wise loop takes.
-    fn rows(&self) -> usize {
-        (16_384 / self.width).max(1)
+    /// Values per parallel work item of x and y: about as many as an element-wise loop takes.
+    fn pieces(&self) -> (usize, usize) {
+        let n_rows = (16_384 / self.width).max(1);
+        (n_rows * 2 * self.width, n_rows * self.width)
     }
-}
 
-impl Function for Geglu {
-    const NAME: &'static str = "geglu";
-
-    fn forward(&self, operands: &[Tensor]) -> Result<Tensor> {
-        let operand = operands[0].contiguous()?;
-        let (x, width) = (Values::of(&operand)?, self.width);
-        let x = x.as_slice()?;
+    pub(crate) fn values(&self, x: &[f32]) -> Vec<f32> {
+        let width = self.width;
         let mut y = unwritten(x.len() / 2);
-        let chunks = y
-            .par_chunks_mut(self.rows() * width)
-            .zip(x.par_chunks(self.rows() * 2 * width));
-        chunks.for_each(|(y, x)| {
+        let (of_x, of_y) = self.pieces();
+        let pieces = y.par_chunks_mut(of_y).zip(x.par_chunks(of_x));
+        pieces.for_each(|(y, x)| {
             vectorize(
                 #[inline(always)]
                 || {
@@ -142,31 +136,17 @@ impl Function for Geglu {
                 },
             );
         });
-        let mut dims = operand.dims().to_vec();
-        if let Some(last) = dims.last_mut() {
-            *last = width;
-        }
-        tensor(y, dims, operand.device())
+        y
     }
 
-    fn backward(
-        &self,
-        operands: &[Tensor],
-        _: &Tensor,
-        dy: &Tensor,
-        _: &[bool],
-    ) -> Result<Vec<Option<Tensor>>> {
-        let (x, dy, width) = (operands[0].contiguous()?, dy.contiguous()?, self.width);
-        let (x_values, dy_values) = (Values::of(&x)?, Values::of(&dy)?);
-        let (x_values, dy_values) = (x_values.as_slice()?, dy_values.as_slice()?);
-        let mut dx = unwritten(x_values.len());
-        let (double, single) = (self.rows() * 2 * width, self.rows() * width);
-        let chunks = dx.par_chunks_mut(double).zip(
-            x_values
-                .par_chunks(double)
-                .zip(dy_values.par_chunks(single)),
-        );
-        chunks.for_each(|(dx, (x, dy))| {
+    /// From x to dL/dx.
+    pub(crate) fn gradient<T: Number>(&self, x: &[T], dy: &[f32]) -> Vec<f32> {
+        let width = self.width;
+        let mut dx = unwritten(x.len());
+        let (of_x, of_y) = self.pieces();
+        let inputs = x.par_chunks(of_x).zip(dy.par_chunks(of_y));
+        let pieces = dx.par_chunks_mut(of_x).zip(inputs);
+        pieces.for_each(|(dx, (x, dy))| {
             vectorize(
                 #[inline(always)]
                 || {
@@ -176,16 +156,73 @@ impl Function for Geglu {
                         let (value, gate) = x.split_at(width);
                         let outputs = d_value.iter_mut().zip(d_gate);
                         let inputs = value.iter().zip(gate).zip(dy);
-                        for ((d_value, d_gate), ((&value, &gate), &dy)) in outputs.zip(inputs) {
-                            *d_value = dy * gate * normal_cdf(gate);
-                            *d_gate = dy * value * gelu_slope(gate);
+                        for ((d_value, d_gate), ((value, gate), &dy)) in outputs.zip(inputs) {
+                            (*d_value, *d_gate) = geglu_slopes(value.to_f32(), gate.to_f32(), dy);
                         }
                     }
                 },
             );
         });
+        dx
+    }
+
+    /// Puts dL/dx in the place of x.
+    pub(crate) fn turn_into_gradient(&self, x: &mut [f32], dy: &[f32]) {
+        let width = self.width;
+        let (of_x, of_y) = self.pieces();
+        let pieces = x.par_chunks_mut(of_x).zip(dy.par_chunks(of_y));
+        pieces.for_each(|(x, dy)| {
+            vectorize(
+                #[inline(always)]
+                || {
+                    for (x, dy) in x.chunks_mut(2 * width).zip(dy.chunks(width)) {
+                        let (value, gate) = x.split_at_mut(width);
+                        for ((value, gate), &dy) in value.iter_mut().zip(gate).zip(dy) {
+                            (*value, *gate) = geglu_slopes(*value, *gate, dy);
+                        }
+                    }
+                },
+            );
+        });
+    }
+}
+
+/// dL/dvalue and dL/dgate.
+#[inline(always)]
+fn geglu_slopes(value: f32, gate: f32, dy: f32) -> (f32, f32) {
+    (dy * gate * normal_cdf(gate), dy * value * gelu_slope(gate))
+}
+
+impl Function for Geglu {
+    const NAME: &'static str = "geglu";
+
+    fn forward(&self, operands: &[Tensor]) -> Result<Tensor> {
+        let x = operands[0].contiguous()?;
+        let y = self.values(Values::of(&x)?.as_slice()?);
+        tensor(y, with_last(x.dims(), self.width), x.device())
+    }
+
+    fn backward(
+        &self,
+        operands: &[Tensor],
+        _: &Tensor,
+        dy: &Tensor,
+        _: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let (x, dy) = (operands[0].contiguous()?, dy.contiguous()?);
+        let (x_values, dy_values) = (Values::of(&x)?, Values::of(&dy)?);
+        let dx = self.gradient(x_values.as_slice()?, dy_values.as_slice()?);
         Ok(vec![Some(tensor(dx, x.shape(), x.device())?)])
     }
+}
+
+/// Dimensions with another last one.
+pub(crate) fn with_last(dims: &[usize], last: usize) -> Vec<usize> {
+    let mut dims = dims.to_vec();
+    if let Some(old) = dims.last_mut() {
+        *old = last;
+    }
+    dims
 }
 
 /// Nearest-neighbor enlargement of `[B, C, h, w]` to `[B, C, height, width]`.

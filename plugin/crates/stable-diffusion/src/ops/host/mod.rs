@@ -9,18 +9,20 @@ mod tiles;
 mod activation;
 mod attention;
 mod conv;
+mod gated;
 mod layer;
 mod norm;
 mod projection;
 mod sum;
 mod winograd;
 
-use candle_core::{Result, Tensor};
+use candle_core::{D, Result, Tensor};
 
 use self::{
     activation::{Elementwise, Geglu, Nearest},
     attention::Attention,
     conv::Conv,
+    gated::Gated,
     norm::{GroupNorm, LayerNorm},
     projection::{Arrangement, Projection},
 };
@@ -86,7 +88,12 @@ pub(super) fn activation(x: &Tensor, which: Activation) -> Result<Tensor> {
 }
 
 pub(super) fn geglu(x: &Tensor) -> Result<Tensor> {
-    function::apply(Geglu::new(x)?, &[x])
+    function::apply(Geglu::new(x.dim(D::Minus1)? / 2), &[x])
+}
+
+pub(super) fn gated_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let operands: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
+    function::apply(Gated::new(x, weight)?, &operands)
 }
 
 pub(super) fn upsample_nearest(x: &Tensor, [height, width]: [usize; 2]) -> Result<Tensor> {

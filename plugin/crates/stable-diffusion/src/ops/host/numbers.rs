@@ -2,7 +2,13 @@
 
 use half::bf16;
 
-use super::{gemm::Matrix, memory::with_scratch, simd::vectorize};
+use rayon::prelude::*;
+
+use super::{
+    gemm::Matrix,
+    memory::with_scratch,
+    simd::{CHUNK, vectorize},
+};
 
 /// What products are computed of.
 pub(crate) trait Number: Copy + Send + Sync + 'static {
@@ -28,6 +34,27 @@ impl Number for bf16 {
     fn to_f32(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
+}
+
+/// To the nearest bf16, of two as near to the even one.
+pub(crate) fn rounded(values: &[f32]) -> Vec<bf16> {
+    let mut halves = vec![bf16::ZERO; values.len()];
+    let pieces = halves.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK));
+    pieces.for_each(|(halves, values)| {
+        vectorize(
+            #[inline(always)]
+            || {
+                for (half, value) in halves.iter_mut().zip(values) {
+                    let bits = value.to_bits();
+                    let near = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+                    // A number that is none stays none.
+                    let none = (bits >> 16) | 0x40;
+                    *half = bf16::from_bits(if value.is_nan() { none } else { near } as u16);
+                }
+            },
+        );
+    });
+    halves
 }
 
 /// The values of a weight.

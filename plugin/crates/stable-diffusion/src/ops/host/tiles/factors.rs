@@ -61,6 +61,11 @@ impl Means {
         }
     }
 
+    /// Whether products round their factors.
+    pub(crate) fn rounds(self) -> bool {
+        self.tiles.is_some() && self.factors == Factors::Rounded
+    }
+
     /// Tiles for a product of these dimensions, if they take less time than vectors of f32.
     pub(crate) fn for_product(self, [m, n, k]: [usize; 3]) -> Option<(Tiles, Factors)> {
         let is_worth_it = m.min(n) >= self.factors.least_lines() && k >= 32;
