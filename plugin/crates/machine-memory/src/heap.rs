@@ -14,6 +14,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Bytes from which on a block is large.
 const LARGE: usize = 32 << 10;
+/// And up to which: the table of a span of such blocks is a small block.
+const MOST: usize = 16 << 30;
 /// What sizes of large blocks are rounded up to, and the greatest alignment that they have.
 const GRAIN: usize = 4 << 10;
 /// Bytes of a large page, on most processors.
@@ -52,7 +54,7 @@ fn spans() -> MutexGuard<'static, Spans> {
 }
 
 fn is_large(layout: Layout) -> bool {
-    layout.size() >= LARGE && layout.align() <= GRAIN
+    (LARGE..MOST).contains(&layout.size()) && layout.align() <= GRAIN
 }
 
 // SAFETY: large blocks are disjoint parts of mapped spans, others the system allocator's own; which one a block is from is
@@ -119,11 +121,17 @@ fn rounded(bytes: usize) -> usize {
 
 /// Mapped memory, and what of it is free. Its own tables are small blocks.
 struct Spans {
-    /// First byte to length.
-    mapped: BTreeMap<usize, usize>,
+    /// By first byte.
+    mapped: BTreeMap<usize, Span>,
     free: BTreeMap<usize, usize>,
     /// Length and first byte of what is free: the least that is enough is taken, and the first of those.
     by_length: BTreeSet<(usize, usize)>,
+}
+
+struct Span {
+    length: usize,
+    /// Of every large page whether it takes memory, or may.
+    is_there: Vec<bool>,
 }
 
 impl Spans {
@@ -145,7 +153,58 @@ impl Spans {
         if length > bytes {
             self.note(start + bytes, length - bytes);
         }
+        let n_new = self.touch(start, bytes);
+        if n_new > 0 {
+            self.exchange(n_new);
+        }
         Some(start)
+    }
+
+    /// Pages of a block that take memory from now on.
+    fn touch(&mut self, start: usize, bytes: usize) -> usize {
+        let Some((&first, span)) = self.mapped.range_mut(..=start).next_back() else {
+            return 0;
+        };
+        let pages = (start - first) / PAGE..(start + bytes - first).div_ceil(PAGE);
+        let pages = &mut span.is_there[pages];
+        let n_new = pages.iter().filter(|is_there| !**is_there).count();
+        pages.fill(true);
+        n_new
+    }
+
+    /// Gives back so many pages that lie between blocks, where none of those that were wanted fitted: a program that keeps
+    /// what it frees takes little more memory than it holds at its highest.
+    fn exchange(&mut self, mut n_pages: usize) {
+        let mut next = (PAGE, 0);
+        while n_pages > 0
+            && let Some(&(length, start)) = self.by_length.range(next..).next()
+        {
+            next = (length, start + 1);
+            let pages = start.next_multiple_of(PAGE)..(start + length) / PAGE * PAGE;
+            for page in pages.step_by(PAGE) {
+                if n_pages > 0 && self.leave(page, page + PAGE) > 0 {
+                    n_pages -= 1;
+                }
+            }
+        }
+    }
+
+    /// Gives back the whole large pages between two addresses of a span, which are free; returns how many were there.
+    fn leave(&mut self, start: usize, end: usize) -> usize {
+        let Some((&first, span)) = self.mapped.range_mut(..=start).next_back() else {
+            return 0;
+        };
+        let (from, to) = (start.next_multiple_of(PAGE), end / PAGE * PAGE);
+        if from >= to {
+            return 0;
+        }
+        let pages = &mut span.is_there[(from - first) / PAGE..(to - first) / PAGE];
+        let n_there = pages.iter().filter(|is_there| **is_there).count();
+        if n_there > 0 {
+            pages.fill(false);
+            give_back(from, to);
+        }
+        n_there
     }
 
     fn fitting(&self, bytes: usize) -> Option<(usize, usize)> {
@@ -158,7 +217,8 @@ impl Spans {
         let (start, length) = [whole.max(SPAN), whole]
             .into_iter()
             .find_map(|length| Some((map(length)?, length)))?;
-        self.mapped.insert(start, length);
+        let is_there = vec![false; length / PAGE];
+        self.mapped.insert(start, Span { length, is_there });
         // Spans that lie side by side are not joined: their blocks come back to one of them.
         self.note(start, length);
         Some(())
@@ -170,8 +230,8 @@ impl Spans {
     }
 
     fn span(&self, address: usize) -> Option<(usize, usize)> {
-        let (&start, &length) = self.mapped.range(..=address).next_back()?;
-        (address < start + length).then_some((start, start + length))
+        let (&start, span) = self.mapped.range(..=address).next_back()?;
+        (address < start + span.length).then_some((start, start + span.length))
     }
 
     /// Takes a block back, if it is in one of the spans.
@@ -199,14 +259,16 @@ impl Spans {
                 address / PAGE * PAGE,
                 (address + bytes).next_multiple_of(PAGE),
             ];
-            give_back(start.max(touched[0]), end.min(touched[1]));
+            self.leave(start.max(touched[0]), end.min(touched[1]));
         }
         true
     }
 
-    fn give_back(&self) {
-        for (&start, &length) in &self.free {
-            give_back(start, start + length);
+    fn give_back(&mut self) {
+        let mut next = 0;
+        while let Some((&start, &length)) = self.free.range(next..).next() {
+            next = start + 1;
+            self.leave(start, start + length);
         }
     }
 
@@ -255,15 +317,12 @@ fn map(length: usize) -> Option<usize> {
     }
 }
 
-/// Gives the whole large pages between two addresses, which are free, back to the system until they are touched again.
+/// Gives the large pages between two addresses, which are free, back to the system until they are touched again.
 #[cfg(target_os = "linux")]
 fn give_back(start: usize, end: usize) {
-    let (start, end) = (start.next_multiple_of(PAGE), end / PAGE * PAGE);
-    if start < end {
-        let pages = std::ptr::with_exposed_provenance_mut(start);
-        // SAFETY: nobody has a block there; what was in them is lost. An error means that they stay.
-        unsafe { libc::madvise(pages, end - start, libc::MADV_DONTNEED) };
-    }
+    let pages = std::ptr::with_exposed_provenance_mut(start);
+    // SAFETY: nobody has a block there; what was in them is lost. An error means that they stay.
+    unsafe { libc::madvise(pages, end - start, libc::MADV_DONTNEED) };
 }
 
 /// Elsewhere the system's allocator has all blocks.
@@ -340,7 +399,9 @@ mod tests {
         }
         // Neighbors are one again: every span is free as a whole.
         let spans = spans();
-        assert_eq!(spans.free, spans.mapped);
+        let mapped = spans.mapped.iter();
+        let mapped: BTreeMap<_, _> = mapped.map(|(first, span)| (*first, span.length)).collect();
+        assert_eq!(spans.free, mapped);
         let by_length: BTreeSet<_> = spans
             .free
             .iter()

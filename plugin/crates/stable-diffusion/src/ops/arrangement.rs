@@ -5,7 +5,7 @@ use candle_core::{Result, Tensor};
 
 use super::{
     Backend,
-    function::{Function, only, sum_to},
+    function::{Function, Reads, only, sum_to},
     host,
 };
 
@@ -39,8 +39,8 @@ impl Function for Sum {
         })
     }
 
-    fn reads(&self, _: usize, _: &[bool]) -> bool {
-        false
+    fn reads(&self, _: usize, _: &[bool]) -> Reads {
+        Reads::Shape
     }
 
     fn passes_on(&self) -> bool {
@@ -72,8 +72,13 @@ impl Function for Joint {
         })
     }
 
-    fn reads(&self, _: usize, _: &[bool]) -> bool {
-        false
+    fn reads(&self, _: usize, _: &[bool]) -> Reads {
+        Reads::Shape
+    }
+
+    // The parts are often held by others.
+    fn is_cheap(&self) -> bool {
+        true
     }
 
     fn passes_on(&self) -> bool {
@@ -104,8 +109,8 @@ impl Function for Shift {
         })
     }
 
-    fn reads(&self, _: usize, _: &[bool]) -> bool {
-        false
+    fn reads(&self, _: usize, _: &[bool]) -> Reads {
+        Reads::Shape
     }
 
     fn passes_on(&self) -> bool {
@@ -139,8 +144,8 @@ impl Function for Repeat {
         Ok(vec![Some(dy.sum_keepdim(0)?)])
     }
 
-    fn reads(&self, _: usize, _: &[bool]) -> bool {
-        false
+    fn reads(&self, _: usize, _: &[bool]) -> Reads {
+        Reads::Shape
     }
 }
 
@@ -166,7 +171,7 @@ impl Function for MeanOfHeads {
         Ok(vec![Some(share.broadcast_as(x.shape())?.contiguous()?)])
     }
 
-    fn reads(&self, _: usize, _: &[bool]) -> bool {
-        false
+    fn reads(&self, _: usize, _: &[bool]) -> Reads {
+        Reads::Shape
     }
 }

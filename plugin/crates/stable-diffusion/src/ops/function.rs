@@ -4,7 +4,7 @@
 //! candle lets an operation of ours make its result from bare storages only. So the result is computed first, of tensors
 //! that have no graph, and its storage is moved, not copied, into the node.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, InplaceOp1, Layout,
@@ -13,7 +13,10 @@ use candle_core::{
     bail,
 };
 
-use super::tape::{self, Recorded};
+use super::{
+    host,
+    tape::{self, Recorded},
+};
 
 /// What the operation does. Operands are detached: nothing that is computed from them has a graph. Gradients are brought into
 /// the types of their operands.
@@ -32,20 +35,75 @@ pub(super) trait Function: Send + Sync + 'static {
         wanted: &[bool],
     ) -> Result<Vec<Option<Tensor>>>;
 
-    /// Whether [`Self::backward`] reads the numbers of an operand. Of one that it does not read it is given the shape alone,
-    /// and the tape does not hold it.
-    fn reads(&self, _operand: usize, _wanted: &[bool]) -> bool {
-        true
+    /// What [`Self::backward`] reads of an operand.
+    fn reads(&self, _operand: usize, _wanted: &[bool]) -> Reads {
+        Reads::Numbers
     }
 
-    /// The same of the value.
-    fn reads_value(&self) -> bool {
+    /// What it reads of the value.
+    fn reads_value(&self) -> Reads {
+        Reads::Shape
+    }
+
+    /// Whether the value is computed again rather than kept for whoever reads it on the way back. All operands are.
+    fn is_cheap(&self) -> bool {
         false
     }
 
     /// Whether a gradient that it returns may be the one that it was given, or a part of it.
     fn passes_on(&self) -> bool {
         false
+    }
+}
+
+/// What the way back of an operation reads of a tensor, and the tape therefore holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reads {
+    /// No number of it.
+    Shape,
+    /// Numbers that may be rounded to bf16, if they are f32.
+    Rounded,
+    Numbers,
+}
+
+impl Reads {
+    pub(super) fn if_so(reads: bool) -> Self {
+        if reads { Self::Numbers } else { Self::Shape }
+    }
+
+    /// [`Self::Rounded`], or the numbers as they are.
+    pub(super) fn rounded_if(rounds: bool) -> Self {
+        if rounds { Self::Rounded } else { Self::Numbers }
+    }
+}
+
+/// A tensor for the way back.
+enum Kept {
+    Whole(Tensor),
+    Rounded(Tensor),
+    Again(Arc<Again>),
+}
+
+/// How a value is computed again.
+pub(super) type Again = dyn Fn() -> Result<Tensor> + Send + Sync;
+
+impl Kept {
+    fn new(tensor: &Tensor, reads: Reads) -> Result<Self> {
+        Ok(match reads {
+            Reads::Shape => Self::Whole(shape_of(tensor)?),
+            Reads::Rounded if tensor.device().is_cpu() && tensor.dtype() == DType::F32 => {
+                Self::Rounded(host::rounded(tensor)?)
+            }
+            Reads::Rounded | Reads::Numbers => Self::Whole(tensor.clone()),
+        })
+    }
+
+    fn tensor(&self) -> Result<Tensor> {
+        match self {
+            Self::Whole(tensor) => Ok(tensor.clone()),
+            Self::Rounded(tensor) => host::widened(tensor),
+            Self::Again(again) => again(),
+        }
     }
 }
 
@@ -74,20 +132,21 @@ pub(super) fn apply_in_parts<F: Function>(
     }
     let y = tape::mark(y)?;
     let parts = parts(&y)?;
-    let kept = |operand: usize| {
-        let tensor = &detached[operand];
-        if function.reads(operand, &tracked) {
-            Ok(tensor.clone())
-        } else {
-            shape_of(tensor)
-        }
+    let function = Arc::new(function);
+    let keep = |reads: &dyn Fn(usize) -> Reads| {
+        let keep = |index: usize| match (tape::again(operands[index]), reads(index)) {
+            (Some(again), Reads::Rounded | Reads::Numbers) => Ok(Kept::Again(again)),
+            (_, reads) => Kept::new(&detached[index], reads),
+        };
+        (0..operands.len()).map(keep).collect::<Result<Vec<Kept>>>()
     };
-    let kept: Vec<Tensor> = (0..detached.len()).map(kept).collect::<Result<_>>()?;
-    let value = if function.reads_value() {
-        y.detach()
-    } else {
-        shape_of(&y)?
-    };
+    let kept = keep(&|index| function.reads(index, &tracked))?;
+    if function.is_cheap() {
+        let (function, kept) = (Arc::clone(&function), keep(&|_| Reads::Numbers)?);
+        let again = move || function.forward(&tensors(&kept)?);
+        tape::computes_again(&y, Arc::new(again));
+    }
+    let value = Kept::new(&y.detach(), function.reads_value())?;
     let dtypes: Vec<DType> = detached.iter().map(Tensor::dtype).collect();
     tape::push(Recorded {
         results: parts
@@ -101,6 +160,8 @@ pub(super) fn apply_in_parts<F: Function>(
             .collect(),
         passes_on: function.passes_on(),
         backward: Box::new(move |of_parts| {
+            let kept = tensors(&kept)?;
+            let value = value.tensor()?;
             let dy = joined(of_parts, &value)?;
             let gradients = function.backward(&kept, &value, &dy, &tracked)?;
             // A parameter may have another type than what it is multiplied with.
@@ -111,6 +172,10 @@ pub(super) fn apply_in_parts<F: Function>(
         }),
     });
     Ok(parts)
+}
+
+fn tensors(kept: &[Kept]) -> Result<Vec<Tensor>> {
+    kept.iter().map(Kept::tensor).collect()
 }
 
 /// A tensor of this shape and type that holds nothing to speak of.

@@ -13,6 +13,7 @@
 use std::{
     cell::RefCell,
     collections::{HashMap, HashSet},
+    sync::Arc,
 };
 
 use candle_core::{
@@ -20,14 +21,19 @@ use candle_core::{
     TensorId, Var, bail,
 };
 
-use super::{function::Value, host};
+use super::{
+    function::{Again, Value},
+    host,
+};
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Tape {
     operations: Vec<Recorded>,
     /// Leaves and results.
     tracked: HashSet<TensorId>,
+    /// Results that are computed again instead of being kept.
+    cheap: HashMap<TensorId, Arc<Again>>,
     /// What results are marked with.
     root: Option<Tensor>,
 }
@@ -46,11 +52,10 @@ pub(super) struct Recorded {
     pub(super) backward: Box<Backward>,
 }
 
-impl std::fmt::Debug for Recorded {
+impl std::fmt::Debug for Tape {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Recorded")
-            .field("results", &self.results)
-            .field("operands", &self.operands)
+        f.debug_struct("Tape")
+            .field("n_operations", &self.operations.len())
             .finish_non_exhaustive()
     }
 }
@@ -80,7 +85,9 @@ impl Tape {
         };
         let _restore = Restore(RECORDING.replace(Some(tape)));
         let result = work();
-        let tape = RECORDING.take().unwrap_or_default();
+        let mut tape = RECORDING.take().unwrap_or_default();
+        // Whoever needs them has them.
+        tape.cheap.clear();
         (tape, result)
     }
 
@@ -129,6 +136,20 @@ pub(super) fn tracked(tensors: &[&Tensor]) -> Result<Option<Vec<bool>>> {
         });
         tracked.collect::<Result<Vec<_>>>().map(Some)
     })
+}
+
+/// Says how a result is computed again.
+pub(super) fn computes_again(result: &Tensor, again: Arc<Again>) {
+    RECORDING.with_borrow_mut(|tape| {
+        if let Some(tape) = tape {
+            tape.cheap.insert(result.id(), again);
+        }
+    });
+}
+
+/// How a tensor is computed again, if that takes little.
+pub(super) fn again(tensor: &Tensor) -> Option<Arc<Again>> {
+    RECORDING.with_borrow(|tape| tape.as_ref()?.cheap.get(&tensor.id()).map(Arc::clone))
 }
 
 /// Puts an operation on record.

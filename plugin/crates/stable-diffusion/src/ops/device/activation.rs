@@ -2,7 +2,10 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
-use crate::ops::{Activation, composed, function::Function};
+use crate::ops::{
+    Activation, composed,
+    function::{Function, Reads},
+};
 
 /// An activation of its one operand.
 pub(super) struct Elementwise(pub(super) Activation);
@@ -123,7 +126,7 @@ impl Function for Nearest {
         Ok(vec![Some(dx)])
     }
 
-    fn reads(&self, _: usize, _: &[bool]) -> bool {
-        false
+    fn reads(&self, _: usize, _: &[bool]) -> Reads {
+        Reads::Shape
     }
 }

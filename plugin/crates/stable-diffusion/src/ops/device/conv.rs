@@ -4,7 +4,7 @@ use candle_core::{DType, Result, Tensor, bail};
 
 use crate::ops::{
     Padding,
-    function::{Function, in_type_of, only, sum_to},
+    function::{Function, Reads, in_type_of, only, sum_to},
 };
 
 /// Operands x, W and perhaps b `[out]` or `[B, out]`.
@@ -123,12 +123,12 @@ impl Function for Conv {
         only(wanted, gradient)
     }
 
-    fn reads(&self, operand: usize, wanted: &[bool]) -> bool {
-        match operand {
+    fn reads(&self, operand: usize, wanted: &[bool]) -> Reads {
+        Reads::if_so(match operand {
             0 => wanted[1],
             1 => wanted[0],
             _ => false,
-        }
+        })
     }
 }
 

@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 
 use crate::ops::{
     composed,
-    function::{Function, in_type_of, only},
+    function::{Function, Reads, in_type_of, only},
     weight_dims,
 };
 
@@ -85,11 +85,11 @@ impl Function for Linear {
         only(wanted, gradient)
     }
 
-    fn reads(&self, operand: usize, wanted: &[bool]) -> bool {
-        match operand {
+    fn reads(&self, operand: usize, wanted: &[bool]) -> Reads {
+        Reads::if_so(match operand {
             0 => wanted[1],
             1 => wanted[0],
             _ => false,
-        }
+        })
     }
 }

@@ -9,7 +9,10 @@ use super::{
     numbers::Number,
     simd::{erf, exp, items_per_thread, map, sigmoid, vectorize, zip_map},
 };
-use crate::ops::{Activation, function::Function};
+use crate::ops::{
+    Activation,
+    function::{Function, Reads},
+};
 
 const QUICK: f32 = 1.702;
 const SQRT_HALF: f32 = std::f32::consts::FRAC_1_SQRT_2;
@@ -291,7 +294,7 @@ impl Function for Nearest {
         Ok(vec![Some(tensor(dx, x.shape(), x.device())?)])
     }
 
-    fn reads(&self, _: usize, _: &[bool]) -> bool {
-        false
+    fn reads(&self, _: usize, _: &[bool]) -> Reads {
+        Reads::Shape
     }
 }

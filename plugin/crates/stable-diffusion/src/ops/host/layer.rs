@@ -6,7 +6,7 @@ use super::{
     memory::{Values, tensor},
     numbers::Numbers,
 };
-use crate::ops::function::{self, Function, only};
+use crate::ops::function::{self, Function, Reads, only};
 
 /// A kernel y = f(x; weight, bias). Absent parameters are empty slices.
 pub(crate) trait Layer: Send + Sync + 'static {
@@ -45,6 +45,16 @@ fn slice_of<'a>(values: &'a Option<Values<'_>>) -> Result<&'a [f32]> {
     values.as_ref().map_or(Ok(&[]), Values::as_slice)
 }
 
+/// Whether the way back reads the numbers of an operand.
+fn reads<L: Layer>(operand: usize, wanted: &[bool]) -> bool {
+    match operand {
+        _ if !L::IS_LINEAR => true,
+        0 => wanted[1],
+        1 => wanted[0],
+        _ => wanted[2],
+    }
+}
+
 /// Operands x, weight and perhaps bias.
 struct Parameterized<L>(L);
 
@@ -73,7 +83,7 @@ impl<L: Layer> Function for Parameterized<L> {
         wanted: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
         let dy = dy.contiguous()?;
-        let read = (0..operands.len()).filter(|&operand| self.reads(operand, wanted));
+        let read = (0..operands.len()).filter(|&operand| reads::<L>(operand, wanted));
         let mut held: [Option<Tensor>; 3] = [None, None, None];
         for operand in read {
             held[operand] = Some(operands[operand].contiguous()?);
@@ -105,12 +115,12 @@ impl<L: Layer> Function for Parameterized<L> {
         })
     }
 
-    fn reads(&self, operand: usize, wanted: &[bool]) -> bool {
-        match operand {
-            _ if !L::IS_LINEAR => true,
-            0 => wanted[1],
-            1 => wanted[0],
-            _ => wanted[2],
-        }
+    fn reads(&self, operand: usize, wanted: &[bool]) -> Reads {
+        Reads::if_so(reads::<L>(operand, wanted))
+    }
+
+    // Normalizations: what they give is as large as what they read, and quickly computed.
+    fn is_cheap(&self) -> bool {
+        !L::IS_LINEAR
     }
 }

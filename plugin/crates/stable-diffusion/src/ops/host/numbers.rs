@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::{
     gemm::Matrix,
-    memory::with_scratch,
+    memory::{unwritten, with_scratch},
     simd::{CHUNK, vectorize},
 };
 
@@ -55,6 +55,14 @@ pub(crate) fn rounded(values: &[f32]) -> Vec<bf16> {
         );
     });
     halves
+}
+
+/// What was [`rounded`].
+pub(crate) fn widened(halves: &[bf16]) -> Vec<f32> {
+    let mut values = unwritten(halves.len());
+    let pieces = values.par_chunks_mut(CHUNK).zip(halves.par_chunks(CHUNK));
+    pieces.for_each(|(values, halves)| widen(halves, values));
+    values
 }
 
 /// The values of a weight.

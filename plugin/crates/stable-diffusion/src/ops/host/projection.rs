@@ -56,6 +56,14 @@ impl Projection {
         })
     }
 
+    /// The same of another number of positions, for slices.
+    pub(crate) fn of_positions(&self, n_positions: usize) -> Self {
+        Self {
+            n_positions,
+            ..self.clone()
+        }
+    }
+
     /// `[B, in, h, w]` to `[B, out, h, w]`, or to `[B, h·w, out]`.
     pub(crate) fn from_channels(x: &Tensor, weight: &Tensor, output: Arrangement) -> Result<Self> {
         let (n_out, n_in) = weight_dims(weight)?;

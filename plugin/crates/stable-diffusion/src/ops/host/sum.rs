@@ -1,10 +1,11 @@
-//! Sums of two tensors over all threads.
+//! Sums of two tensors, and other forms of one, over all threads.
 
 use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor};
 use rayon::prelude::*;
 
 use super::{
     memory::{Values, tensor},
+    numbers::{self, Numbers},
     projection::add_to as add_slice,
     simd::{CHUNK, zip_map},
 };
@@ -35,6 +36,22 @@ pub(in crate::ops) fn add_to(x: &Tensor, more: &Tensor) -> Result<bool> {
     }
     x.inplace_op2(more, &AddTo)?;
     Ok(true)
+}
+
+/// f32 numbers to the nearest bf16.
+pub(in crate::ops) fn rounded(x: &Tensor) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    let halves = numbers::rounded(Values::of(&x)?.as_slice()?);
+    Tensor::from_vec(halves, x.shape(), x.device())
+}
+
+/// And back.
+pub(in crate::ops) fn widened(x: &Tensor) -> Result<Tensor> {
+    let values = match Values::of(x)?.numbers()? {
+        Numbers::Bf16(halves) => numbers::widened(halves),
+        Numbers::F32(values) => values.to_vec(),
+    };
+    tensor(values, x.shape(), x.device())
 }
 
 struct AddTo;

@@ -10,7 +10,10 @@ use super::{
     Argument, Launch, Launcher, MOST, MOST_BLOCKS, aligned, int, launcher, memory::output,
     type_name,
 };
-use crate::ops::{Mask, function::Function};
+use crate::ops::{
+    Mask,
+    function::{Function, Reads},
+};
 
 /// What heads can be padded to.
 const WIDTHS: [usize; 5] = [32, 48, 64, 80, 160];
@@ -298,8 +301,8 @@ impl Fused {
 impl Function for Fused {
     const NAME: &'static str = "attention";
 
-    fn reads_value(&self) -> bool {
-        true
+    fn reads_value(&self) -> Reads {
+        Reads::Numbers
     }
 
     fn forward(&self, operands: &[Tensor]) -> Result<Tensor> {

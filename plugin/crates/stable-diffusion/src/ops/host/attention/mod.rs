@@ -40,7 +40,10 @@ use super::{
     simd::{exp, items_per_thread, sum_zip_by},
     tiles::{Factors, Means, Tiles},
 };
-use crate::ops::{Mask, function::Function};
+use crate::ops::{
+    Mask,
+    function::{Function, Reads},
+};
 
 /// Queries of a block.
 const QUERIES: usize = 64;
@@ -105,6 +108,10 @@ impl Attention {
             self.n_queries,
             self.watched.len(),
         )
+    }
+
+    fn rounds(&self) -> bool {
+        matches!(self.tiles, Some((_, Factors::Rounded)))
     }
 
     fn scale(&self) -> f32 {
@@ -454,7 +461,12 @@ impl Function for Attention {
         gradients.into_iter().zip(operands).map(tensor).collect()
     }
 
-    fn reads_value(&self) -> bool {
-        true
+    // Where products round their factors, what is rounded before is the same, but for the means of the output.
+    fn reads(&self, _: usize, _: &[bool]) -> Reads {
+        Reads::rounded_if(self.rounds())
+    }
+
+    fn reads_value(&self) -> Reads {
+        Reads::rounded_if(self.rounds())
     }
 }
