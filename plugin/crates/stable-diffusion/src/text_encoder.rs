@@ -65,9 +65,11 @@ impl TextEncoder {
         let positions = self.position_table.narrow(0, 0, ids.len())?;
         let x = (tokens + positions)?.unsqueeze(0)?;
         on_workers(x.device(), || {
-            let through = |x: Tensor, layer: &EncoderLayer| layer.forward(&x);
-            let x = self.layers.iter().try_fold(x.clone(), through)?;
-            self.final_norm.forward(&x)
+            ops::as_one(&x, |x| {
+                let through = |x: Tensor, layer: &EncoderLayer| layer.forward(&x);
+                let x = self.layers.iter().try_fold(x.clone(), through)?;
+                self.final_norm.forward(&x)
+            })
         })
     }
 
@@ -157,12 +159,12 @@ impl EncoderLayer {
             self.value.forward(&h)?,
         );
         let attended = ops::attention(&q, &k, &v, self.n_heads, Mask::Causal)?;
-        let x = (x + self.out.forward(&attended)?)?;
+        let x = ops::add(x, &self.out.forward(&attended)?)?;
         let h = self.widen.forward(&self.norm_2.forward(&x)?)?;
         let h = match self.activation {
             Activation::QuickGelu => ops::quick_gelu(&h)?,
             Activation::Gelu => ops::gelu_erf(&h)?,
         };
-        Ok((x + self.narrow.forward(&h)?)?)
+        ops::add(&x, &self.narrow.forward(&h)?)
     }
 }

@@ -8,6 +8,7 @@ mod backend;
 mod device;
 mod function;
 mod host;
+mod pass;
 mod precision;
 mod tape;
 mod workers;
@@ -18,6 +19,7 @@ use candle_core::{Result as TensorResult, Tensor, bail};
 
 pub use backend::Backend;
 pub use device::kernels;
+pub(crate) use pass::as_one;
 pub use precision::Precision;
 pub(crate) use tape::{Gradients, Tape};
 pub(crate) use workers::on_workers;
