@@ -1,8 +1,6 @@
 //! A whole pass as one operation of the graph that it is a part of.
 
-use std::sync::{Mutex, PoisonError};
-
-use candle_core::{Result as TensorResult, Tensor, bail};
+use candle_core::{Result as TensorResult, Tensor};
 
 use super::{
     function::{self, Function, Reads},
@@ -10,7 +8,7 @@ use super::{
 };
 use crate::Result;
 
-/// What `work` makes of x, which alone has a gradient: it is recorded ([`Tape`]), and that goes back once.
+/// What `work` makes of x, which alone has a gradient: it is recorded ([`Tape`]).
 ///
 /// # Errors
 /// What `work` returns, or [`crate::Error::Tensor`] when the tensor library fails.
@@ -25,7 +23,7 @@ pub(crate) fn as_one(x: &Tensor, work: impl FnOnce(&Tensor) -> Result<Tensor>) -
         leaf,
         result: y?,
     };
-    Ok(function::apply(Pass(Mutex::new(Some(recorded))), &[x])?)
+    Ok(function::apply(Pass(recorded), &[x])?)
 }
 
 struct Recorded {
@@ -34,16 +32,13 @@ struct Recorded {
     result: Tensor,
 }
 
-struct Pass(Mutex<Option<Recorded>>);
+struct Pass(Recorded);
 
 impl Function for Pass {
     const NAME: &'static str = "pass";
 
     fn forward(&self, _: &[Tensor]) -> TensorResult<Tensor> {
-        match &*self.0.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(recorded) => recorded.result.detach().copy(),
-            None => bail!("a recorded pass has one value"),
-        }
+        self.0.result.detach().copy()
     }
 
     fn backward(
@@ -53,14 +48,11 @@ impl Function for Pass {
         dy: &Tensor,
         _: &[bool],
     ) -> TensorResult<Vec<Option<Tensor>>> {
-        let mut recorded = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(Recorded { tape, leaf, result }) = recorded.take() else {
-            bail!("a recorded pass goes back once")
-        };
+        let Recorded { tape, leaf, result } = &self.0;
         let mut gradients = Gradients::default();
-        gradients.add(&result, dy.clone())?;
+        gradients.add(result, dy.clone())?;
         tape.gradients(&mut gradients)?;
-        Ok(vec![gradients.take(&leaf)])
+        Ok(vec![gradients.take(leaf)])
     }
 
     fn reads(&self, _: usize, _: &[bool]) -> Reads {

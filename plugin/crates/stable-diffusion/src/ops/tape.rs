@@ -39,7 +39,7 @@ pub(crate) struct Tape {
 }
 
 /// From the gradients of an operation's results, each with the number of its elements, to those of its operands.
-type Backward = dyn FnOnce(Vec<(Option<Tensor>, usize)>) -> Result<Vec<Option<Tensor>>> + Send;
+type Backward = dyn Fn(Vec<(Option<Tensor>, usize)>) -> Result<Vec<Option<Tensor>>> + Send + Sync;
 
 /// An operation.
 pub(super) struct Recorded {
@@ -57,6 +57,27 @@ impl std::fmt::Debug for Tape {
         f.debug_struct("Tape")
             .field("n_operations", &self.operations.len())
             .finish_non_exhaustive()
+    }
+}
+
+impl Recorded {
+    /// Takes the gradients of the results, and adds to those of the operands.
+    fn go_back(&self, gradients: &mut Gradients) -> Result<()> {
+        let of_results = self.results.iter();
+        let of_results: Vec<_> = of_results
+            .map(|&(id, len)| (gradients.0.remove(&id).map(|sum| sum.value), len))
+            .collect();
+        if of_results.iter().all(|(gradient, _)| gradient.is_none()) {
+            return Ok(());
+        }
+        let found = (self.backward)(of_results)?;
+        for (operand, gradient) in self.operands.iter().zip(found) {
+            if let (&Some(operand), Some(value)) = (operand, gradient) {
+                let is_own = !self.passes_on;
+                gradients.sum(operand, Gradient { value, is_own })?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -95,25 +116,26 @@ impl Tape {
     ///
     /// # Errors
     /// The tensor library fails.
-    pub(crate) fn gradients(self, gradients: &mut Gradients) -> Result<()> {
-        for operation in self.operations.into_iter().rev() {
-            let of_results = operation.results.iter();
-            let of_results: Vec<_> = of_results
-                .map(|&(id, len)| (gradients.0.remove(&id).map(|sum| sum.value), len))
-                .collect();
-            if of_results.iter().all(|(gradient, _)| gradient.is_none()) {
-                continue;
-            }
-            let found = (operation.backward)(of_results)?;
-            for (operand, gradient) in operation.operands.into_iter().zip(found) {
-                if let (Some(operand), Some(value)) = (operand, gradient) {
-                    let is_own = !operation.passes_on;
-                    gradients.sum(operand, Gradient { value, is_own })?;
-                }
-            }
-        }
-        Ok(())
+    pub(crate) fn into_gradients(self, gradients: &mut Gradients) -> Result<()> {
+        // An operation holds what it read until it was gone back through.
+        let mut operations = self.operations.into_iter().rev();
+        operations.try_for_each(|operation| operation.go_back(gradients))
     }
+
+    /// [`Self::into_gradients`], and the record stays.
+    ///
+    /// # Errors
+    /// The tensor library fails.
+    pub(crate) fn gradients(&self, gradients: &mut Gradients) -> Result<()> {
+        let mut operations = self.operations.iter().rev();
+        operations.try_for_each(|operation| operation.go_back(gradients))
+    }
+}
+
+/// Does some work on this thread of which nothing is recorded.
+pub(super) fn off<R>(work: impl FnOnce() -> R) -> R {
+    let _restore = Restore(RECORDING.take());
+    work()
 }
 
 /// Whether what this thread computes is recorded.

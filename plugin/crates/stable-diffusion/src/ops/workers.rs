@@ -2,7 +2,7 @@
 
 use candle_core::Device;
 
-use super::{Backend, Precision};
+use super::{Backend, Precision, tape};
 
 /// Does some work, a pass of a network, where its operations are spread over threads from.
 ///
@@ -14,7 +14,9 @@ pub(crate) fn on_workers<R: Send>(device: &Device, work: impl FnOnce() -> R + Se
         return work();
     }
     let (backend, precision) = (Backend::chosen(), Precision::current());
-    rayon::scope(|_| Backend::choose(backend, || precision.within(work)))
+    let work = || Backend::choose(backend, || precision.within(work));
+    // A worker takes on a pass while it waits for parts of another one, which may be on record.
+    rayon::scope(|_| tape::off(work))
 }
 
 #[cfg(test)]
@@ -32,6 +34,10 @@ mod tests {
         assert_eq!(there(), (true, None, Precision::F32));
         let chosen = Backend::Device.within(|| Precision::Bf16.within(there));
         assert_eq!(chosen, (true, Some(Backend::Device), Precision::Bf16));
+        // What is recorded here is not recorded there.
+        let (_, is_recording) =
+            tape::Tape::record([], || on_workers(&Device::Cpu, tape::is_recording));
+        assert!(!is_recording);
         // A pass within a pass stays where it is, and leaves nothing behind.
         assert_eq!(on_workers(&Device::Cpu, there), there());
     }

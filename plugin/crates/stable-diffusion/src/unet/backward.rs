@@ -300,7 +300,7 @@ impl Backward<'_> {
         match self.way {
             Way::OnRecord { tape, results } => unet.compute(&device, || {
                 results.give(of_outputs, &mut gradients)?;
-                Ok::<_, crate::Error>(tape.gradients(&mut gradients)?)
+                Ok::<_, crate::Error>(tape.into_gradients(&mut gradients)?)
             })?,
             Way::Again(again) => again.gradients(unet, &inputs, of_outputs, &mut gradients)?,
         }
@@ -400,7 +400,7 @@ impl Again<'_> {
         };
         drop(pass);
         results.give(of_part, gradients)?;
-        Ok(tape.gradients(gradients)?)
+        Ok(tape.into_gradients(gradients)?)
     }
 }
 

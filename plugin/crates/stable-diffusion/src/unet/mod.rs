@@ -103,16 +103,22 @@ impl UNet {
     }
 
     fn computing_in(self, precision: Precision) -> Self {
-        let mut weights = self.weights.0.values();
-        let activations = match weights.next().map(|w| Backend::of_product(w, w)) {
-            Some(Backend::Device) => precision.dtype(),
-            _ => DType::F32,
+        let activations = match self.backend() {
+            Backend::Device => precision.dtype(),
+            Backend::Host => DType::F32,
         };
         Self {
             precision,
             activations,
             ..self
         }
+    }
+
+    fn backend(&self) -> Backend {
+        let mut weights = self.weights.0.values();
+        weights
+            .next()
+            .map_or(Backend::Host, |w| Backend::of_product(w, w))
     }
 
     /// Of what its weights and factors are.
@@ -285,14 +291,19 @@ impl UNet {
 
     /// About what a step that keeps everything holds of its pass, in bytes; a test counts them.
     pub fn kept_bytes(&self, n_samples: usize, latent: [usize; 2]) -> u64 {
-        /// Planes of a residual block that its backward reads: what either norm is given, for the first one on the way up
-        /// joined with another plane.
-        const RESIDUAL: usize = 3;
+        /// Planes of a residual block that its backward reads: what either norm is given.
+        const RESIDUAL: usize = 2;
         /// Around the blocks of a transformer: what the norm is given.
         const TRANSFORMER: usize = 1;
         /// Of one of its blocks: what three norms are given, q, k, v and the output of one attention, q and the output of
-        /// the other, and the 8 of the feed-forward.
-        const BLOCK: usize = 17;
+        /// the other.
+        const BLOCK: usize = 9;
+        // The wide half of the feed-forward: computed again, kept in bf16, or kept.
+        let n_wide = match (self.backend(), self.precision) {
+            (Backend::Host, Precision::F32 | Precision::F16) => 0,
+            (Backend::Host, Precision::Bf16) => 4,
+            (Backend::Device, _) => 8,
+        };
         let config = &self.config;
         let from_coarsest = config.up_block_types.iter().rev();
         let levels = config.down_block_types.iter().zip(from_coarsest);
@@ -303,8 +314,8 @@ impl UNet {
             let n_transformers = n_down * usize::from(*down == DownBlock::CrossAttention)
                 + (n_down + 1) * usize::from(*up == UpBlock::CrossAttention);
             let n_blocks = config.transformer_layers_per_block[level];
-            let n_planes =
-                RESIDUAL * (2 * n_down + 1) + (TRANSFORMER + BLOCK * n_blocks) * n_transformers;
+            let n_planes = RESIDUAL * (2 * n_down + 1)
+                + (TRANSFORMER + (BLOCK + n_wide) * n_blocks) * n_transformers;
             let n_channels = config.block_out_channels[level];
             bytes_of(&[n_planes, n_samples, n_channels, height, width])
         };
