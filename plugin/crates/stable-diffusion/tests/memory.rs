@@ -4,14 +4,14 @@
 #[expect(dead_code, reason = "other tests use the rest of it")]
 mod small;
 
-use std::sync::Mutex;
+use std::{any::Any, sync::Mutex};
 
 use candle_core::{Tensor, Var};
 use peak_alloc::PeakAlloc;
 use small::random;
 use stable_diffusion::{
     ops::{self, Backend, Mask},
-    unet::Watch,
+    unet::{Observed, Watch},
 };
 
 #[global_allocator]
@@ -59,19 +59,21 @@ fn no_graph_outlives_its_step_and_frozen_weights_have_no_gradients() {
     let n_weights: usize = unet.weights().0.values().map(Tensor::elem_count).sum();
     let context = Var::from_tensor(&random(&[1, 10, 24], 2)).unwrap();
     let latents = random(&[2, 4, 16, 16], 1);
-    for backend in BACKENDS {
-        let step = || {
-            let watch = Watch::Layers(&[13], &[4]);
-            let observed = unet.forward_observed(&latents, &[3.0, 700.0], &context, watch);
-            let loss = observed
-                .unwrap()
-                .prediction
-                .sqr()
-                .unwrap()
-                .sum_all()
-                .unwrap();
-            loss.backward().unwrap()
-        };
+    let watch = Watch::Layers(&[13], &[4]);
+    let loss = |observed: Observed| observed.prediction.sqr().unwrap().sum_all().unwrap();
+    // Whatever comes out of a step is held.
+    let in_graph = || -> Box<dyn Any> {
+        let observed = unet.forward_observed(&latents, &[3.0, 700.0], &context, watch);
+        Box::new(loss(observed.unwrap()).backward().unwrap())
+    };
+    let on_record = || -> Box<dyn Any> {
+        let pass = unet.forward_for_gradients(&latents, &[3.0, 700.0], &context, watch);
+        let (observed, backward) = pass.unwrap();
+        let loss = loss(observed);
+        Box::new(backward.gradients(&loss, &[&context]).unwrap())
+    };
+    let steps: [&dyn Fn() -> Box<dyn Any>; 2] = [&in_graph, &on_record];
+    for (backend, step) in BACKENDS.iter().flat_map(|b| steps.map(|step| (b, step))) {
         backend.within(|| {
             // What threads keep for the next time is not the step's. Which thread of the pool a step meets is a matter of
             // chance, so the least of several is what every step holds.
