@@ -144,7 +144,7 @@ def test_a_canceled_loop_goes_on_where_it_was(nodes, comfyui, caplog):
     comfyui.utils.on_update = None
     with caplog.at_level(logging.INFO, "conceptloom"):
         executed(nodes["ConceptloomEmLoop"], **loop)
-    assert "going on after step 2" in caplog.text
+    assert "going on after step 3" in caplog.text
     assert not list((comfyui.root / "temp/conceptloom/work").iterdir()), "nothing is kept of what is done"
     caplog.clear()
     with caplog.at_level(logging.INFO, "conceptloom"):
