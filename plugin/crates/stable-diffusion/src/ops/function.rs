@@ -180,7 +180,7 @@ fn tensors(kept: &[Kept]) -> Result<Vec<Tensor>> {
 
 /// A tensor of this shape and type that holds nothing to speak of.
 fn shape_of(tensor: &Tensor) -> Result<Tensor> {
-    Tensor::zeros((), tensor.dtype(), tensor.device())?.broadcast_as(tensor.shape())
+    tape::zero_like(tensor)?.broadcast_as(tensor.shape())
 }
 
 /// The gradient of a value from those of its parts.

@@ -58,4 +58,8 @@ impl Function for Pass {
     fn reads(&self, _: usize, _: &[bool]) -> Reads {
         Reads::Shape
     }
+
+    fn passes_on(&self) -> bool {
+        true
+    }
 }

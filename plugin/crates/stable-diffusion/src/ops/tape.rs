@@ -36,6 +36,8 @@ pub(crate) struct Tape {
     cheap: HashMap<TensorId, Arc<Again>>,
     /// What results are marked with.
     root: Option<Tensor>,
+    /// A zero of every type that there was, for tensors of which the shape alone is read.
+    zeros: Vec<Tensor>,
 }
 
 /// From the gradients of an operation's results, each with the number of its elements, to those of its operands.
@@ -198,6 +200,26 @@ pub(super) fn mark(tensor: Tensor) -> Result<Tensor> {
         }
     });
     root.apply_op1(Marked(Value::take(tensor)?))
+}
+
+/// A scalar of this tensor's type.
+pub(super) fn zero_like(tensor: &Tensor) -> Result<Tensor> {
+    let (dtype, device) = (tensor.dtype(), tensor.device());
+    let known = RECORDING.with_borrow(|tape| {
+        let mut zeros = tape.iter().flat_map(|tape| &tape.zeros);
+        let zero = zeros.find(|zero| zero.dtype() == dtype && zero.device().same_device(device));
+        zero.cloned()
+    });
+    if let Some(zero) = known {
+        return Ok(zero);
+    }
+    let zero = Tensor::zeros((), dtype, device)?;
+    RECORDING.with_borrow_mut(|tape| {
+        if let Some(tape) = tape {
+            tape.zeros.push(zero.clone());
+        }
+    });
+    Ok(zero)
 }
 
 /// An operation of nothing.
