@@ -214,6 +214,76 @@ fn activations() {
     }
 }
 
+/// Some and many tokens: those of a large plane are taken in parts.
+#[test]
+fn gated_linear() {
+    for n_tokens in [7, 1100] {
+        case(
+            format!("gated linear of {n_tokens} tokens"),
+            &[&[2, n_tokens, 8], &[12, 8], &[12]],
+            |t| ops::gated_linear(&t[0], &t[1], Some(&t[2])),
+            |t| composed::geglu(&composed::linear(&t[0], &t[1], Some(&t[2]))?),
+        )
+        .check();
+    }
+    case(
+        "gated linear without a bias",
+        &[&[5, 8], &[6, 8]],
+        |t| ops::gated_linear(&t[0], &t[1], None),
+        |t| composed::geglu(&composed::linear(&t[0], &t[1], None)?),
+    )
+    .check();
+}
+
+#[test]
+fn what_lies_between_layers() {
+    let plane: &[usize] = &[2, 3, 4, 5];
+    case(
+        "add",
+        &[plane, plane],
+        |t| ops::add(&t[0], &t[1]),
+        |t| &t[0] + &t[1],
+    )
+    .check();
+    case(
+        "add scaled",
+        &[plane, plane],
+        |t| ops::add_scaled(&t[0], &t[1], 0.3),
+        |t| &t[0] + (&t[1] * 0.3)?,
+    )
+    .check();
+    case(
+        "join channels",
+        &[plane, &[2, 2, 4, 5]],
+        |t| ops::join_channels(&t[0], &t[1]),
+        |t| Tensor::cat(&[&t[0], &t[1]], 1),
+    )
+    .check();
+    case(
+        "shift",
+        &[&[2, 3], &[3]],
+        |t| ops::shift(&t[0], &t[1]),
+        |t| t[0].broadcast_add(&t[1]),
+    )
+    .check();
+    case(
+        "for samples",
+        &[&[1, 4, 5]],
+        |t| ops::for_samples(&t[0], 3),
+        |t| t[0].broadcast_as((3, 4, 5))?.contiguous(),
+    )
+    .check();
+    for n_heads in [1, 3] {
+        case(
+            format!("mean of {n_heads} heads"),
+            &[&[2, n_heads, 4, 5]],
+            |t| ops::mean_of_heads(&t[0]),
+            |t| t[0].mean(1),
+        )
+        .check();
+    }
+}
+
 #[test]
 fn attention() {
     // (batch, queries, keys, heads, channels per head); 64 queries make a tile.
