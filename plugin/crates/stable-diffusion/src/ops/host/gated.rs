@@ -29,7 +29,6 @@ pub(crate) struct Gated {
     n_in: usize,
     width: usize,
     projection: Projection,
-    geglu: Geglu,
     /// (value, gate) of a pass on record.
     kept: OnceLock<Vec<bf16>>,
 }
@@ -40,9 +39,12 @@ impl Gated {
             n_in: x.dim(D::Minus1)?,
             width: weight.dim(0)? / 2,
             projection: Projection::tokens(x, weight)?,
-            geglu: Geglu::new(weight.dim(0)? / 2),
             kept: OnceLock::new(),
         })
+    }
+
+    fn geglu(&self) -> Geglu {
+        Geglu::new(self.width)
     }
 
     /// The projection of some tokens, of so many numbers.
@@ -93,7 +95,7 @@ impl Function for Gated {
         Self::with_operands(operands, [true; 2], |x, weight, bias| {
             for x in x.chunks(TOKENS * self.n_in.max(1)) {
                 let both = self.part(x.len()).forward(x, weight, bias);
-                y.extend_from_slice(&self.geglu.values(&both));
+                y.extend_from_slice(&self.geglu().values(&both));
                 if keeps {
                     kept.extend_from_slice(&rounded(&both));
                 }
@@ -123,11 +125,11 @@ impl Function for Gated {
                 let of = |width: usize| tokens.start * width..tokens.end * width;
                 let dy = &dy[of(self.width)];
                 match self.kept.get() {
-                    Some(both) => self.geglu.gradient(&both[of(2 * self.width)], dy),
+                    Some(both) => self.geglu().gradient(&both[of(2 * self.width)], dy),
                     None => {
                         let x = &x[of(self.n_in)];
                         let mut both = self.part(x.len()).forward(x, weight, bias);
-                        self.geglu.turn_into_gradient(&mut both, dy);
+                        self.geglu().turn_into_gradient(&mut both, dy);
                         both
                     }
                 }
