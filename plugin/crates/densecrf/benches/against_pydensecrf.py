@@ -38,6 +38,11 @@ def scene(size, n_labels):
     rgb = (smooth + grain).round().clip(0, 255).astype(np.uint8)
     index = np.arange(size) * 128 // size
     masks = recorded["degraded"][-(n_labels - 1):][:, index][:, :, index]
+    # More labels than recorded masks: the first ones are cut in two, left and right.
+    right = np.arange(size) >= size // 2
+    for at in range(n_labels - 1 - len(masks)):
+        masks = np.concatenate([masks, masks[at : at + 1] * right])
+        masks[at] *= ~right
     return np.ascontiguousarray(rgb), np.concatenate([1 - masks.max(0, keepdims=True), masks])
 
 
@@ -92,5 +97,5 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     for size in (128, 512):
-        for n_labels in (2, 4):
+        for n_labels in (2, 5):
             measure(size, n_labels, arguments.repetitions, arguments.threads)

@@ -34,15 +34,16 @@
 //! # Ok::<(), densecrf::CrfError>(())
 //! ```
 //!
-//! Results are the same bits for any number of threads: every sum is gathered by the one task that owns it.
+//! Results are the same bits for any number of threads: pixels are read in bands whose size is fixed, each sums for itself,
+//! and the bands' sums are added up in their order.
 
 mod config;
 mod error;
 mod lattice;
 mod mean_field;
-mod unary;
-
+mod simd;
 mod softmax;
+mod unary;
 
 pub use config::{Appearance, CrfConfig, Smoothness};
 pub use error::CrfError;

@@ -2,15 +2,15 @@
 
 use rayon::prelude::*;
 
-use crate::softmax::softmax;
+use crate::lattice::LatticeValues;
+use crate::lattice::band::{self, Band};
+use crate::simd::fastest;
+use crate::softmax::{self, softmax};
 use crate::unary::check_finite;
 use crate::{CrfConfig, CrfError, Lattice};
 
 /// Most labels of one picture.
 pub const MAX_LABELS: usize = 32;
-
-/// Pixels that one task handles.
-const PIXELS_PER_TASK: usize = 1024;
 
 /// The CRF of one picture: its filters, ready to be asked again with other unary energies.
 #[derive(Debug)]
@@ -112,12 +112,16 @@ impl DenseCrf {
         iterations: usize,
     ) -> Result<Marginals, CrfError> {
         self.check_unary(unary, n_labels)?;
-        // Labels lie side by side, padded to a width that vector registers like.
+        // Labels lie side by side, few of them as many as there are, in softmax padded to what registers hold.
         let q = match n_labels {
-            1..=4 => self.mean_field::<4>(unary, iterations),
-            5..=8 => self.mean_field::<8>(unary, iterations),
-            9..=16 => self.mean_field::<16>(unary, iterations),
-            _ => self.mean_field::<MAX_LABELS>(unary, iterations),
+            1..=2 => self.mean_field::<2, 2>(unary, iterations),
+
+            3..=4 => self.mean_field::<4, 4>(unary, iterations),
+
+            5 => self.mean_field::<5, 8>(unary, iterations),
+            6..=8 => self.mean_field::<8, 8>(unary, iterations),
+            9..=16 => self.mean_field::<16, 16>(unary, iterations),
+            _ => self.mean_field::<MAX_LABELS, MAX_LABELS>(unary, iterations),
         };
         Ok(Marginals { q, n_labels })
     }
@@ -138,7 +142,8 @@ impl DenseCrf {
         self.check_unary(unary, *n_labels)?;
         self.check_unary(q, *n_labels)?;
         Ok(match n_labels {
-            1..=4 => self.energy_of::<4>(unary, q),
+            1..=2 => self.energy_of::<2>(unary, q),
+            3..=4 => self.energy_of::<4>(unary, q),
             5..=8 => self.energy_of::<8>(unary, q),
             9..=16 => self.energy_of::<16>(unary, q),
             _ => self.energy_of::<MAX_LABELS>(unary, q),
@@ -156,22 +161,18 @@ impl DenseCrf {
         let messages: Vec<_> = self
             .kernels
             .iter()
-            .map(|kernel| {
-                let mut messages = kernel.zeros::<LANES>();
-                kernel.splat_and_blur(&q, &mut messages);
-                messages
-            })
+            .map(|kernel| kernel.filter(&q))
             .collect();
         let of_pixel = |(pixel, q): (usize, &[f32; LANES])| {
-            let mut message = [0.0; LANES];
-            for (kernel, messages) in self.kernels.iter().zip(&messages) {
-                kernel.slice_onto(pixel, messages, &mut message);
-            }
+            let message = |label: usize| -> f64 {
+                let of_kernel = |messages: &Vec<[f32; LANES]>| f64::from(messages[pixel][label]);
+                messages.iter().map(of_kernel).sum()
+            };
             let n_labels = unary.len() / n;
             let of_label = |l: usize| {
                 let (q, u) = (f64::from(q[l]), f64::from(unary[l * n + pixel]));
                 let entropy = if q > 0.0 { q * q.ln() } else { 0.0 };
-                entropy + q * u + 0.5 * (1.0 - q) * f64::from(message[l])
+                entropy + q * u + 0.5 * (1.0 - q) * message(l)
             };
             (0..n_labels).map(of_label).sum::<f64>()
         };
@@ -202,41 +203,82 @@ impl DenseCrf {
         check_finite(unary, self.n_pixels)
     }
 
-    fn mean_field<const LANES: usize>(&self, unary: &[f32], iterations: usize) -> Vec<f32> {
-        let evidence = evidence_from_unary::<LANES>(unary, self.n_pixels);
-        let mut q: Vec<[f32; LANES]> = evidence
-            .par_iter()
-            .with_min_len(PIXELS_PER_TASK)
-            .map(softmax)
-            .collect();
+    /// With LANES ≥ L values for each lattice point, and WIDTH ≥ LANES, a power of two, for each pixel.
+    fn mean_field<const LANES: usize, const WIDTH: usize>(
+        &self,
+        unary: &[f32],
+        iterations: usize,
+    ) -> Vec<f32> {
+        let evidence = evidence_from_unary::<WIDTH>(unary, self.n_pixels);
         let mut messages: Vec<_> = self.kernels.iter().map(Lattice::zeros::<LANES>).collect();
-        for _ in 0..iterations {
-            for (kernel, messages) in self.kernels.iter().zip(&mut messages) {
-                kernel.splat_and_blur(&q, messages);
-            }
-            let update = |(pixel, (q, evidence)): (usize, (&mut [f32; LANES], &[f32; LANES]))| {
-                let mut logits = *evidence;
-                for (kernel, messages) in self.kernels.iter().zip(&messages) {
-                    kernel.slice_onto(pixel, messages, &mut logits);
-                }
-                *q = softmax(&logits);
-            };
-            q.par_iter_mut()
-                .zip(&evidence)
-                .enumerate()
-                .with_min_len(PIXELS_PER_TASK)
-                .for_each(update);
-        }
         let mut planes = vec![0.0; unary.len()];
-        planes
-            .par_chunks_mut(self.n_pixels)
-            .enumerate()
-            .for_each(|(label, plane)| {
-                for (value, q) in plane.iter_mut().zip(&q) {
-                    *value = q[label];
+        for iteration in 0..=iterations {
+            for (kernel, messages) in self.kernels.iter().zip(&mut messages) {
+                if iteration > 0 {
+                    kernel.blur(messages);
                 }
-            });
+            }
+            let answer = (iteration == iterations).then_some(&mut planes[..]);
+            self.update(&evidence, &mut messages, answer);
+        }
         planes
+    }
+
+    /// `Q_i = softmax_l(evidence_i + Σ_k what kernel k says)`. It is the answer, `[L, H·W]`, or said to the kernels in turn: a
+    /// pixel's Q is not kept between iterations.
+    fn update<const LANES: usize, const WIDTH: usize>(
+        &self,
+        evidence: &[[f32; WIDTH]],
+        messages: &mut [LatticeValues<LANES>],
+        answer: Option<&mut [f32]>,
+    ) {
+        let mut tasks: Vec<_> = evidence
+            .chunks(band::FEATURES)
+            .map(|evidence| (evidence, Vec::new(), Vec::new()))
+            .collect();
+        for (kernel, messages) in self.kernels.iter().zip(messages) {
+            for ((_, kernels, _), band) in tasks.iter_mut().zip(kernel.bands(messages)) {
+                kernels.push(band);
+            }
+        }
+        for plane in answer
+            .into_iter()
+            .flat_map(|planes| planes.chunks_mut(self.n_pixels))
+        {
+            for ((_, _, answer), plane) in tasks.iter_mut().zip(plane.chunks_mut(band::FEATURES)) {
+                answer.push(plane);
+            }
+        }
+        tasks
+            .into_par_iter()
+            .for_each(|(evidence, mut kernels, mut answer)| {
+                fastest(
+                    #[inline(always)]
+                    || {
+                        kernels.iter_mut().for_each(Band::hear);
+                        let mut q = [[0.0; WIDTH]; softmax::PIXELS];
+                        for (block, evidence) in evidence.chunks(softmax::PIXELS).enumerate() {
+                            let first = block * softmax::PIXELS;
+                            let n = evidence.len();
+                            q[..n].copy_from_slice(evidence);
+                            for kernel in &kernels {
+                                kernel.slice_onto(first, &mut q[..n]);
+                            }
+                            softmax(&mut q);
+                            if answer.is_empty() {
+                                for kernel in &mut kernels {
+                                    kernel.splat(first, &q[..n]);
+                                }
+                            }
+                            for (label, plane) in answer.iter_mut().enumerate() {
+                                for (value, q) in plane[first..first + n].iter_mut().zip(&q) {
+                                    *value = q[label];
+                                }
+                            }
+                        }
+                    },
+                );
+            });
     }
 }
 

@@ -1,11 +1,12 @@
-//! The lattice points that a picture touches, and the map from coordinates to their row.
+//! Lattice points by their coordinates, and the numbers that a band of features gives to those it touches.
 
 /// Most vertices a simplex can have: a key packs eight 16-bit lanes.
 pub(super) const MAX_VERTICES: usize = 8;
 
 /// Coordinates of a lattice point, 16 bits each, biased to be unsigned. The last of the d + 1 is left out, as all
-/// sum to zero. Because no lane ever leaves its range, adding packed keys adds their coordinates.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// sum to zero. Because no lane ever leaves its range, adding packed keys adds their coordinates, and a step keeps
+/// the order of keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct PointKey(u128);
 
 const BIAS: i32 = 1 << 15;
@@ -53,16 +54,15 @@ impl PointKey {
     }
 }
 
-/// One place of the hash table; row 0 is an empty one.
+/// One place of the hash table; number 0 is an empty one.
 #[derive(Clone, Copy, Debug, Default)]
 struct Slot {
-    /// The low bits of the hash. Most lookups are for neighbors that do not exist: the tag tells without fetching a key.
+    /// The low bits of the hash: they tell most other keys apart without fetching one.
     tag: u32,
-    row: u32,
+    number: u32,
 }
 
-/// Open-addressing hash map from key to row, rows counted from 1 in order of first appearance. Row 0 is "no such
-/// point": the lattice keeps its value at zero, so a missing neighbor needs no branch.
+/// Open-addressing hash map that numbers keys from 1 in order of first appearance.
 #[derive(Debug)]
 pub(super) struct PointIndex {
     keys: Vec<PointKey>,
@@ -81,33 +81,28 @@ impl PointIndex {
         }
     }
 
-    /// Keys in row order, beginning with row 1.
-    pub(super) fn keys(&self) -> &[PointKey] {
-        &self.keys
+    /// The keys in the order of their numbers.
+    pub(super) fn into_keys(self) -> Vec<PointKey> {
+        self.keys
     }
 
-    /// The row of `key`, or 0.
-    pub(super) fn find(&self, key: PointKey) -> u32 {
-        self.slots[self.place_of(key)].row
-    }
-
-    /// The row of `key`, made if there is none.
-    pub(super) fn find_or_insert(&mut self, key: PointKey) -> u32 {
+    /// The number of `key`, a new one if it has none.
+    pub(super) fn number(&mut self, key: PointKey) -> u32 {
         let place = self.place_of(key);
-        if self.slots[place].row != 0 {
-            return self.slots[place].row;
+        if self.slots[place].number != 0 {
+            return self.slots[place].number;
         }
         self.keys.push(key);
-        let row = self.keys.len() as u32;
+        let number = self.keys.len() as u32;
         self.slots[place] = Slot {
             tag: key.hash() as u32,
-            row,
+            number,
         };
         // At most half full, so that probes stay short.
         if self.keys.len() * 2 > self.slots.len() {
             self.grow();
         }
-        row
+        number
     }
 
     /// The index of the slot that holds `key`, or of the empty one where it belongs.
@@ -115,8 +110,8 @@ impl PointIndex {
         let (hash, mask) = (key.hash(), self.slots.len() - 1);
         let mut place = (hash >> self.shift) as usize;
         loop {
-            let Slot { tag, row } = self.slots[place];
-            if row == 0 || (tag == hash as u32 && self.keys[row as usize - 1] == key) {
+            let Slot { tag, number } = self.slots[place];
+            if number == 0 || (tag == hash as u32 && self.keys[number as usize - 1] == key) {
                 return place;
             }
             place = (place + 1) & mask;
@@ -126,12 +121,12 @@ impl PointIndex {
     fn grow(&mut self) {
         self.shift -= 2;
         self.slots = vec![Slot::default(); self.slots.len() * 4];
-        for row in 1..=self.keys.len() {
-            let key = self.keys[row - 1];
+        for number in 1..=self.keys.len() {
+            let key = self.keys[number - 1];
             let place = self.place_of(key);
             self.slots[place] = Slot {
                 tag: key.hash() as u32,
-                row: row as u32,
+                number: number as u32,
             };
         }
     }
@@ -158,17 +153,40 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_first_come_and_survive_growth() {
+    fn steps_keep_the_order_of_keys() {
+        let mut keys: Vec<_> = (0..500)
+            .map(|i: i32| {
+                PointKey::new::<3>(&[
+                    i * 7919 % 101 - 50,
+                    i * 104_729 % 97 - 48,
+                    i % 9,
+                    0,
+                    0,
+                    0,
+                    0,
+                    0,
+                ])
+            })
+            .collect();
+        keys.sort_unstable();
+        for axis in 0..=3 {
+            assert!(
+                keys.iter().map(|key| key.step::<3>(axis)).is_sorted(),
+                "axis {axis}"
+            );
+        }
+    }
+
+    #[test]
+    fn numbers_are_first_come_and_survive_growth() {
         let mut index = PointIndex::new();
         let key = |i: i32| PointKey::new::<2>(&[i - 20_000, 3 * (i % 1000), 0, 0, 0, 0, 0, 0]);
         for i in 0..40_000 {
-            assert_eq!(index.find(key(i)), 0);
-            assert_eq!(index.find_or_insert(key(i)), i as u32 + 1);
+            assert_eq!(index.number(key(i)), i as u32 + 1);
         }
         for i in 0..40_000 {
-            assert_eq!(index.find_or_insert(key(i)), i as u32 + 1);
-            assert_eq!(index.find(key(i)), i as u32 + 1);
+            assert_eq!(index.number(key(i)), i as u32 + 1);
         }
-        assert_eq!(index.keys().len(), 40_000);
+        assert_eq!(index.into_keys().len(), 40_000);
     }
 }

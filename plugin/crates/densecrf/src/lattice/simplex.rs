@@ -34,6 +34,7 @@ pub(super) fn elevation_scale<const D: usize>() -> [f32; D] {
 ///    rounded point left the hyperplane, shift the ranks and the point back;
 /// 4. barycentric coordinates are differences of the sorted remainders;
 /// 5. vertex r is the rounded point plus the canonical vertex (r, …, r, r-(d+1), …) in that permutation.
+#[inline(always)]
 pub(super) fn enclose<const D: usize>(feature: &[f32; D], scale: &[f32; D]) -> Option<Simplex> {
     const { assert!(D >= 1 && D < MAX_VERTICES) };
     let period = D as i32 + 1;
@@ -57,7 +58,7 @@ pub(super) fn enclose<const D: usize>(feature: &[f32; D], scale: &[f32; D]) -> O
     let mut remainder = [0.0_f32; MAX_VERTICES];
     let mut off_plane = 0;
     for i in 0..=D {
-        let quotient = round_ties_even(elevated[i] * inverse_period) as i32;
+        let quotient = round_ties_even(elevated[i] * inverse_period);
         off_plane += quotient;
         origin[i] = quotient * period;
         remainder[i] = elevated[i] - origin[i] as f32;
