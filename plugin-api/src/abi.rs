@@ -165,9 +165,7 @@ impl<N: Node> NodeObject for NodeAdapter<N> {
     fn run(&mut self, request: RunRequest, host: HostBox) -> RResult<RVec<Value>, NodeError> {
         guarded(type_name::<N>(), || {
             let parameters = self.parameters(&request.parameters)?;
-            let inputs = request.inputs.into_iter();
-            let inputs = inputs.map(|Tuple2(name, value)| (name.into_string(), value));
-            let mut inputs = Inputs::new(inputs.collect());
+            let mut inputs = Inputs::of_request(request.inputs);
             let node = self.node.get_mut()?;
             let outputs = node.run(&mut inputs, parameters, &Host::new(host))?;
             Ok(RVec::from(outputs))

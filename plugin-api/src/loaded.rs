@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use abi_stable::std_types::{RString, RVec, Tuple2};
+use abi_stable::std_types::{RString, RVec};
 
 use crate::abi::{HostAdapter, NodeBox, RunRequest};
 use crate::c_door::ForeignPlugin;
 use crate::c_door::abi::NodePluginTable;
 use crate::extension::{DEVICES, LoadedExtension};
+use crate::node::Inputs;
 use crate::{
     DeviceDescriptor, ErrorCode, HostContext, NodeError, Outputs, PluginDescriptor,
     PluginModule_Ref, Value,
@@ -141,10 +142,8 @@ impl LoadedNode {
         parameters: &str,
         context: impl HostContext,
     ) -> Result<Outputs, NodeError> {
-        let inputs = inputs.into_iter();
-        let inputs = inputs.map(|(name, value)| Tuple2(RString::from(name), value));
         let request = RunRequest {
-            inputs: inputs.collect(),
+            inputs: Inputs::new(inputs).into_request(),
             parameters: parameters.into(),
         };
         let (host, fault) = HostAdapter::boxed(context);

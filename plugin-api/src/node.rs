@@ -4,7 +4,7 @@ use std::any::type_name;
 use std::collections::BTreeMap;
 
 use abi_stable::StableAbi;
-use abi_stable::std_types::RString;
+use abi_stable::std_types::{RString, RVec, Tuple2};
 use schemars::JsonSchema;
 use serde::de::DeserializeOwned;
 
@@ -26,13 +26,31 @@ pub enum Value {
 
 /// The values on a node's sockets.
 #[derive(Debug, Default)]
-pub struct Inputs(BTreeMap<String, Value>);
+pub struct Inputs(RVec<Tuple2<RString, Value>>);
 
 impl Inputs {
     /// Values by socket name.
     #[must_use]
     pub fn new(values: BTreeMap<String, Value>) -> Self {
-        Self(values)
+        let mut inputs = RVec::with_capacity(values.len());
+        for (name, value) in values {
+            inputs.push(Tuple2(name.into(), value));
+        }
+        Self(inputs)
+    }
+
+    /// As they came; of two with one name the last counts.
+    pub(crate) fn of_request(inputs: RVec<Tuple2<RString, Value>>) -> Self {
+        Self(inputs)
+    }
+
+    pub(crate) fn into_request(self) -> RVec<Tuple2<RString, Value>> {
+        self.0
+    }
+
+    fn get(&self, name: &str) -> Option<&Value> {
+        let mut named = self.0.iter().rev().filter(|Tuple2(of, _)| of == name);
+        named.next().map(|Tuple2(_, value)| value)
     }
 
     /// The tensor on a socket.
@@ -48,7 +66,7 @@ impl Inputs {
     /// # Errors
     /// It is no tensor.
     pub fn optional_tensor(&self, name: &str) -> Result<Option<&SharedTensor>, NodeError> {
-        match self.0.get(name) {
+        match self.get(name) {
             None => Ok(None),
             Some(Value::Tensor(tensor)) => Ok(Some(tensor)),
             Some(other) => Err(NodeError::invalid_input(
@@ -65,7 +83,7 @@ impl Inputs {
     /// Nothing is linked, or it is no tensor.
     pub fn take_tensor(&mut self, name: &str) -> Result<SharedTensor, NodeError> {
         let tensor = self.tensor(name)?.clone();
-        self.0.remove(name);
+        self.0.retain(|Tuple2(of, _)| of != name);
         Ok(tensor)
     }
 
@@ -82,7 +100,7 @@ impl Inputs {
     /// # Errors
     /// It is not a `T` of this very library.
     pub fn optional_object<T: Opaque>(&self, name: &str) -> Result<Option<&T>, NodeError> {
-        match self.0.get(name) {
+        match self.get(name) {
             None => Ok(None),
             Some(Value::Object(object)) => object.get::<T>().map(Some).ok_or_else(|| {
                 NodeError::invalid_input(

@@ -5,7 +5,7 @@
 )]
 
 use std::collections::BTreeMap;
-use std::ffi::{CString, c_char, c_void};
+use std::ffi::{c_char, c_void};
 use std::ptr::{NonNull, null};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,12 +13,13 @@ use abi_stable::std_types::{ROption, RResult, RStr, RString, RVec, Tuple2};
 use abi_stable::type_level::downcasting::TD_Opaque;
 
 use super::abi::{
-    NODE_PLUGIN_MINOR, NodePluginExtension, NodePluginHost, NodePluginInput, NodePluginNode,
-    NodePluginTable,
+    NODE_PLUGIN_MINOR, NODE_PLUGIN_OK, NodePluginError, NodePluginExtension, NodePluginHost,
+    NodePluginInput, NodePluginNode, NodePluginTable,
 };
 use super::dlpack::DLManagedTensorVersioned;
 use super::values::{
-    ExportedExtension, c_text, call, collected, exported, no_error, pushed, returned, taken, text,
+    CText, ExportedExtension, c_text, call, collected, exported, no_error, pushed, returned, taken,
+    text,
 };
 use crate::abi::{ExtensionBox, HostBox, NodeBox, NodeObject, NodeObject_TO, RunRequest};
 use crate::extension::{self, Extension};
@@ -55,10 +56,13 @@ impl ForeignPlugin {
                 format!("{} has no node of the class {class}", self.0.name()),
             ));
         };
-        let node = ForeignNode(Arc::new(OwnedNode {
-            table: self.0,
-            node,
-        }));
+        let node = ForeignNode {
+            node: Arc::new(OwnedNode {
+                table: self.0,
+                node,
+            }),
+            error: Box::new(no_error()),
+        };
         Ok(NodeObject_TO::from_value(node, TD_Opaque))
     }
 
@@ -113,7 +117,11 @@ unsafe impl Send for OwnedNode {}
 // SAFETY: only `ForeignNode` calls its functions, which is not `Sync`.
 unsafe impl Sync for OwnedNode {}
 
-struct ForeignNode(Arc<OwnedNode>);
+struct ForeignNode {
+    node: Arc<OwnedNode>,
+    /// Of its runs, one at a time; empty before each.
+    error: Box<NodePluginError>,
+}
 
 impl Drop for OwnedNode {
     fn drop(&mut self) {
@@ -122,13 +130,49 @@ impl Drop for OwnedNode {
     }
 }
 
+/// What is handed over to a node; what it does not take is freed with this.
+struct Inputs {
+    names: Vec<CText>,
+    inputs: Vec<NodePluginInput>,
+}
+
+impl Inputs {
+    fn new(values: RVec<Tuple2<RString, Value>>) -> Result<Self, NodeError> {
+        let n = values.len();
+        let mut inputs = Self {
+            names: Vec::with_capacity(n),
+            inputs: Vec::with_capacity(n),
+        };
+        for Tuple2(name, value) in values {
+            inputs.inputs.push(NodePluginInput {
+                name: null(),
+                value: exported(value)?,
+            });
+            inputs.names.push(c_text(&name));
+        }
+        for (input, name) in inputs.inputs.iter_mut().zip(&inputs.names) {
+            input.name = name.as_ptr();
+        }
+        Ok(inputs)
+    }
+}
+
+impl Drop for Inputs {
+    fn drop(&mut self) {
+        for input in &mut self.inputs {
+            // SAFETY: exported by `new`, and not taken by the node.
+            drop(unsafe { taken(&mut input.value) });
+        }
+    }
+}
+
 impl NodeObject for ForeignNode {
     fn validate(&self, parameters: RStr<'_>) -> RResult<(), NodeError> {
         guarded("a node in C", || {
             let (parameters, mut error) = (c_text(&parameters), no_error());
-            let (node, parameters) = (self.0.node.as_ptr(), parameters.as_ptr());
+            let (node, parameters) = (self.node.node.as_ptr(), parameters.as_ptr());
             // SAFETY: the table is as the contract has it, here and below; the node is used by one thread at a time.
-            let code = unsafe { (self.0.table.node_validate)(node, parameters, &raw mut error) };
+            let code = unsafe { (self.node.table.node_validate)(node, parameters, &raw mut error) };
             returned(code, &error)
         })
         .into()
@@ -137,10 +181,10 @@ impl NodeObject for ForeignNode {
     fn fingerprint(&self, parameters: RStr<'_>) -> RResult<RString, NodeError> {
         guarded("a node in C", || {
             let (parameters, mut error) = (c_text(&parameters), no_error());
-            let (node, parameters) = (self.0.node.as_ptr(), parameters.as_ptr());
+            let (node, parameters) = (self.node.node.as_ptr(), parameters.as_ptr());
             // SAFETY: as above.
             let (code, text) = collected(|sink| unsafe {
-                (self.0.table.node_fingerprint)(node, parameters, sink, &raw mut error)
+                (self.node.table.node_fingerprint)(node, parameters, sink, &raw mut error)
             });
             returned(code, &error)?;
             text.map(RString::from)
@@ -151,35 +195,28 @@ impl NodeObject for ForeignNode {
     fn run(&mut self, request: RunRequest, host: HostBox) -> RResult<RVec<Value>, NodeError> {
         guarded("a node in C", || {
             let parameters = c_text(&request.parameters);
-            let inputs = request.inputs.into_iter();
-            let inputs = inputs.map(|Tuple2(name, value)| Ok((c_text(&name), exported(value)?)));
-            let mut inputs: Vec<(CString, _)> = inputs.collect::<Result<_, NodeError>>()?;
-            let named = inputs.iter().map(|(name, value)| NodePluginInput {
-                name: name.as_ptr(),
-                value: *value,
-            });
-            let mut named: Vec<_> = named.collect();
+            let mut inputs = Inputs::new(request.inputs)?;
             let services = Services::new(Host::new(host));
             let table = services.table();
-            let mut error = no_error();
+            let (table_of_node, node) = (self.node.table, self.node.node.as_ptr());
+            let error = &raw mut *self.error;
             // SAFETY: as above; all that is passed lives until it returns.
             let (code, outputs) = pushed(|sink| unsafe {
-                (self.0.table.node_run)(
-                    self.0.node.as_ptr(),
-                    named.as_mut_ptr(),
-                    named.len(),
+                (table_of_node.node_run)(
+                    node,
+                    inputs.inputs.as_mut_ptr(),
+                    inputs.inputs.len(),
                     parameters.as_ptr(),
                     &raw const table,
                     sink,
-                    &raw mut error,
+                    error,
                 )
             });
-            inputs.clear();
-            for input in &mut named {
-                // SAFETY: exported above, and not taken by the node.
-                drop(unsafe { taken(&mut input.value) });
+            drop(inputs);
+            if code != NODE_PLUGIN_OK {
+                let error = std::mem::replace(&mut *self.error, no_error());
+                returned(code, &error)?;
             }
-            returned(code, &error)?;
             outputs.map(RVec::from)
         })
         .into()
@@ -188,17 +225,18 @@ impl NodeObject for ForeignNode {
     fn extension(&self, id: RStr<'_>) -> ROption<ExtensionBox> {
         let id = c_text(&id);
         // SAFETY: as above.
-        let found = unsafe { (self.0.table.node_extension)(self.0.node.as_ptr(), id.as_ptr()) };
-        foreign_extension(found, Some(self.0.clone()))
+        let found =
+            unsafe { (self.node.table.node_extension)(self.node.node.as_ptr(), id.as_ptr()) };
+        foreign_extension(found, Some(self.node.clone()))
     }
 }
 
 /// What the host's functions in C work with, for one run.
 struct Services {
     host: Host,
-    node_id: CString,
-    output_dir: CString,
-    work_dir: CString,
+    node_id: CText,
+    output_dir: CText,
+    work_dir: CText,
     /// Handed out; they live as long as the run.
     extensions: Mutex<BTreeMap<String, Box<ExportedExtension>>>,
 }

@@ -4,11 +4,12 @@
     reason = "structs of the C contract hold pointers that its rules vouch for"
 )]
 
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::ffi::{CStr, c_char, c_void};
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 
 use abi_stable::std_types::RString;
+use smallvec::SmallVec;
 
 use super::abi::{
     NODE_PLUGIN_INTERNAL, NODE_PLUGIN_JSON, NODE_PLUGIN_NONE, NODE_PLUGIN_OBJECT, NODE_PLUGIN_OK,
@@ -43,11 +44,27 @@ pub(super) unsafe fn text<'a>(text: *const c_char) -> Result<&'a str, NodeError>
     })
 }
 
+/// Text to pass on, which ends with a NUL; short ones without asking for memory.
+pub(super) struct CText(SmallVec<[u8; 64]>);
+
+impl CText {
+    /// Valid for as long as this is and stays where it is.
+    pub(super) fn as_ptr(&self) -> *const c_char {
+        self.0.as_ptr().cast()
+    }
+}
+
 /// Text to pass on. A NUL inside of it would end it.
-pub(super) fn c_text(text: &str) -> CString {
-    CString::new(text)
-        .or_else(|_| CString::new(text.replace('\0', " ")))
-        .unwrap_or_default()
+pub(super) fn c_text(text: &str) -> CText {
+    let mut bytes = SmallVec::with_capacity(text.len() + 1);
+    bytes.extend_from_slice(text.as_bytes());
+    if bytes.contains(&0) {
+        for byte in bytes.iter_mut().filter(|byte| **byte == 0) {
+            *byte = b' ';
+        }
+    }
+    bytes.push(0);
+    CText(bytes)
 }
 
 /// Gives text to a sink of the other side.
@@ -223,18 +240,25 @@ pub(super) unsafe fn taken(place: &mut NodePluginValue) -> Option<Result<Value, 
 pub(super) fn pushed<R>(
     fill: impl FnOnce(NodePluginValueSink) -> R,
 ) -> (R, Result<Vec<Value>, NodeError>) {
+    /// Values, and the first that could not be read.
+    type Found = (Vec<Value>, Option<NodeError>);
     unsafe extern "C" fn push(context: *mut c_void, value: NodePluginValue) {
-        // SAFETY: the context is the vector below, which lives while the sink is used, by one thread.
-        let values = unsafe { &mut *context.cast::<Vec<Result<Value, NodeError>>>() };
+        // SAFETY: the context is the pair below, which lives while the sink is used, by one thread.
+        let (values, error) = unsafe { &mut *context.cast::<Found>() };
         // SAFETY: handed over.
-        values.push(guarded("a value from C", || unsafe { imported(value) }));
+        match guarded("a value from C", || unsafe { imported(value) }) {
+            Ok(value) => values.push(value),
+            Err(found) => *error = error.take().or(Some(found)),
+        }
     }
-    let mut values: Vec<Result<Value, NodeError>> = Vec::new();
+    // Most nodes have one output.
+    let mut found: Found = (Vec::with_capacity(1), None);
     let result = fill(NodePluginValueSink {
-        context: (&raw mut values).cast(),
+        context: (&raw mut found).cast(),
         push,
     });
-    (result, values.into_iter().collect())
+    let (values, error) = found;
+    (result, error.map_or(Ok(values), Err))
 }
 
 /// Pushes values into a sink of the other side.
@@ -268,7 +292,8 @@ fn maker() -> *const c_void {
 struct ExportedObject {
     head: NodePluginObject,
     shared: SharedObject,
-    type_name: CString,
+    /// Where it is does not change.
+    type_name: Box<CText>,
 }
 
 // SAFETY: its pointers go to a static and into its own text, and are only read.
@@ -280,7 +305,7 @@ fn exported_object(shared: SharedObject) -> *mut NodePluginObject {
     if let Some(foreign) = shared.get::<ForeignObject>() {
         return foreign.retained();
     }
-    let type_name = c_text(shared.type_name());
+    let type_name = Box::new(c_text(shared.type_name()));
     let object = ExportedObject {
         head: NodePluginObject {
             struct_size: size_of::<NodePluginObject>() as u32,

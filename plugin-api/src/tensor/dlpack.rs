@@ -232,15 +232,15 @@ unsafe fn described(tensor: &DLTensor) -> Result<TensorDescription, TensorError>
     let list = |numbers: *const i64| match numbers.is_null() {
         true => None,
         // SAFETY: the caller vouched for it.
-        false => Some(unsafe { std::slice::from_raw_parts(numbers, n_dims) }.to_vec()),
+        false => Some(unsafe { std::slice::from_raw_parts(numbers, n_dims) }),
     };
     let shape: Option<Vec<usize>> = match list(tensor.shape) {
-        Some(shape) => shape.into_iter().map(|n| usize::try_from(n).ok()).collect(),
+        Some(shape) => shape.iter().map(|&n| usize::try_from(n).ok()).collect(),
         None => (n_dims == 0).then(Vec::new),
     };
     let shape = shape.ok_or_else(|| TensorError("the tensor has no shape".to_owned()))?;
     let strides = match list(tensor.strides) {
-        Some(strides) => strides.into_iter().map(|n| n as isize).collect(),
+        Some(strides) => strides.iter().map(|&n| n as isize).collect(),
         None => contiguous_strides(&shape),
     };
     let bytes = data_type.bytes().unwrap_or(0) as i64;
