@@ -4,8 +4,9 @@
 
 Clients queue small graphs, wait for them over HTTP and a websocket, cancel, reconnect, upload, save, delete, and break off in
 the middle of requests. In the middle of it the disk fills up and the folder of outputs becomes read-only (both need the right to
-mount a small disk; without it they are left out, in a sentence), and at the end the server is killed with a full disk behind it
-and jobs before it. Needs what `run.sh` prepares; `test_long_service.py` is the short form.
+mount a small disk), then the server's clock is set back by two days, and later forward by three (Debian's libfaketime); what
+cannot be done here is left out, in a sentence. At the end the server is killed with a full disk behind it and jobs before it.
+Needs what `run.sh` prepares; `test_long_service.py` is the short form.
 """
 import argparse
 import collections
@@ -80,6 +81,27 @@ class Disk:
             yield
         finally:
             subprocess.run(["umount", str(folder)], check=True)
+
+
+class Clock:
+    """The time of day as the server has it: another where libfaketime is installed."""
+
+    def __init__(self, parent):
+        self.file = pathlib.Path(parent) / "clock"
+        libraries = sorted(pathlib.Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+        self.set(0)
+        self.environment = {}
+        if libraries:
+            # Not the clock that only counts on, nor the times of files: a clock that is set changes neither.
+            self.environment = {"LD_PRELOAD": str(libraries[0]), "FAKETIME_TIMESTAMP_FILE": str(self.file),
+                                "FAKETIME_CACHE_DURATION": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
+        else:
+            print("no libfaketime: a clock that is set is left out", flush=True)
+
+    def set(self, days):
+        self.file.write_text(f"{days:+d}d")
+        # How long libfaketime goes by what it read last.
+        time.sleep(2)
 
 
 class Client(threading.Thread):
@@ -300,19 +322,19 @@ class Service:
                 "journal": (self.server.data / "queue.jsonl").stat().st_size / 2**20,
             })
 
-    def run(self, in_the_middle):
-        """Until all jobs are done; `in_the_middle` is called once, while no client works."""
+    def run(self, meanwhile):
+        """Until all jobs are done; of `meanwhile` each is called once, while no client works, when its part of the jobs is done."""
         for client in self.clients:
             client.start()
         every = 0.25 if self.jobs < 1000 else 2
-        was_disturbed = False
+        left = dict(meanwhile)
         while any(client.is_alive() for client in self.clients):
             time.sleep(every)
             self.sample()
-            if self.done >= self.jobs // 2 and not was_disturbed:
-                was_disturbed = True
+            for part in [part for part in left if self.done >= part * self.jobs]:
                 with self.alone():
-                    in_the_middle()
+                    left.pop(part)()
+        assert not left or self.seconds, f"not done: {list(left)}"
         for client in self.clients:
             if client.error:
                 raise client.error
@@ -372,7 +394,22 @@ def disturb_the_disk(service, disk):
     assert not torn, f"half-written: {torn}"
 
 
-def kill_behind_a_full_disk(service, disk, arguments):
+def set_the_clock(service, clock, days):
+    """What was accepted before and after is done, and stands in the history in this order, whatever time it is."""
+    if not clock.environment:
+        return
+    ids = [service.probe().json["prompt_id"]]
+    clock.set(days)
+    ids += [service.probe().json["prompt_id"] for _ in range(2)]
+    ended = {prompt_id: service.server.finished(prompt_id)["status"] for prompt_id in ids}
+    assert all(status["messages"][-1][0] == "execution_success" for status in ended.values()), ended
+    assert [prompt_id for prompt_id in service.server.get("/history").json if prompt_id in ids] == ids
+    off = ended[ids[-1]]["messages"][-1][1]["timestamp"] / 1000 - time.time()
+    assert abs(off - 86400 * days) < 600, off
+    print(f"the server's clock was set: {days:+d} days", flush=True)
+
+
+def kill_behind_a_full_disk(service, disk, arguments, environment):
     """The journal could not be written to once; what was accepted before and after is there once after a kill."""
     server = service.server
     prompt = service.long
@@ -389,7 +426,7 @@ def kill_behind_a_full_disk(service, disk, arguments):
     expected = accepted()
     assert set(ids) <= set(expected)
     server.kill()
-    with Server(server.data, *arguments) as again:
+    with Server(server.data, *arguments, environment=environment) as again:
         there = [entry[1] for entry in again.get("/queue").json["queue_pending"]]
         assert there == expected, (there, expected)
         again.post("/queue", {"delete": [i for i in there if i not in ids[1:]]})
@@ -406,12 +443,16 @@ def prompt_note(n):
 
 def serve(folder, jobs, clients, seed=1, seconds=None, picture=None):
     """Runs all of it; returns what was measured, and draws it."""
-    disk = Disk(folder)
-    arguments = ["--cache-memory", "256"]
+    disk, clock = Disk(folder), Clock(folder)
+    arguments, environment = ["--cache-memory", "256"], clock.environment
     try:
-        with Server(disk.path / "data", *arguments) as server:
+        with Server(disk.path / "data", *arguments, environment=environment) as server:
             service = Service(server, jobs, clients, seed, seconds)
-            service.run(lambda: disturb_the_disk(service, disk))
+            service.run({
+                0.3: lambda: set_the_clock(service, clock, -2),
+                0.5: lambda: disturb_the_disk(service, disk),
+                0.7: lambda: set_the_clock(service, clock, 3),
+            })
             wait_until(lambda: server.get("/prompt").json["exec_info"]["queue_remaining"] == 0)
             print(f"{service.done} jobs of {clients} clients in {service.samples[-1]['seconds'] / 60:.1f} min:", dict(service.outcomes))
             for what in ("memory", "files", "sockets", "threads", "disk", "journal"):
@@ -420,7 +461,7 @@ def serve(folder, jobs, clients, seed=1, seconds=None, picture=None):
                       "{:.1f} in the second fifth, {:.1f} in the last".format(*service.highest(what)), flush=True)
             if picture:
                 curves(service.samples, picture)
-            restored = kill_behind_a_full_disk(service, disk, arguments)
+            restored = kill_behind_a_full_disk(service, disk, arguments, environment)
         print(f"{restored} jobs were there again after the kill")
         return service
     finally:

@@ -48,12 +48,12 @@ class Reply:
 class Server:
     """``host-demo serve`` on a free port."""
 
-    def __init__(self, data, *arguments):
+    def __init__(self, data, *arguments, environment=None):
         self.data = pathlib.Path(data)
         self.log = open(self.data.parent / (self.data.name + ".log"), "ab")
         self.process = subprocess.Popen(
             [HOST_DEMO, "serve", "--port", "0", "--data", str(data), *arguments],
-            stdout=subprocess.PIPE, stderr=self.log, text=True)
+            stdout=subprocess.PIPE, stderr=self.log, text=True, env=os.environ | (environment or {}))
         self.url = self.process.stdout.readline().strip()
         assert self.url, (self.data.parent / (self.data.name + ".log")).read_text()
         self.base = self.url.split("/?")[0]
