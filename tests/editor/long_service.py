@@ -251,7 +251,7 @@ class Client(threading.Thread):
 class Service:
     """The server, its clients, and what is measured of it."""
 
-    def __init__(self, server, jobs, clients, seed, seconds=None):
+    def __init__(self, server, jobs, clients, seed, seconds):
         self.server, self.jobs, self.seed = server, jobs, seed
         self.long = long_prompt()
         self.lock, self.left, self.outcomes = threading.Lock(), jobs, collections.Counter()
@@ -261,12 +261,14 @@ class Service:
         self.clients = [Client(self, i) for i in range(clients)]
 
     def take(self, jobs):
-        """Whether there are as many jobs left to do."""
+        """Whether there are as many jobs left to do; waits until they are due."""
         with self.lock:
-            if self.seconds and time.monotonic() - self.began > self.seconds:
-                self.left = 0
+            begun = self.jobs - self.left
             self.left -= jobs
-            return self.left >= 0
+            is_left = self.left >= 0
+        if is_left:
+            time.sleep(max(0, self.began + self.seconds * begun / self.jobs - time.monotonic()))
+        return is_left
 
     @contextlib.contextmanager
     def turn(self):
@@ -334,7 +336,7 @@ class Service:
             for part in [part for part in left if self.done >= part * self.jobs]:
                 with self.alone():
                     left.pop(part)()
-        assert not left or self.seconds, f"not done: {list(left)}"
+        assert not left, f"not done: {list(left)}"
         for client in self.clients:
             if client.error:
                 raise client.error
@@ -441,7 +443,7 @@ def prompt_note(n):
     return node("LoadImage", image="demo:man-and-cat.png") | {"_meta": {"title": "x" * n}}
 
 
-def serve(folder, jobs, clients, seed=1, seconds=None, picture=None):
+def serve(folder, jobs, clients, seed=1, seconds=0, picture=None):
     """Runs all of it; returns what was measured, and draws it."""
     disk, clock = Disk(folder), Clock(folder)
     arguments, environment = ["--cache-memory", "256"], clock.environment
@@ -495,13 +497,12 @@ def main():
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--minutes", type=float, default=0, help="that the jobs are spread over")
     parser.add_argument("--curves", metavar="FILE.svg")
     arguments = parser.parse_args()
     folder = tempfile.mkdtemp()
     try:
-        seconds = arguments.minutes and 60 * arguments.minutes
-        service = serve(folder, arguments.jobs, arguments.clients, arguments.seed, seconds, arguments.curves)
+        service = serve(folder, arguments.jobs, arguments.clients, arguments.seed, 60 * arguments.minutes, arguments.curves)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     grown = [what for what in ("memory", "files", "sockets", "threads") if service.grew(what)]
