@@ -514,6 +514,15 @@ mod tests {
                 let expected = naive(&dy, &turned, size, n_out);
                 let error = worst(&backward.backward(&dy, Numbers::F32(&weight)), &expected);
                 assert!(error < tolerance, "{size:?} {factors:?}: {error}");
+
+                // The same numbers, kept in half of the memory.
+                let half: Vec<bf16> = weight.iter().map(|&w| bf16::from_f32(w)).collect();
+                let wide: Vec<f32> = half.iter().map(|w| w.to_f32()).collect();
+                let both = [Numbers::Bf16(&half), Numbers::F32(&wide)];
+                let [a, b] = both.map(|weight| convolution.forward(&x, weight, |_, _| 0.0));
+                assert!(a == b, "{size:?} {factors:?} forward");
+                let [a, b] = both.map(|weight| backward.backward(&dy, weight));
+                assert!(a == b, "{size:?} {factors:?} backward");
             }
         }
     }

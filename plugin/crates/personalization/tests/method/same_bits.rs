@@ -1,0 +1,346 @@
+//! The same seed gives the same bits, in less memory and after a stop too.
+
+use super::*;
+
+#[test]
+fn the_same_seed_gives_the_same_bits_and_another_one_does_not() {
+    let (model, config) = (model(), short());
+    let scene = scene(&model);
+    let (first, second) = (run(&model, &scene, &config), run(&model, &scene, &config));
+    assert_eq!(bits(&first.learned.rows), bits(&second.learned.rows));
+    assert_eq!(first.masks, second.masks);
+    assert_ne!(bits(&first.learned.rows), bits(&first.learned.initial_rows));
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
+    let other = em(&model, &prepared, EmStart::Fresh, &config, 8, &mut Silent).unwrap();
+    assert_ne!(bits(&first.learned.rows), bits(&other.learned.rows));
+}
+
+#[test]
+fn less_memory_gives_the_same_bits() {
+    let config = short();
+    let outcomes = [Memory::Fast, Memory::Lean].map(|memory| {
+        let whole = model();
+        let model = DiffusionModel {
+            // One of the pictures is larger than the model's: tiles would change it.
+            vae: whole.vae.clone(),
+            ..whole.with_memory(memory).unwrap()
+        };
+        let scene = scene(&model);
+        let outcome = run(&model, &scene, &config);
+        let prepared = PreparedScene::new(&model, &scene).unwrap();
+        let scopes = [
+            JointScope::Full,
+            JointScope::KeyValue,
+            JointScope::Lora { rank: 2 },
+        ];
+        let tuned = scopes.map(|scope| {
+            let joint = JointConfig {
+                steps: 3,
+                learning_rate: 1e-3,
+                scope,
+                ..JointConfig::break_a_scene()
+            };
+            let (tuned, learned) = tune(&model, &prepared, &outcome, &joint, &config);
+            assert_eq!(tuned.unet.memory(), memory);
+            let weights: Vec<_> = tuned.tensors().map(bits).collect();
+            (bits(&learned.rows), weights)
+        });
+        (outcome, tuned)
+    });
+    let [(fast, fast_tuned), (lean, lean_tuned)] = outcomes;
+    assert_eq!(bits(&fast.learned.rows), bits(&lean.learned.rows));
+    assert_eq!(fast.masks, lean.masks);
+    assert_eq!(fast.observations, lean.observations);
+    assert!(fast_tuned == lean_tuned, "the joint stage differs");
+}
+
+/// Losses of every step, by their bits, and masks and tokens after every round of two steps.
+#[derive(Default)]
+struct Seen {
+    losses: Vec<u32>,
+    rounds: Vec<(SceneMasks, LearnedConcepts)>,
+}
+
+impl Seen {
+    fn hear(&mut self, event: &Event<'_>) -> ControlFlow<()> {
+        match event {
+            Event::Step {
+                masked_diffusion, ..
+            } => self.losses.push(masked_diffusion.to_bits()),
+            Event::Checkpoint(Checkpoint::Alternation(moment))
+                if moment.learned.step == 2 * moment.round && moment.looking.is_none() =>
+            {
+                let round = (moment.masks.to_vec(), moment.learned.clone());
+                self.rounds.push(round);
+            }
+            _ => {}
+        }
+        ControlFlow::Continue(())
+    }
+}
+
+#[test]
+fn training_noise_does_not_depend_on_where_masks_come_from() {
+    // By attention alone: its masks follow the tokens closely enough to differ after one round.
+    let (model, short) = (model(), short());
+    let extraction = ExtractionConfig {
+        n_timesteps_initial: 3,
+        n_timesteps: 2,
+        ..EmConfig::attention().extraction
+    };
+    let config = EmConfig {
+        extraction,
+        ..short
+    };
+    let scene = scene(&model);
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
+    let run = |masks| {
+        let (mut seen, config) = (Seen::default(), EmConfig { masks, ..config });
+        let mut hear = |event: &Event<'_>| seen.hear(event);
+        em(&model, &prepared, EmStart::Fresh, &config, 7, &mut hear).unwrap();
+        seen
+    };
+    let (re_estimated, baseline) = (run(MaskMode::Em), run(MaskMode::Baseline));
+    assert_eq!((re_estimated.losses.len(), baseline.losses.len()), (4, 4));
+    assert_eq!(re_estimated.losses[..2], baseline.losses[..2]);
+    // From the second round on the masks differ. The baseline's tokens under the other run's masks: same losses, if
+    // the E-step in between moved no noise.
+    let (masks, learned) = (&re_estimated.rounds[1].0, &baseline.rounds[1].1);
+    assert_ne!(*masks, baseline.rounds[1].0);
+    let mut second = Seen::default();
+    let mut hear = |event: &Event<'_>| second.hear(event);
+    m_step(
+        &model,
+        &prepared,
+        masks,
+        learned,
+        &config.m_step,
+        2,
+        &mut hear,
+    )
+    .unwrap();
+    assert_eq!(second.losses, re_estimated.losses[2..]);
+}
+
+#[test]
+fn a_run_that_was_stopped_anywhere_goes_on_with_the_same_bits() {
+    let (model, short) = (model(), short());
+    let scene = scene(&model);
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
+    // More timesteps than one pass takes.
+    let extraction = ExtractionConfig {
+        n_timesteps_initial: 12,
+        n_timesteps: 11,
+        ..short.extraction
+    };
+    let mut config = EmConfig {
+        extraction,
+        ..short
+    };
+    config.tokens.init = TokenInit::Inversion { steps: 2 };
+    let folder = tempfile::tempdir().unwrap();
+    let file = |n: usize| folder.path().join(format!("{n}.safetensors"));
+    let mut saved = 0;
+    let mut save = |event: &Event<'_>| {
+        if let Event::Checkpoint(checkpoint) = event {
+            checkpoint.save(&file(saved)).unwrap();
+            saved += 1;
+        }
+        ControlFlow::Continue(())
+    };
+    let whole = em(&model, &prepared, EmStart::Fresh, &config, 7, &mut save).unwrap();
+    let (mut inverting, mut looking) = (0, 0);
+    for n in 0..saved {
+        let state = EmState::load(&file(n), &Device::Cpu).unwrap();
+        inverting += usize::from(state.is_inverting);
+        looking += usize::from(state.is_looking());
+        // Half of them: each is most of a run.
+        if n % 2 == 1 && n + 1 < saved {
+            continue;
+        }
+        let mut events = 0;
+        let resumed = em(
+            &model,
+            &prepared,
+            EmStart::Resume(Box::new(state)),
+            &config,
+            7,
+            &mut |event: &Event<'_>| {
+                events += usize::from(matches!(event, Event::Checkpoint(_)));
+                ControlFlow::Continue(())
+            },
+        )
+        .unwrap();
+        assert_eq!(
+            bits(&whole.learned.rows),
+            bits(&resumed.learned.rows),
+            "{n}"
+        );
+        assert_eq!(whole.masks, resumed.masks, "{n}");
+        assert!(whole.observations == resumed.observations, "{n}");
+        assert!(events <= saved - n + 1, "{n}: {events} states of {saved}");
+    }
+    // Two steps of inversion; two pictures in two passes each, three times.
+    assert_eq!((inverting, looking), (2, 12));
+}
+
+#[test]
+fn a_state_that_is_damaged_gives_way_to_the_one_before() {
+    let (model, config) = (model(), short());
+    let scene = scene(&model);
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let open = || {
+        let load = |path: &Path| EmState::load(path, &Device::Cpu);
+        Keeper::open(folder.path(), checkpoint::EM, load)
+    };
+    let (mut keeper, state, said) = open();
+    assert!(state.is_none() && said.is_empty());
+    let mut keep = |event: &Event<'_>| {
+        if let Event::Checkpoint(checkpoint) = event {
+            keeper.keep(checkpoint).unwrap();
+        }
+        ControlFlow::Continue(())
+    };
+    em(&model, &prepared, EmStart::Fresh, &config, 7, &mut keep).unwrap();
+    let last = open().1.unwrap();
+    let files: Vec<_> = std::fs::read_dir(folder.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    assert_eq!(files.len(), 2);
+    let newest = |path: &PathBuf| path.metadata().unwrap().modified().unwrap();
+    let newest = files.iter().max_by_key(|path| newest(path)).unwrap();
+    let whole = std::fs::read(newest).unwrap();
+    let mut damaged = whole.clone();
+    damaged[whole.len() / 2] ^= 1;
+    for bytes in [&damaged[..], &whole[..whole.len() - 1], &[]] {
+        std::fs::write(newest, bytes).unwrap();
+        let (_, state, said) = open();
+        assert_eq!(state.unwrap().round, last.round);
+        assert_eq!(said.len(), 1, "{said:?}");
+        assert!(
+            said[0].ends_with("; going on from the one before it"),
+            "{said:?}"
+        );
+    }
+    for file in &files {
+        std::fs::write(file, "nothing").unwrap();
+    }
+    let (_, state, said) = open();
+    assert!(state.is_none());
+    assert_eq!(said.len(), 2, "{said:?}");
+    assert!(said[0].ends_with("; starting anew"), "{said:?}");
+}
+
+#[test]
+fn sampling_that_was_stopped_anywhere_goes_on_with_the_same_bits() {
+    let model = model();
+    let config = GenerateConfig {
+        steps: 3,
+        guidance: 3.0,
+        sampler: Sampler::DpmPp2mSde,
+        schedule: Schedule::Karras,
+        seed: 4,
+        n_pictures: 2,
+        start: Start::Noise([model.image_size(); 2]),
+    };
+    let prompts = SamplePrompts {
+        prompts: &["a dog", "a car"],
+        negative: "",
+        latents: None,
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let file = |n: usize| folder.path().join(format!("{n}.safetensors"));
+    let mut saved = 0;
+    let mut save = |event: &Event<'_>| {
+        if let Event::Checkpoint(checkpoint) = event {
+            checkpoint.save(&file(saved)).unwrap();
+            saved += 1;
+        }
+        ControlFlow::Continue(())
+    };
+    let whole = sample(&model, None, &prompts, &config, &mut save).unwrap();
+    assert_eq!(saved, 12);
+    for n in 0..saved {
+        let sampled = Sampled::load(&file(n), &Device::Cpu).unwrap();
+        let mut steps = 0;
+        let mut count = |event: &Event<'_>| {
+            steps += usize::from(matches!(event, Event::Denoised { .. }));
+            ControlFlow::Continue(())
+        };
+        let resumed = sample_from(&model, None, &prompts, &config, sampled, &mut count);
+        assert_eq!(bits(&whole), bits(&resumed.unwrap()), "{n}");
+        assert_eq!(steps, saved - n - 1);
+    }
+}
+
+#[test]
+fn a_stop_is_honored_within_one_step() {
+    let (model, config) = (model(), short());
+    let scene = scene(&model);
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
+    let mut steps = 0;
+    let stopped = em(
+        &model,
+        &prepared,
+        EmStart::Fresh,
+        &config,
+        7,
+        &mut |event: &Event<'_>| {
+            steps += usize::from(matches!(event, Event::Step { .. }));
+            if steps == 1 {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        },
+    );
+    assert!(matches!(stopped, Err(Error::Canceled)));
+    assert_eq!(steps, 1);
+}
+
+#[test]
+fn a_joint_stage_that_was_stopped_goes_on_with_the_same_bits() {
+    let (model, config) = (model(), short());
+    let scene = scene(&model);
+    let EmOutcome { learned, masks, .. } = run(&model, &scene, &config);
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
+    let scope = JointScope::Lora { rank: 2 };
+    let joint = JointConfig {
+        steps: 4,
+        learning_rate: 1e-3,
+        scope,
+        ..JointConfig::break_a_scene()
+    };
+    let stage = |resume, observer: &mut dyn personalization::Observer| {
+        joint_stage(
+            &model,
+            &prepared,
+            &masks,
+            &learned,
+            &joint,
+            &config.m_step,
+            resume,
+            observer,
+        )
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let file = |n: usize| folder.path().join(format!("{n}.safetensors"));
+    let mut saved = 0;
+    let (_, whole) = stage(None, &mut |event: &Event<'_>| {
+        if let Event::Checkpoint(checkpoint) = event {
+            checkpoint.save(&file(saved)).unwrap();
+            saved += 1;
+        }
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert_eq!(saved, joint.steps);
+    for n in 0..saved {
+        let state = JointState::load(&file(n), &Device::Cpu).unwrap();
+        assert_eq!(state.step, n + 1);
+        let (_, resumed) = stage(Some(state), &mut Silent).unwrap();
+        assert_eq!(bits(&whole.rows), bits(&resumed.rows), "{n}");
+    }
+}
