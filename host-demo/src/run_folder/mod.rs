@@ -12,15 +12,16 @@
 //! A run into a folder that is there already has `.run.partial` in it; at its end that is called `.run.complete`, from where
 //! the files are moved up one by one. If they were not all moved, the next run does the rest.
 
+mod work_dirs;
+
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use durable_files::{Claim, ClaimError, disk};
-use parking_lot::Mutex;
+
+pub(crate) use work_dirs::{WorkDir, WorkDirs};
 
 const LOCK: &str = ".lock";
 const WORK: &str = ".work";
@@ -28,10 +29,6 @@ const PARTIAL: &str = ".partial";
 /// In a folder that was there before its run.
 const RUN: &str = "run";
 const COMPLETE: &str = ".run.complete";
-/// Digits of a node's signature in the name of its work folder.
-const SIGNATURE: usize = 32;
-/// What nobody went on with for this long is not kept.
-const KEEP_WORK: Duration = Duration::from_secs(14 * 24 * 3600);
 /// How long another process is waited for: one that was killed may take a moment to be gone.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -390,7 +387,7 @@ fn sync_folders(folder: &Path) {
 
 /// Removes incomplete runs whose process is gone, and what nodes kept too long ago.
 pub(crate) fn sweep(root: &Path) {
-    WorkDirs::new(root.join(WORK)).forget_older_than(KEEP_WORK);
+    WorkDirs::new(root.join(WORK)).sweep();
     for entry in fs::read_dir(root).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
         let Some(folder) = name.strip_suffix(LOCK) else {
@@ -408,151 +405,20 @@ pub(crate) fn sweep(root: &Path) {
     }
 }
 
-/// What nodes keep between runs.
-#[derive(Debug, Clone)]
-pub(crate) struct WorkDirs {
-    root: PathBuf,
-    /// Whether another process is still to be waited for: once in a run is enough.
-    is_patient: Arc<AtomicBool>,
-    /// Of a run whose nodes are all done.
-    done: Arc<Mutex<Vec<WorkDir>>>,
-}
-
-impl WorkDirs {
-    /// Kept beneath `root`.
-    pub(crate) fn new(root: PathBuf) -> Self {
-        Self {
-            root,
-            is_patient: Arc::new(AtomicBool::new(true)),
-            done: Arc::default(),
-        }
-    }
-
-    /// All nodes of a run are done. Their folders are kept until its results are, too.
-    pub(crate) fn all_done(&self, work: Vec<WorkDir>) {
-        self.done.lock().extend(work);
-    }
-
-    /// The results are kept: nothing is needed any more.
-    pub(crate) fn finish(&self) {
-        for work in self.done.lock().drain(..) {
-            work.finish();
-        }
-    }
-
-    /// Where they are.
-    pub(crate) fn root(&self) -> &Path {
-        &self.root
-    }
-
-    /// Where the folder of the node with this signature is.
-    pub(crate) fn path_of(&self, signature: &str) -> PathBuf {
-        self.root
-            .join(signature.get(..SIGNATURE).unwrap_or(signature))
-    }
-
-    /// The folder of the node with this signature.
-    ///
-    /// # Errors
-    /// [`FolderError::InUse`] if another process uses it now, [`FolderError::CannotWrite`].
-    pub(crate) fn open(&self, signature: &str) -> Result<WorkDir, FolderError> {
-        let patience = if self.is_patient.load(Ordering::Relaxed) {
-            PATIENCE
-        } else {
-            Duration::ZERO
-        };
-        let opened = self.open_within(signature, patience);
-        if let Err(FolderError::InUse { .. }) = opened {
-            self.is_patient.store(false, Ordering::Relaxed);
-        }
-        opened
-    }
-
-    fn open_within(&self, signature: &str, patience: Duration) -> Result<WorkDir, FolderError> {
-        let path = self.path_of(signature);
-        let claim = claim(&lock_of(&path), &path, patience)?;
-        match disk::create_dir_all(&path) {
-            Ok(()) => Ok(WorkDir { path, claim }),
-            Err(error) => {
-                claim.give_back();
-                Err(at(&path)(error))
-            }
-        }
-    }
-
-    /// Forgets what no run has come back for in a fortnight.
-    pub(crate) fn sweep(&self) {
-        self.forget_older_than(KEEP_WORK);
-    }
-
-    fn forget_older_than(&self, age: Duration) {
-        for entry in fs::read_dir(&self.root).into_iter().flatten().flatten() {
-            let modified = entry.metadata().and_then(|meta| meta.modified());
-            let is_old = modified.is_ok_and(|time| time.elapsed().is_ok_and(|since| since > age));
-            let name = entry.file_name().to_string_lossy().into_owned();
-            // A claim that nobody gave back, or a folder.
-            let signature = name.strip_suffix(LOCK).unwrap_or(&name);
-            // A folder called as ours may be somebody else's.
-            let is_ours =
-                signature.len() == SIGNATURE && signature.chars().all(|c| c.is_ascii_hexdigit());
-            if is_old
-                && is_ours
-                && let Ok(work) = self.open_within(signature, Duration::ZERO)
-            {
-                work.finish();
-            }
-        }
-    }
-}
-
-/// A node's own folder between runs.
-#[derive(Debug)]
-pub(crate) struct WorkDir {
-    path: PathBuf,
-    claim: Claim,
-}
-
-impl WorkDir {
-    /// The folder.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Nothing is needed any more.
-    fn finish(self) {
-        let _ = disk::remove_dir_all(&self.path);
-        self.leave();
-    }
-
-    /// The run ended early: keeps what the node left; whether it left anything.
-    pub(crate) fn keep(self) -> bool {
-        // Fails if there is something in it.
-        let kept = disk::remove_dir(&self.path).is_err();
-        self.leave();
-        kept
-    }
-
-    fn leave(self) {
-        self.claim.give_back();
-        if let Some(root) = self.path.parent() {
-            // Only if it was the last one.
-            let _ = disk::remove_dir(root);
-        }
-    }
+/// What is in a folder.
+#[cfg(test)]
+fn names(path: &Path) -> Vec<String> {
+    let mut names: Vec<_> = fs::read_dir(path)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn names(path: &Path) -> Vec<String> {
-        let mut names: Vec<_> = fs::read_dir(path)
-            .unwrap()
-            .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
-            .collect();
-        names.sort();
-        names
-    }
 
     fn named(root: &Path) -> Destination {
         Destination::Named {
@@ -672,41 +538,5 @@ mod tests {
         let below = RunFolder::create(&Destination::Exactly(out.join("report.html/x")));
         assert!(matches!(below, Err(FolderError::IsAFile(_))));
         assert_eq!(names(&out), ["report.html"]);
-    }
-
-    #[test]
-    fn what_a_node_left_is_there_for_the_next_run_and_gone_after_a_complete_one() {
-        let folder = tempfile::tempdir().unwrap();
-        let dirs = WorkDirs::new(folder.path().join(WORK));
-        let work = dirs.open("abc").unwrap();
-        for _ in 0..2 {
-            let own = Some(std::process::id());
-            assert!(
-                matches!(dirs.open("abc"), Err(FolderError::InUse { process, .. }) if process == own)
-            );
-        }
-        fs::write(work.path().join("state"), "step 3").unwrap();
-        assert!(work.keep());
-        let work = dirs.open("abc").unwrap();
-        assert_eq!(names(work.path()), ["state"]);
-        work.finish();
-        assert_eq!(names(folder.path()), [] as [&str; 0]);
-
-        let old = "0123456789abcdef0123456789abcdef";
-        let work = dirs.open(old).unwrap();
-        fs::write(work.path().join("state"), "step 3").unwrap();
-        dirs.forget_older_than(Duration::ZERO);
-        assert_eq!(names(work.path()), ["state"], "in use");
-        work.keep();
-        dirs.forget_older_than(KEEP_WORK);
-        assert_eq!(names(&dirs.root), [old]);
-        let other = dirs.root.join("of somebody else");
-        fs::create_dir(&other).unwrap();
-        dirs.forget_older_than(Duration::ZERO);
-        assert_eq!(names(&dirs.root), ["of somebody else"]);
-        fs::remove_dir(&other).unwrap();
-        fs::remove_dir(&dirs.root).unwrap();
-        assert_eq!(names(folder.path()), [] as [&str; 0]);
-        assert!(!dirs.open("abc").unwrap().keep());
     }
 }
