@@ -77,7 +77,6 @@ impl Lattice {
             .par_chunks(band::FEATURES)
             .zip(entries.par_chunks_mut(band::FEATURES * n_vertices))
             .map(|(features, entries)| {
-                // An array's number of elements is known to the compiler only inside.
                 fastest(
                     #[inline(always)]
                     || band::place::<D>(features, entries),
@@ -236,8 +235,8 @@ impl Lattice {
                     rows: &self.rows[bounds[0]..bounds[1]],
                     neighbors: &self.neighbors[last_axis..],
                     on_rows: front,
-                    splat: splat.split_off_mut(..n_points).expect("P values"),
-                    blurred: blurred.split_off_mut(..n_points).expect("P values"),
+                    splat: splat.split_off_mut(..n_points).unwrap_or_default(),
+                    blurred: blurred.split_off_mut(..n_points).unwrap_or_default(),
                 }
             })
             .collect()
