@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use crate::lattice::LatticeValues;
 use crate::lattice::band::{self, Band};
-use crate::simd::fastest;
+use crate::simd::vectorize;
 use crate::softmax::{self, softmax};
 use crate::unary::check_finite;
 use crate::{CrfConfig, CrfError, Lattice};
@@ -252,7 +252,7 @@ impl DenseCrf {
         tasks
             .into_par_iter()
             .for_each(|(evidence, mut kernels, mut answer)| {
-                fastest(
+                vectorize(
                     #[inline(always)]
                     || {
                         kernels.iter_mut().for_each(Band::hear);

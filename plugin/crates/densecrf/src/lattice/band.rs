@@ -73,9 +73,7 @@ impl<const LANES: usize> Band<'_, LANES> {
             for entry in simplex {
                 add_scaled(&mut sliced, entry.weight, &self.blurred[entry.at as usize]);
             }
-            for lane in 0..LANES {
-                sum[lane] += self.gain * sliced[lane];
-            }
+            add_scaled(sum, self.gain, &sliced);
         }
     }
 
@@ -105,9 +103,7 @@ impl<const LANES: usize> Band<'_, LANES> {
                 let point = &mut self.splat[entry.at as usize];
                 // By value, or the compiler takes it for part of `values` and goes lane by lane.
                 let mut sum = *point;
-                for lane in 0..LANES {
-                    sum[lane] += entry.weight * value[lane];
-                }
+                add_scaled(&mut sum, entry.weight, value);
                 *point = sum;
             }
         }
@@ -129,9 +125,13 @@ pub(super) fn blurred<const LANES: usize>(
     sum
 }
 
-/// `sum += weight · value`. Two roundings, never a fused one, so that all processors agree.
+/// `sum += weight · value`, as many lanes as both have. Two roundings, never a fused one, so that all processors agree.
 #[inline(always)]
-fn add_scaled<const LANES: usize>(sum: &mut [f32; LANES], weight: f32, value: &[f32; LANES]) {
+fn add_scaled<const SUMS: usize, const VALUES: usize>(
+    sum: &mut [f32; SUMS],
+    weight: f32,
+    value: &[f32; VALUES],
+) {
     for (sum, value) in sum.iter_mut().zip(value) {
         *sum += weight * value;
     }

@@ -11,7 +11,7 @@ mod simplex;
 use rayon::prelude::*;
 
 use crate::CrfError;
-use crate::simd::fastest;
+use crate::simd::vectorize;
 use band::{Band, Entry};
 use points::PointKey;
 
@@ -77,7 +77,7 @@ impl Lattice {
             .par_chunks(band::FEATURES)
             .zip(entries.par_chunks_mut(band::FEATURES * n_vertices))
             .map(|(features, entries)| {
-                fastest(
+                vectorize(
                     #[inline(always)]
                     || band::place::<D>(features, entries),
                 )
@@ -154,7 +154,7 @@ impl Lattice {
             .into_par_iter()
             .zip(values.par_chunks(band::FEATURES))
             .for_each(|(mut band, values)| {
-                fastest(
+                vectorize(
                     #[inline(always)]
                     || band.splat(0, values),
                 );
@@ -165,7 +165,7 @@ impl Lattice {
             .par_chunks_mut(band::FEATURES)
             .zip(self.bands(&mut on_lattice))
             .for_each(|(sums, mut band)| {
-                fastest(
+                vectorize(
                     #[inline(always)]
                     || {
                         band.hear();

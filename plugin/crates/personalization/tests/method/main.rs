@@ -100,6 +100,24 @@ fn run(model: &DiffusionModel, scene: &Scene, config: &EmConfig) -> EmOutcome {
     em(model, &prepared, EmStart::Fresh, config, 7, &mut Silent).unwrap()
 }
 
+/// What learning the tokens begins with.
+fn initial(
+    model: &DiffusionModel,
+    scene: &PreparedScene<'_>,
+    config: &EmConfig,
+    seed: u64,
+) -> LearnedConcepts {
+    init_tokens(
+        model,
+        scene,
+        &config.tokens,
+        &config.m_step,
+        seed,
+        &mut Silent,
+    )
+    .unwrap()
+}
+
 /// The joint stage on what was learned.
 fn tune(
     model: &DiffusionModel,

@@ -14,15 +14,7 @@ fn a_token_of_one_piece_starts_as_its_word() {
     let scene = Scene::new(vec![concept("<a>", "a", Role::Object)], vec![one]).unwrap();
     let config = EmConfig::paper();
     let prepared = PreparedScene::new(&model, &scene).unwrap();
-    let learned = init_tokens(
-        &model,
-        &prepared,
-        &config.tokens,
-        &config.m_step,
-        0,
-        &mut Silent,
-    )
-    .unwrap();
+    let learned = initial(&model, &prepared, &config, 0);
     let encode = |text: &str, rows| {
         let ids = learned.tokenizer(&model).unwrap().encode(text).unwrap().ids;
         bits(&model.text_encoder.encode(&ids, rows).unwrap())
@@ -39,15 +31,7 @@ fn inversion_moves_the_tokens_and_starts_a_new_optimizer() {
     config.tokens.init = TokenInit::Inversion { steps: 2 };
     let scene = scene(&model);
     let prepared = PreparedScene::new(&model, &scene).unwrap();
-    let learned = init_tokens(
-        &model,
-        &prepared,
-        &config.tokens,
-        &config.m_step,
-        1,
-        &mut Silent,
-    )
-    .unwrap();
+    let learned = initial(&model, &prepared, &config, 1);
     assert_ne!(bits(&learned.rows), bits(&learned.initial_rows));
     assert_eq!((learned.step, learned.optimizer.t), (0, 0));
 }
@@ -174,15 +158,7 @@ fn given_masks_may_overlap_and_empty_ones_are_refused() {
         let size = size(picture);
         personalization::ImageMasks::new(size, vec![vec![v; size.area()]; n]).unwrap()
     };
-    let learned = init_tokens(
-        &model,
-        &prepared,
-        &config.tokens,
-        &config.m_step,
-        1,
-        &mut Silent,
-    )
-    .unwrap();
+    let learned = initial(&model, &prepared, &config, 1);
     let overlapping = vec![full(0, 3, 1), full(1, 2, 1)];
     m_step(
         &model,
