@@ -48,7 +48,10 @@ impl Root {
             }
             _ => PathError::Unreadable(name.to_owned(), error),
         })?;
-        if real.starts_with(&self.0) {
+        if real == self.0 {
+            // By way of a link: the folder is nothing beneath itself.
+            Err(PathError::NotFound(name.to_owned()))
+        } else if real.starts_with(&self.0) {
             Ok(real)
         } else {
             Err(PathError::Outside(name.to_owned()))

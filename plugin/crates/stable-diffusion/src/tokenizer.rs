@@ -382,12 +382,26 @@ fn from_vocab_and_merges(
             "normalized": false, "special": true}));
     }
     added.sort_by_key(|token| token["id"].as_u64());
+    check_merges(&vocab, pairs.iter().copied()).map_err(fault)?;
     Ok(clip(
         json!(added),
         json!(names.unknown),
         json!(vocab),
         json!(pairs),
     ))
+}
+
+/// Every pair makes a token of the vocabulary; the tokenizer takes that for granted.
+fn check_merges<'a>(
+    vocab: &Map<String, Value>,
+    mut pairs: impl Iterator<Item = (&'a str, &'a str)>,
+) -> std::result::Result<(), String> {
+    let missing = pairs.find(|(left, right)| !vocab.contains_key(&[*left, right].concat()));
+    missing.map_or(Ok(()), |(left, right)| {
+        Err(format!(
+            "the vocabulary lacks \"{left}{right}\", which the merge \"{left} {right}\" makes"
+        ))
+    })
 }
 
 /// What a `tokenizer.json` has in the place of CLIP's own tokenizer. The format describes programs, with patterns that a text may
@@ -435,7 +449,27 @@ fn from_whole(file: &str, json: &[u8]) -> Result<Vec<u8>> {
         added => added.clone(),
     };
     let (unknown, vocab, merges) = (&model["unk_token"], &model["vocab"], &model["merges"]);
+    let tokens = vocab
+        .as_object()
+        .ok_or_else(|| fault("its model has no table \"vocab\"".to_owned()))?;
+    let pairs = merges
+        .as_array()
+        .and_then(|merges| merges.iter().map(pair).collect::<Option<Vec<_>>>())
+        .ok_or_else(|| fault("its model has no list \"merges\" of pairs".to_owned()))?;
+    check_merges(tokens, pairs.into_iter()).map_err(fault)?;
     Ok(clip(added, unknown.clone(), vocab.clone(), merges.clone()))
+}
+
+/// A merge of a `tokenizer.json`: two strings, or one with a space between them.
+fn pair(merge: &Value) -> Option<(&str, &str)> {
+    match merge {
+        Value::String(merge) => merge.split_once(' '),
+        Value::Array(both) => match both.as_slice() {
+            [left, right] => Some((left.as_str()?, right.as_str()?)),
+            _ => None,
+        },
+        _ => None,
+    }
 }
 
 fn normalizer() -> Value {

@@ -167,3 +167,26 @@ fn folders_without_a_vocabulary_are_refused() {
         "m/tokenizer/vocab.json: the vocabulary lacks \"<|startoftext|>\""
     );
 }
+
+#[test]
+fn merges_that_make_no_token_are_refused() {
+    let vocab = br#"{"a": 0, "b": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}"#;
+    // One that is longer than any token, and one that is not.
+    for (merge, token) in [("<|startoftext|> b", "<|startoftext|>b"), ("a b", "ab")] {
+        let merges = format!("#version: 0.2\n{merge}\n");
+        let read = |file: &str| {
+            Ok(match file {
+                "vocab.json" => Some(vocab.to_vec()),
+                "merges.txt" => Some(merges.clone().into_bytes()),
+                _ => None,
+            })
+        };
+        let error = Tokenizer::from_files("m/tokenizer", read, 77).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!(
+                "m/tokenizer/vocab.json: the vocabulary lacks \"{token}\", which the merge \"{merge}\" makes"
+            )
+        );
+    }
+}
