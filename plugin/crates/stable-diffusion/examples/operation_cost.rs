@@ -1,7 +1,7 @@
 //! Milliseconds of single operations at the sizes that Stable Diffusion 1.5 has at 512x512, or the bundled model at 256x256,
 //! forward and to the input's gradient, weights being frozen.
 //!
-//! `cargo run --release -p stable-diffusion --example operation_cost -- [f32|bf16] [sd15|sprites]`
+//! `cargo run --release -p stable-diffusion --example operation_cost -- [f32|bf16] [sd15|sprites] [words of names]`
 //! `RAYON_NUM_THREADS` sets the threads.
 #![expect(clippy::print_stdout, reason = "the figures are the program's output")]
 
@@ -43,7 +43,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         Some("sprites") => (4, &[[64, 32], [128, 16], [192, 8]]),
         Some(other) => return Err(format!("sd15 or sprites, not {other}").into()),
     };
+    let words = std::env::args().nth(3).unwrap_or_default();
     for (name, dims, operation) in operations(n_heads, sizes)? {
+        if !name.contains(&words) {
+            continue;
+        }
         let x = Var::from_tensor(&normal(&dims)?)?;
         // On a worker, as a pass is.
         let [forward, backward] = rayon::scope(|_| least_seconds(precision, &x, &operation))?;

@@ -192,13 +192,16 @@ impl<'a> MatrixMut<'a> {
         }
     }
 
-    /// Where a square of `n` rows and columns begins, and the distance of its rows; it begins `at` a row and a column. Panics
-    /// unless it lies in the view and rows are contiguous.
-    pub(crate) fn square_mut(&mut self, at: [usize; 2], n: usize) -> (*mut f32, usize) {
-        let ends = [at[0] + n, at[1] + n];
+    /// Where some rows and columns begin, `at` a row and a column, and the distance of the rows. Panics unless they lie in the
+    /// view and rows are contiguous.
+    pub(crate) fn rectangle_mut(&mut self, at: [usize; 2], dims: [usize; 2]) -> (*mut f32, usize) {
+        let ends = [at[0] + dims[0], at[1] + dims[1]];
         assert!(
-            n > 0 && ends[0] <= self.dims[0] && ends[1] <= self.dims[1] && self.strides[1] == 1,
-            "a square of {n} at {at:?} of {:?}",
+            dims.into_iter().all(|n| n > 0)
+                && ends[0] <= self.dims[0]
+                && ends[1] <= self.dims[1]
+                && self.strides[1] == 1,
+            "{dims:?} at {at:?} of {:?}",
             self.dims
         );
         // SAFETY: (row, column) is an element of the view, so its address lies in the borrowed slice.

@@ -11,32 +11,61 @@ pub(crate) const BLOCK: usize = 32;
 /// k of one step.
 pub(super) const STEP: usize = 32;
 
+/// Rows of a tall block of sums: three tiles of them, beside two of columns. More tiles of sums leave none to load factors to.
+pub(super) const TALL: usize = 3;
+
 /// Sums of one block, row by row.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub(super) struct Sums(pub(super) [f32; BLOCK * BLOCK]);
 
-/// The right factor of a block.
+/// Sums of one tall block, tile by tile: those of the first 16 columns, then those of the second.
+#[repr(C, align(64))]
+#[derive(Debug)]
+pub(super) struct TallSums(pub(super) [[[f32; TILE]; TALL]; 2]);
+
+/// The left factor of a tall block, which lies as the kernel of a convolution walks over it.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Right<'a> {
+pub(super) struct Left<'a> {
     pub(super) words: &'a [u32],
-    /// Words from a row of a tile to the next.
-    pub(super) row: usize,
-    /// Words from the first tile to the one beside it.
-    pub(super) second: usize,
+    /// Where its tiles begin; what a step adds to that is in [`Steps`].
+    pub(super) tiles: [usize; TALL],
     /// Words from one part to the next smaller one.
     pub(super) part: usize,
 }
 
-impl<'a> Right<'a> {
-    /// Words of a block of a packed factor.
-    pub(super) fn packed(words: &'a [u32]) -> Self {
-        Self {
-            words,
-            row: 16,
-            second: TILE,
-            part: 2 * TILE,
-        }
+/// A step of a product of tall blocks.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Step {
+    /// Words from where left tiles begin.
+    pub(super) offset: usize,
+    /// The same of words that are soon needed: 17 times 16, counted from the first tile. None need be there.
+    pub(super) ahead: usize,
+}
+
+/// Steps of a product of tall blocks.
+#[derive(Debug)]
+pub(super) struct Steps {
+    steps: Vec<Step>,
+    furthest: usize,
+}
+
+impl Steps {
+    /// At least one.
+    pub(super) fn new(steps: Vec<Step>) -> Self {
+        assert!(!steps.is_empty(), "a product of no steps");
+        let furthest = steps.iter().map(|step| step.offset).fold(0, usize::max);
+        Self { steps, furthest }
+    }
+
+    pub(super) fn as_slice(&self) -> &[Step] {
+        &self.steps
+    }
+
+    /// The largest offset.
+    pub(super) fn furthest(&self) -> usize {
+        self.furthest
     }
 }
 

@@ -1,30 +1,37 @@
-//! 3x3 convolutions by tiles, the picture being the right factor as it lies: a tile of it is 16 pixels in a row and 32
-//! channels, and the nine taps read the same words at nine places.
+//! 3x3 convolutions by tiles, the picture being the left factor as it lies: a tile of it is 16 pixels and 32 channels, pixel
+//! by pixel, and the nine taps read the same words at nine places.
 //!
-//! Rows of the packed picture are one zero longer than the picture's, which stands left of the next row as it stands right
-//! of its own; sums of that column are thrown away.
+//! Pictures of a batch stand below each other. Packed rows are one zero longer than the picture's, which stands left of the next
+//! row as it stands right of its own, and a row of zeros ends every picture; sums of those places are thrown away.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use half::bf16;
 use rayon::prelude::*;
 
 use super::super::{
-    gemm::{MatrixMut, Tile, Write},
+    gemm::{MatrixMut, Tile},
     memory::{unwritten, with_words},
     numbers::{Number, Numbers},
 };
 use super::Factors;
-use super::block::{BLOCK, Right, STEP, Sums, TILE};
+use super::block::{BLOCK, Left, STEP, Step, Steps, TALL, TILE, TallSums};
 use super::kernel::Tiles;
-use super::pack::{Side, pack_lines, step_words};
+use super::pack::{LINES, Side, pack_lines, step_words};
 use super::product::lines_per_item;
 
 const TAPS: usize = 9;
+/// Words of one pixel in a step.
+const PIXEL: usize = STEP / 2;
+/// Pixels of the next step that one of three taps brings into the cache: with neighbors on both sides, those of a tall block.
+const AHEAD: usize = 17;
 /// Pixels of one work item, about: as many as make up for bringing a block of the weight into the cache.
 const ITEM_PIXELS: usize = 1024;
 /// Of an item of a small picture, which is split for the sake of the threads.
 const LEAST_PIXELS: usize = 256;
+/// Words of pictures that are packed together: 16 MiB.
+const MOST_WORDS: usize = 1 << 22;
 
 /// Steps of 32 channels that are packed at a time: with so many, pixels of an item and a block of the weight are in a
 /// second-level cache together.
@@ -94,18 +101,47 @@ impl Convolution3x3 {
         let n_pixels = self.size[0] * self.size[1];
         let n_samples = x.len() / (self.n_in * n_pixels).max(1);
         let mut y = unwritten(n_samples * self.n_out * n_pixels);
-        let plane = Plane::of(self.size);
+        let step_len = P * PIXEL * most_steps(P).min(self.n_steps());
+        let n_together = (1..=n_samples)
+            .rev()
+            .find(|&n| Sheet::of(n, self.size).n_places * step_len <= MOST_WORDS)
+            .unwrap_or(1);
+        let pictures = y
+            .chunks_mut(n_together * self.n_out * n_pixels)
+            .zip(x.chunks(n_together * self.n_in * n_pixels));
+        for (i, (y, x)) in pictures.enumerate() {
+            let shift = |sample, channel| shift(i * n_together + sample, channel);
+            self.convolve::<P>(direction, x, weight, shift, y);
+        }
+        y
+    }
+
+    /// Pictures that are packed together.
+    fn convolve<const P: usize>(
+        &self,
+        direction: Direction,
+        x: &[f32],
+        weight: Numbers<'_>,
+        shift: impl Fn(usize, usize) -> f32 + Sync,
+        y: &mut [f32],
+    ) {
+        let n_samples = x.len() / (self.n_in * self.size[0] * self.size[1]);
+        let sheet = Sheet::of(n_samples, self.size);
         let n_together = most_steps(P).min(self.n_steps());
         let n_blocks = self.n_out.div_ceil(BLOCK);
-        let left_words = match self.packs_ahead() {
+        let rows_per_item = self.rows_per_item(n_samples);
+        // Else a block of the weight is multiplied once, and packed where that is done.
+        let packs_ahead = rows_per_item < n_samples * self.size[0];
+        let weight_words = match packs_ahead {
             true => n_blocks * block_words(P, n_together),
             false => 0,
         };
-        let right_words = n_together * STEP / 2 * P * plane.len;
-        with_words(left_words + right_words, |words| {
-            let (left, right) = words.split_at_mut(left_words);
+        let picture_words = n_together * P * PIXEL * sheet.n_places;
+        with_words(picture_words + weight_words, |words| {
+            let (left, right) = words.split_at_mut(picture_words);
             for first in (0..self.n_steps()).step_by(most_steps(P)) {
                 let steps = first..self.n_steps().min(first + most_steps(P));
+                let len = block_words(P, steps.len());
                 let pack = |block: usize, words: &mut [u32]| {
                     let steps = steps.clone();
                     match weight {
@@ -117,37 +153,45 @@ impl Convolution3x3 {
                         }
                     }
                 };
-                if self.packs_ahead() {
+                if packs_ahead {
                     // The last steps may be fewer than the memory is for.
-                    let blocks = left.par_chunks_exact_mut(block_words(P, steps.len()));
+                    let blocks = right.par_chunks_exact_mut(len).take(n_blocks);
                     blocks
-                        .take(n_blocks)
                         .enumerate()
                         .for_each(|(block, words)| pack(block, words));
                 }
-                let samples = y.chunks_exact_mut(self.n_out * n_pixels);
-                for (sample, (y, x)) in samples
-                    .zip(x.chunks_exact(self.n_in * n_pixels))
-                    .enumerate()
-                {
-                    let right = &mut right[..steps.len() * STEP / 2 * P * plane.len];
-                    self.pack_picture::<P>(&plane, x, steps.start * STEP / 2, right);
-                    let shift = |channel| (first == 0).then(|| shift(sample, channel));
-                    let with_weight = |block: usize, work: &mut dyn FnMut(&[u32])| {
-                        let len = block_words(P, steps.len());
-                        if self.packs_ahead() {
-                            return work(&left[block * len..][..len]);
+                let left = &mut left[..steps.len() * P * PIXEL * sheet.n_places];
+                self.pack_pictures::<P>(&sheet, x, steps.start, left);
+                let (left, right) = (&*left, &*right);
+                let product = Product {
+                    sheet,
+                    left,
+                    steps: sheet.steps(P, steps.len()),
+                };
+                let items = self.items(y, rows_per_item);
+                items.into_par_iter().for_each(|(rows, mut parts)| {
+                    let outs = parts[0].1.rows.clone();
+                    let block = outs.start / BLOCK;
+                    let shift = |sample| {
+                        let mut shifts = [0.0; BLOCK];
+                        for (to, out) in shifts.iter_mut().zip(outs.clone()) {
+                            *to = shift(sample, out);
                         }
-                        with_words(len, |words| {
-                            pack(block, words);
-                            work(words);
-                        });
+                        (first == 0).then_some(shifts)
                     };
-                    self.multiply::<P>(&plane, with_weight, right, steps.len(), y, shift);
-                }
+                    let mut multiply = |right: &[u32]| {
+                        product.multiply::<P>(self.tiles, rows.clone(), right, &mut parts, shift);
+                    };
+                    if packs_ahead {
+                        return multiply(&right[block * len..][..len]);
+                    }
+                    with_words(len, |words| {
+                        pack(block, words);
+                        multiply(words);
+                    });
+                });
             }
         });
-        y
     }
 
     /// Steps of k for one tap.
@@ -155,16 +199,39 @@ impl Convolution3x3 {
         self.n_in.div_ceil(STEP)
     }
 
-    /// Whether a block of the weight is multiplied more than once: else it is packed where that is done.
-    fn packs_ahead(&self) -> bool {
-        self.rows_per_item() < self.size[0]
+    /// Rows of pictures that an item has: some of one picture, or all of several.
+    fn rows_per_item(&self, n_samples: usize) -> usize {
+        let [height, width] = self.size;
+        let n_pixels = n_samples * height * width;
+        let for_all_threads = lines_per_item(n_pixels, self.n_out.div_ceil(BLOCK));
+        let pixels = for_all_threads.clamp(LEAST_PIXELS, ITEM_PIXELS);
+        let rows = pixels.div_ceil(width);
+        if rows < height {
+            rows
+        } else {
+            (rows / height).min(n_samples) * height
+        }
     }
 
-    fn rows_per_item(&self) -> usize {
+    /// What is done by one thread each: packed rows, and the parts of `y` that they make, with the number of their picture.
+    /// Those of the same rows are neighbors: pixels that are in the cache are multiplied with all of the weight.
+    fn items<'a>(&self, y: &'a mut [f32], rows_per_item: usize) -> Vec<Item<'a>> {
         let [height, width] = self.size;
-        let for_all_threads = lines_per_item(height * width, self.n_out.div_ceil(BLOCK));
-        let pixels = for_all_threads.clamp(LEAST_PIXELS, ITEM_PIXELS);
-        pixels.div_ceil(width).min(height)
+        let n_pixels = height * width;
+        let samples_per_item = (rows_per_item / height).max(1);
+        let mut items: BTreeMap<[usize; 3], Item<'a>> = BTreeMap::new();
+        for (sample, y) in y.chunks_exact_mut(self.n_out * n_pixels).enumerate() {
+            let dst = MatrixMut::new(y, [self.n_out, n_pixels]);
+            for part in dst.tiles([BLOCK, rows_per_item.min(height) * width]) {
+                let at = [sample / samples_per_item, part.cols.start, part.rows.start];
+                let [first, end] = [part.cols.start, part.cols.end]
+                    .map(|pixel| sample * (height + 1) + pixel / width);
+                let (rows, parts) = items.entry(at).or_insert((first..end, Vec::new()));
+                rows.end = end;
+                parts.push((sample, part));
+            }
+        }
+        items.into_values().collect()
     }
 
     /// A block of 32 output channels, 32 input channels by 32 of these steps, tap by tap.
@@ -191,7 +258,7 @@ impl Convolution3x3 {
             for (lines, words) in lines.iter().zip(taps) {
                 for (half, lines) in lines.chunks_exact(BLOCK / 2 * STEP).enumerate() {
                     let words = &mut words[half * TILE..];
-                    pack_lines::<P, f32>(self.tiles, Side::Left, lines, STEP, words);
+                    pack_lines::<P, f32>(self.tiles, Side::Right, lines, STEP, words);
                 }
             }
         }
@@ -213,13 +280,13 @@ impl Convolution3x3 {
                         let taps = &weight[(row * self.n_in + k) * TAPS + tap..];
                         let distance = self.n_in * TAPS;
                         self.tiles
-                            .neighbors::<P, TAPS, T>(taps, distance, words, 2 * TILE, false);
+                            .neighbors::<P, TAPS, T>(taps, distance, words, 2 * TILE, true);
                     }
                     Direction::Backward => {
                         let taps = &weight[(k * self.n_out + row) * TAPS + TAPS - 1 - tap..];
                         let distance = self.n_out * TAPS;
                         self.tiles
-                            .across::<P, TAPS, T>(taps, distance, words, 2 * TILE, true);
+                            .across::<P, TAPS, T>(taps, distance, words, 2 * TILE, false);
                     }
                 }
             }
@@ -261,106 +328,159 @@ impl Convolution3x3 {
         lines
     }
 
-    /// Pair by pair of channels, from one of them on; a word is one pixel of both.
-    fn pack_picture<const P: usize>(
+    /// Step by step, from one of them on, part by part: the pixels of all pictures, one after the other.
+    fn pack_pictures<const P: usize>(
         &self,
-        plane: &Plane,
+        sheet: &Sheet,
         x: &[f32],
-        first_pair: usize,
+        first_step: usize,
         words: &mut [u32],
     ) {
-        let [height, width] = self.size;
-        let channel =
-            |c: usize| (c < self.n_in).then(|| &x[c * height * width..][..height * width]);
-        let no_channel = vec![0.0; height * width];
-        // A plane for every part.
-        let pairs = words.par_chunks_exact_mut(P * plane.len);
-        pairs.enumerate().for_each(|(pair, words)| {
-            words.fill(0);
-            let pair = 2 * (first_pair + pair);
-            let Some(first) = channel(pair) else {
-                return;
-            };
-            let second = channel(pair + 1).unwrap_or(&no_channel);
-            let rows = first.chunks_exact(width).zip(second.chunks_exact(width));
-            for (row, (first, second)) in rows.enumerate() {
-                let at = plane.lead + row * plane.pitch;
-                let mut planes = words.chunks_exact_mut(plane.len);
-                let parts = std::array::from_fn(|_| match planes.next() {
-                    Some(plane) => &mut plane[at..],
-                    None => &mut [][..],
-                });
-                self.tiles.across_rows::<P>([first, second], parts);
+        let part = sheet.n_places * PIXEL;
+        let steps = words.par_chunks_exact_mut(P * part).enumerate();
+        steps.for_each(|(step, words)| {
+            for words in words.chunks_exact_mut(part) {
+                sheet.clear_borders(words);
             }
-        });
-    }
-
-    /// What some steps contribute to `y`: sums are added to what is there, unless there is a `shift` to begin with.
-    fn multiply<const P: usize>(
-        &self,
-        plane: &Plane,
-        with_weight: impl Fn(usize, &mut dyn FnMut(&[u32])) + Sync,
-        right: &[u32],
-        n_steps: usize,
-        y: &mut [f32],
-        shift: impl Fn(usize) -> Option<f32> + Sync,
-    ) {
-        let [height, width] = self.size;
-        let row_words = P * plane.len;
-        let steps: Vec<usize> = (0..n_steps)
-            .flat_map(|step| {
-                let taps = (0..TAPS).map(|tap| tap / 3 * plane.pitch + tap % 3);
-                taps.map(move |tap| step * STEP / 2 * row_words + tap)
-            })
-            .collect();
-        let dst = MatrixMut::new(y, [self.n_out, height * width]);
-        let mut items = dst.tiles([BLOCK, self.rows_per_item() * width]);
-        // Pixels that are in the cache are multiplied with all of the weight.
-        items.sort_by_key(|item| item.cols.start);
-        items.into_par_iter().for_each(|mut item: Tile<'_>| {
-            with_weight(item.rows.start / BLOCK, &mut |left| {
-                self.multiply_item::<P>(plane, left, right, &steps, &mut item, &shift);
-            });
-        });
-    }
-
-    fn multiply_item<const P: usize>(
-        &self,
-        plane: &Plane,
-        left: &[u32],
-        right: &[u32],
-        steps: &[usize],
-        item: &mut Tile<'_>,
-        shift: impl Fn(usize) -> Option<f32>,
-    ) {
-        let [_, width] = self.size;
-        let shifts: Vec<Option<f32>> = item.rows.clone().map(shift).collect();
-        let first_row = item.cols.start / width;
-        let n_positions = item.cols.len() / width * plane.pitch;
-        self.tiles.configured(|tiles| {
-            let mut sums = Sums([0.0; BLOCK * BLOCK]);
-            for start in (0..n_positions).step_by(BLOCK) {
-                let right = Right {
-                    words: &right[first_row * plane.pitch + start..],
-                    row: P * plane.len,
-                    second: 16,
-                    part: plane.len,
-                };
-                let mut block = MatrixMut::new(&mut sums.0, [BLOCK, BLOCK]);
-                tiles.block::<P>(left, right, steps, Write::Replace, &mut block, [0, 0]);
-                let positions = start..n_positions.min(start + BLOCK);
-                for (at, pixels) in plane.pixels_of(positions, width) {
-                    for (row, shift) in shifts.iter().enumerate() {
-                        let sums = &sums.0[row * BLOCK + at..];
-                        let dst = item.values.row_mut(row)[pixels.clone()].iter_mut();
-                        match shift {
-                            Some(shift) => dst.zip(sums).for_each(|(dst, sum)| *dst = sum + shift),
-                            None => dst.zip(sums).for_each(|(dst, sum)| *dst += sum),
-                        }
-                    }
+            let channels =
+                (first_step + step) * STEP..self.n_in.min((first_step + step + 1) * STEP);
+            let n_pixels = sheet.height * sheet.width;
+            for (sample, x) in x.chunks_exact(self.n_in * n_pixels).enumerate() {
+                let x = &x[channels.start * n_pixels..channels.end * n_pixels];
+                for (y, row) in (0..n_pixels).step_by(sheet.width).enumerate() {
+                    let place = sheet.lead() + (sample * (sheet.height + 1) + y) * sheet.pitch();
+                    self.pack_row::<P>(
+                        x,
+                        row..row + sheet.width,
+                        &mut words[place * PIXEL..],
+                        part,
+                    );
                 }
             }
         });
+    }
+
+    /// Pixels of a row of a picture, of up to 32 channels.
+    fn pack_row<const P: usize>(
+        &self,
+        channels: &[f32],
+        pixels: Range<usize>,
+        words: &mut [u32],
+        part: usize,
+    ) {
+        let n_pixels = self.size[0] * self.size[1];
+        for (i, start) in pixels.clone().step_by(LINES).enumerate() {
+            let words = &mut words[i * TILE..];
+            let n = LINES.min(pixels.end - start);
+            if n == LINES && channels.len() == STEP * n_pixels {
+                let values = &channels[start..];
+                self.tiles
+                    .across::<P, 1, f32>(values, n_pixels, words, part, true);
+                continue;
+            }
+            let mut copy = [0.0; STEP * LINES];
+            for (copy, x) in copy
+                .chunks_exact_mut(LINES)
+                .zip(channels.chunks_exact(n_pixels))
+            {
+                copy[..n].copy_from_slice(&x[start..start + n]);
+            }
+            let mut tile = [[0; TILE]; P];
+            let packed = tile.as_flattened_mut();
+            self.tiles
+                .across::<P, 1, f32>(&copy, LINES, packed, TILE, true);
+            for (p, tile) in tile.iter().enumerate() {
+                words[p * part..][..n * PIXEL].copy_from_slice(&tile[..n * PIXEL]);
+            }
+        }
+    }
+}
+
+/// Packed rows, and the parts of the output that they make, with the number of their picture.
+type Item<'a> = (Range<usize>, Vec<(usize, Tile<'a>)>);
+
+/// Some steps of a convolution, the pictures of which are packed.
+struct Product<'a> {
+    sheet: Sheet,
+    left: &'a [u32],
+    steps: Steps,
+}
+
+impl Product<'_> {
+    /// What a block of the weight makes of packed rows: it is added to what is there, unless there are `shifts` to begin with.
+    fn multiply<const P: usize>(
+        &self,
+        tiles: Tiles,
+        rows: Range<usize>,
+        right: &[u32],
+        parts: &mut [(usize, Tile<'_>)],
+        shifts: impl Fn(usize) -> Option<[f32; BLOCK]>,
+    ) {
+        let shifts: Vec<Option<[f32; BLOCK]>> =
+            parts.iter().map(|(sample, _)| shifts(*sample)).collect();
+        let places = self.sheet.tiles(rows);
+        let mut sums = [const { TallSums([[[0.0; TILE]; TALL]; 2]) }; 2];
+        let [mut next, mut last] = sums.each_mut();
+        // Sums are put in their place while those of the next block are made, which takes other parts of the processor.
+        let mut made: Option<&[usize]> = None;
+        tiles.configured(|configured| {
+            for places in places.chunks(TALL) {
+                let left = Left {
+                    words: self.left,
+                    // Where there are fewer, one is computed again.
+                    tiles: std::array::from_fn(|i| places[i.min(places.len() - 1)] * PIXEL),
+                    part: self.sheet.n_places * PIXEL,
+                };
+                configured.tall_block::<P>(left, &self.steps, right, next);
+                if let Some(places) = made.replace(places) {
+                    self.put(tiles, places, last, parts, &shifts);
+                }
+                std::mem::swap(&mut next, &mut last);
+            }
+        });
+        if let Some(places) = made {
+            self.put(tiles, places, last, parts, &shifts);
+        }
+    }
+
+    /// Sums of tiles, `[16 places, 16 outputs]` each, to the pixels of their places.
+    fn put(
+        &self,
+        tiles: Tiles,
+        places: &[usize],
+        sums: &TallSums,
+        parts: &mut [(usize, Tile<'_>)],
+        shifts: &[Option<[f32; BLOCK]>],
+    ) {
+        let first_sample = parts[0].0;
+        for (i, run) in places
+            .iter()
+            .enumerate()
+            .flat_map(|(i, &place)| self.sheet.runs(place).map(move |run| (i, run)))
+        {
+            let index = run.sample.checked_sub(first_sample);
+            // Places behind the rows of the item are those of another.
+            let Some((index, (_, part))) = index.and_then(|i| Some((i, parts.get_mut(i)?))) else {
+                continue;
+            };
+            let pixels = run.pixels.start.max(part.cols.start)..run.pixels.end.min(part.cols.end);
+            if pixels.is_empty() {
+                continue;
+            }
+            let first_place = run.place + pixels.start - run.pixels.start;
+            for (half, sums) in sums.0.iter().enumerate() {
+                let first_out = half * LINES;
+                let n_outs = part.rows.len().saturating_sub(first_out).min(LINES);
+                if n_outs == 0 {
+                    continue;
+                }
+                let shifts = shifts[index].as_ref();
+                let shifts = shifts.and_then(|shifts| shifts[first_out..].first_chunk());
+                let at = [first_out, pixels.start - part.cols.start];
+                let dims = [n_outs, pixels.len()];
+                tiles.put_turned(&sums[i], first_place, shifts, &mut part.values, at, dims);
+            }
+        }
     }
 }
 
@@ -369,43 +489,110 @@ fn block_words(n_parts: usize, n_steps: usize) -> usize {
     n_steps * TAPS * step_words(n_parts)
 }
 
-/// How a packed picture lies.
+/// How packed pictures lie. A place is where a pixel or a zero is; rows are counted over all pictures, with the one of zeros
+/// that ends each.
 #[derive(Debug, Clone, Copy)]
-struct Plane {
-    /// Words from a row to the next.
-    pitch: usize,
-    /// Zeros before the first row.
-    lead: usize,
-    /// Words of all of it; no multiple of the distance at which addresses share a place in the cache.
-    len: usize,
+struct Sheet {
+    n_samples: usize,
+    height: usize,
+    width: usize,
+    /// Of a part of a step, with the zeros that surround the pictures.
+    n_places: usize,
 }
 
-impl Plane {
-    fn of([height, width]: [usize; 2]) -> Self {
-        let pitch = width + 1;
-        let lead = pitch + 1;
-        let n_positions = (height * pitch).next_multiple_of(BLOCK) + BLOCK;
-        let lines = (lead + n_positions + lead).div_ceil(16);
-        Self {
-            pitch,
-            lead,
-            len: (lines | 1) * 16,
-        }
+/// Places of a tile that are pixels of one row.
+#[derive(Debug, PartialEq, Eq)]
+struct Run {
+    sample: usize,
+    pixels: Range<usize>,
+    /// The first one's place in the tile.
+    place: usize,
+}
+
+impl Sheet {
+    fn of(n_samples: usize, [height, width]: [usize; 2]) -> Self {
+        let mut sheet = Self {
+            n_samples,
+            height,
+            width,
+            n_places: 0,
+        };
+        // The last tile may reach beyond the last pixel, and its last tap a row and a place further.
+        sheet.n_places = 2 * sheet.lead() + n_samples * (height + 1) * sheet.pitch() + LINES;
+        sheet
     }
 
-    /// Runs of positions that are pixels: where they begin within the range, and which pixels they are.
-    fn pixels_of(
-        &self,
-        positions: Range<usize>,
-        width: usize,
-    ) -> impl Iterator<Item = (usize, Range<usize>)> {
-        let pitch = self.pitch;
-        let rows = positions.start / pitch..positions.end.div_ceil(pitch);
-        rows.filter_map(move |row| {
-            let begin = positions.start.max(row * pitch);
-            let end = positions.end.min(row * pitch + width);
-            let pixel = |position: usize| row * width + position - row * pitch;
-            (begin < end).then(|| (begin - positions.start, pixel(begin)..pixel(end)))
+    /// Places from a row to the next.
+    fn pitch(&self) -> usize {
+        self.width + 1
+    }
+
+    /// Zeros before the first row.
+    fn lead(&self) -> usize {
+        self.pitch() + 1
+    }
+
+    /// What steps of so many times 32 channels, tap by tap, add to the place of the first tap.
+    fn steps(&self, n_parts: usize, n_steps: usize) -> Steps {
+        let of_tap = |step: usize, tap: usize| {
+            let [offset, ahead] =
+                [(step, tap % 3), (step + 1, tap % 3 * AHEAD)].map(|(step, x)| {
+                    let place = step * n_parts * self.n_places + tap / 3 * self.pitch() + x;
+                    place * PIXEL
+                });
+            Step { offset, ahead }
+        };
+        let steps = (0..n_steps).flat_map(|step| (0..TAPS).map(move |tap| of_tap(step, tap)));
+        Steps::new(steps.collect())
+    }
+
+    /// Makes zeros of all that is no pixel.
+    fn clear_borders(&self, words: &mut [u32]) {
+        let (pitch, width) = (self.pitch(), self.width);
+        let mut clear =
+            |places: Range<usize>| words[places.start * PIXEL..places.end * PIXEL].fill(0);
+        clear(0..self.lead());
+        let n_rows = self.n_samples * (self.height + 1);
+        for row in 0..n_rows {
+            let start = self.lead() + row * pitch;
+            let is_zeros = row % (self.height + 1) == self.height;
+            clear(if is_zeros { start } else { start + width }..start + pitch);
+        }
+        clear(self.lead() + n_rows * pitch..self.n_places);
+    }
+
+    /// Where the first tap of tiles is that have all pixels of some rows.
+    fn tiles(&self, rows: Range<usize>) -> Vec<usize> {
+        if self.width.is_multiple_of(LINES) {
+            // None of them has anything else.
+            let rows = rows.filter(|row| row % (self.height + 1) < self.height);
+            return rows
+                .flat_map(|row| {
+                    (0..self.width)
+                        .step_by(LINES)
+                        .map(move |x| row * self.pitch() + x)
+                })
+                .collect();
+        }
+        (rows.start * self.pitch()..rows.end * self.pitch() - 1)
+            .step_by(LINES)
+            .collect()
+    }
+
+    /// The pixels of a tile.
+    fn runs(&self, start: usize) -> impl Iterator<Item = Run> {
+        let (pitch, height, width) = (self.pitch(), self.height, self.width);
+        let end = start + LINES;
+        (start / pitch..end.div_ceil(pitch)).filter_map(move |row| {
+            let (sample, y) = (row / (height + 1), row % (height + 1));
+            let first = start.max(row * pitch);
+            let last = end.min(row * pitch + width);
+            let pixel = |place: usize| y * width + place - row * pitch;
+            (y < height && first < last).then(|| Run {
+                sample,
+                pixels: pixel(first)..pixel(last),
+                place: first - start,
+            })
         })
     }
 }

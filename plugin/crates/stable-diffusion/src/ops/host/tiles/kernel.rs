@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use super::super::gemm::{MatrixMut, Write};
 use super::{
     Factors,
-    block::{BLOCK, Right, TILE},
+    block::{BLOCK, Left, Steps, TILE, TallSums},
     vectors,
 };
 
@@ -108,37 +108,64 @@ impl Configured {
     }
 
     /// Σ over steps of left · right, of factors of P parts, 1 to 3, to the block of 32 rows and columns of `dst` that begins
-    /// `at` a row and a column. `left` has for every step, part by part, two tiles.
+    /// `at` a row and a column. Both have for every step, part by part, two tiles.
     pub(super) fn block<const P: usize>(
         &self,
         left: &[u32],
-        right: Right<'_>,
-        steps: &[usize],
+        right: &[u32],
+        n_steps: usize,
         write: Write,
         dst: &mut MatrixMut<'_>,
         at: [usize; 2],
     ) {
-        assert!(left.len() >= steps.len() * P * 2 * TILE && !steps.is_empty());
-        let reach = right.second + 15 * right.row + 16 + (P - 1) * right.part;
-        let last = steps.iter().copied().max().unwrap_or(0);
+        let n_words = n_steps * P * 2 * TILE;
         assert!(
-            last + reach <= right.words.len(),
+            n_steps > 0 && left.len() >= n_words && right.len() >= n_words,
             "a tile beyond its factor"
         );
-        let dst = dst.square_mut(at, BLOCK);
-        // SAFETY: every tile of the left lies in `left`, and the last word of every tile of the right in `right.words`, as
-        // checked; the square is borrowed exclusively. The tiles are configured.
+        let dst = dst.rectangle_mut(at, [BLOCK; 2]);
+        // SAFETY: all tiles lie in `left` and `right`, as checked; the square is borrowed exclusively. The tiles are
+        // configured.
         unsafe {
             match (P, write) {
                 _ if self.unit == Unit::Vectors => {
-                    vectors::block::<P>(left, right, steps, write == Write::Add, dst);
+                    vectors::block::<P>(left, right, n_steps, write == Write::Add, dst);
                 }
-                (1, Write::Replace) => rounded(left, right, steps, dst),
-                (1, Write::Add) => rounded_added(left, right, steps, dst),
-                (2, Write::Replace) => paired(left, right, steps, dst),
-                (2, Write::Add) => paired_added(left, right, steps, dst),
-                (3, Write::Replace) => exact(left, right, steps, dst),
-                (3, Write::Add) => exact_added(left, right, steps, dst),
+                (1, Write::Replace) => rounded(left, right, n_steps, dst),
+                (1, Write::Add) => rounded_added(left, right, n_steps, dst),
+                (2, Write::Replace) => paired(left, right, n_steps, dst),
+                (2, Write::Add) => paired_added(left, right, n_steps, dst),
+                (3, Write::Replace) => exact(left, right, n_steps, dst),
+                (3, Write::Add) => exact_added(left, right, n_steps, dst),
+                _ => unreachable!("factors of one part to three"),
+            }
+        }
+    }
+
+    /// Σ over steps of left · right, of factors of P parts, 1 to 3. `right` has for every step, part by part, two tiles.
+    pub(super) fn tall_block<const P: usize>(
+        &self,
+        left: Left<'_>,
+        steps: &Steps,
+        right: &[u32],
+        sums: &mut TallSums,
+    ) {
+        let last = left.tiles.into_iter().fold(0, usize::max);
+        assert!(
+            last + steps.furthest() + (P - 1) * left.part + TILE <= left.words.len()
+                && right.len() >= steps.as_slice().len() * P * 2 * TILE,
+            "a tile beyond its factor"
+        );
+        // SAFETY: every tile of the left lies in its words, and all of the right in `right`, as checked; the sums are borrowed
+        // exclusively. The tiles are configured.
+        unsafe {
+            match P {
+                _ if self.unit == Unit::Vectors => {
+                    vectors::tall_block::<P>(left, steps, right, sums);
+                }
+                1 => tall_rounded(left, steps, right, sums),
+                2 => tall_paired(left, steps, right, sums),
+                3 => tall_exact(left, steps, right, sums),
                 _ => unreachable!("factors of one part to three"),
             }
         }
@@ -178,7 +205,7 @@ impl Drop for Configured {
     }
 }
 
-/// The loop over steps around `$product`, which multiplies the tiles at `left` and at `at`: `$name` puts the sums in their
+/// The loop over steps around `$product`, which multiplies the tiles at `left` and at `right`: `$name` puts the sums in their
 /// place, `$added` adds them to what is there.
 macro_rules! kernel {
     ($name:ident, $added:ident, $step_bytes:literal, $($product:literal),+ $(,)?) => {
@@ -206,8 +233,8 @@ macro_rules! kernel {
         /// As in [`Configured::block`]; `dst` are 32 rows of 32 numbers with this distance.
         unsafe fn $name(
             left: &[u32],
-            right: Right<'_>,
-            steps: &[usize],
+            right: &[u32],
+            n_steps: usize,
             (dst, dst_row): (*mut f32, usize),
         ) {
             // SAFETY: by the caller.
@@ -215,11 +242,9 @@ macro_rules! kernel {
                 asm!(
                     $($start,)+
                     "2:",
-                    "mov {at}, [{steps}]",
-                    "lea {at}, [{right} + {at}*4]",
                     $($product,)+
                     concat!("add {left}, ", $step_bytes),
-                    "add {steps}, 8",
+                    concat!("add {right}, ", $step_bytes),
                     "dec {n}",
                     "jnz 2b",
                     "mov {at}, {dst_row}",
@@ -230,13 +255,9 @@ macro_rules! kernel {
                     "tilestored [{at} + {dst_row}*1], tmm2",
                     "tilestored [{at} + {dst_row}*1 + 64], tmm3",
                     at = out(reg) _,
-                    steps = inout(reg) steps.as_ptr() => _,
-                    n = inout(reg) steps.len() => _,
+                    n = inout(reg) n_steps => _,
                     left = inout(reg) left.as_ptr() => _,
-                    right = in(reg) right.words.as_ptr(),
-                    row = in(reg) 4 * right.row,
-                    second = in(reg) 4 * right.second,
-                    part = in(reg) 4 * right.part,
+                    right = inout(reg) right.as_ptr() => _,
                     tile_row = in(reg) 64usize,
                     dst = in(reg) dst,
                     dst_row = in(reg) 4 * dst_row,
@@ -253,14 +274,12 @@ kernel!(
     rounded,
     rounded_added,
     "2048",
-    "# {part}",
     "tileloadd tmm4, [{left} + {tile_row}*1]",
-    "tileloadd tmm6, [{at} + {row}*1]",
+    "tileloadd tmm6, [{right} + {tile_row}*1]",
     "tdpbf16ps tmm0, tmm4, tmm6",
     "tileloadd tmm5, [{left} + {tile_row}*1 + 1024]",
     "tdpbf16ps tmm2, tmm5, tmm6",
-    "add {at}, {second}",
-    "tileloadd tmm7, [{at} + {row}*1]",
+    "tileloadd tmm7, [{right} + {tile_row}*1 + 1024]",
     "tdpbf16ps tmm1, tmm4, tmm7",
     "tdpbf16ps tmm3, tmm5, tmm7",
 );
@@ -270,13 +289,12 @@ kernel!(
     paired,
     paired_added,
     "4096",
-    "tileloadd tmm6, [{at} + {row}*1]",
+    "tileloadd tmm6, [{right} + {tile_row}*1]",
     "tileloadd tmm4, [{left} + {tile_row}*1 + 2048]",
     "tdpbf16ps tmm0, tmm4, tmm6",
     "tileloadd tmm5, [{left} + {tile_row}*1 + 3072]",
     "tdpbf16ps tmm2, tmm5, tmm6",
-    "add {at}, {second}",
-    "tileloadd tmm7, [{at} + {row}*1]",
+    "tileloadd tmm7, [{right} + {tile_row}*1 + 1024]",
     "tdpbf16ps tmm1, tmm4, tmm7",
     "tdpbf16ps tmm3, tmm5, tmm7",
     "tileloadd tmm4, [{left} + {tile_row}*1]",
@@ -285,12 +303,10 @@ kernel!(
     "tileloadd tmm5, [{left} + {tile_row}*1 + 1024]",
     "tdpbf16ps tmm2, tmm5, tmm6",
     "tdpbf16ps tmm3, tmm5, tmm7",
-    "add {at}, {part}",
-    "tileloadd tmm7, [{at} + {row}*1]",
+    "tileloadd tmm7, [{right} + {tile_row}*1 + 3072]",
     "tdpbf16ps tmm1, tmm4, tmm7",
     "tdpbf16ps tmm3, tmm5, tmm7",
-    "sub {at}, {second}",
-    "tileloadd tmm6, [{at} + {row}*1]",
+    "tileloadd tmm6, [{right} + {tile_row}*1 + 2048]",
     "tdpbf16ps tmm0, tmm4, tmm6",
     "tdpbf16ps tmm2, tmm5, tmm6",
 );
@@ -300,13 +316,12 @@ kernel!(
     exact,
     exact_added,
     "6144",
-    "tileloadd tmm6, [{at} + {row}*1]",
+    "tileloadd tmm6, [{right} + {tile_row}*1]",
     "tileloadd tmm4, [{left} + {tile_row}*1 + 4096]",
     "tdpbf16ps tmm0, tmm4, tmm6",
     "tileloadd tmm5, [{left} + {tile_row}*1 + 5120]",
     "tdpbf16ps tmm2, tmm5, tmm6",
-    "add {at}, {second}",
-    "tileloadd tmm7, [{at} + {row}*1]",
+    "tileloadd tmm7, [{right} + {tile_row}*1 + 1024]",
     "tdpbf16ps tmm1, tmm4, tmm7",
     "tdpbf16ps tmm3, tmm5, tmm7",
     "tileloadd tmm4, [{left} + {tile_row}*1]",
@@ -321,12 +336,10 @@ kernel!(
     "tileloadd tmm5, [{left} + {tile_row}*1 + 3072]",
     "tdpbf16ps tmm2, tmm5, tmm6",
     "tdpbf16ps tmm3, tmm5, tmm7",
-    "add {at}, {part}",
-    "tileloadd tmm7, [{at} + {row}*1]",
+    "tileloadd tmm7, [{right} + {tile_row}*1 + 3072]",
     "tdpbf16ps tmm1, tmm4, tmm7",
     "tdpbf16ps tmm3, tmm5, tmm7",
-    "sub {at}, {second}",
-    "tileloadd tmm6, [{at} + {row}*1]",
+    "tileloadd tmm6, [{right} + {tile_row}*1 + 2048]",
     "tdpbf16ps tmm0, tmm4, tmm6",
     "tdpbf16ps tmm2, tmm5, tmm6",
     "tileloadd tmm4, [{left} + {tile_row}*1]",
@@ -335,12 +348,134 @@ kernel!(
     "tileloadd tmm5, [{left} + {tile_row}*1 + 1024]",
     "tdpbf16ps tmm2, tmm5, tmm6",
     "tdpbf16ps tmm3, tmm5, tmm7",
-    "add {at}, {part}",
-    "tileloadd tmm6, [{at} + {row}*1]",
+    "tileloadd tmm6, [{right} + {tile_row}*1 + 4096]",
     "tdpbf16ps tmm0, tmm4, tmm6",
     "tdpbf16ps tmm2, tmm5, tmm6",
-    "add {at}, {second}",
-    "tileloadd tmm7, [{at} + {row}*1]",
+    "tileloadd tmm7, [{right} + {tile_row}*1 + 5120]",
     "tdpbf16ps tmm1, tmm4, tmm7",
     "tdpbf16ps tmm3, tmm5, tmm7",
+);
+
+/// What one part of the left, at `at`, and one part of the right contribute to a tall block.
+macro_rules! tall_product {
+    ($first:literal, $second:literal) => {
+        concat!(
+            "tileloadd tmm6, [{right} + {tile_row}*1 + ",
+            $first,
+            "]\n",
+            "tileloadd tmm7, [{at} + {tile_row}*1]\n",
+            "tdpbf16ps tmm0, tmm7, tmm6\n",
+            "lea {below}, [{at} + {second}]\n",
+            "tileloadd tmm7, [{below} + {tile_row}*1]\n",
+            "tdpbf16ps tmm1, tmm7, tmm6\n",
+            "lea {last}, [{at} + {third}]\n",
+            "tileloadd tmm7, [{last} + {tile_row}*1]\n",
+            "tdpbf16ps tmm2, tmm7, tmm6\n",
+            "tileloadd tmm6, [{right} + {tile_row}*1 + ",
+            $second,
+            "]\n",
+            "tdpbf16ps tmm5, tmm7, tmm6\n",
+            "tileloadd tmm7, [{below} + {tile_row}*1]\n",
+            "tdpbf16ps tmm4, tmm7, tmm6\n",
+            "tileloadd tmm7, [{at} + {tile_row}*1]\n",
+            "tdpbf16ps tmm3, tmm7, tmm6",
+        )
+    };
+}
+
+/// Brings what is ahead into the first cache.
+macro_rules! fetch {
+    ($($line:literal)+) => {
+        concat!(
+            "mov {last}, [{steps} + 8]\n",
+            "lea {last}, [{left} + {last}*4]\n",
+            $("prefetcht0 [{last} + ", $line, "]\n"),+
+        )
+    };
+    () => {
+        fetch!(
+            "0" "64" "128" "192" "256" "320" "384" "448" "512" "576" "640" "704" "768" "832" "896" "960" "1024"
+        )
+    };
+}
+
+/// The loop over steps of a tall block, around `$product`; where loads that miss the first cache take longer than products,
+/// they are begun before.
+macro_rules! tall_kernel {
+    ($name:ident, $step_bytes:literal, [$($fetch:expr)?], $($product:expr),+ $(,)?) => {
+        /// # Safety
+        /// As in [`Configured::tall_block`].
+        unsafe fn $name(left: Left<'_>, steps: &Steps, right: &[u32], sums: &mut TallSums) {
+            let [first, second, third] = left.tiles;
+            let steps = steps.as_slice();
+            // SAFETY: by the caller; distances of tiles may be negative and wrap around.
+            unsafe {
+                asm!(
+                    "tilezero tmm0", "tilezero tmm1", "tilezero tmm2",
+                    "tilezero tmm3", "tilezero tmm4", "tilezero tmm5",
+                    "2:",
+                    $($fetch,)?
+                    "mov {at}, [{steps}]",
+                    "lea {at}, [{left} + {at}*4]",
+                    $($product,)+
+                    concat!("add {right}, ", $step_bytes),
+                    "add {steps}, 16",
+                    "dec {n}",
+                    "jnz 2b",
+                    "tilestored [{sums} + {tile_row}*1], tmm0",
+                    "tilestored [{sums} + {tile_row}*1 + 1024], tmm1",
+                    "tilestored [{sums} + {tile_row}*1 + 2048], tmm2",
+                    "tilestored [{sums} + {tile_row}*1 + 3072], tmm3",
+                    "tilestored [{sums} + {tile_row}*1 + 4096], tmm4",
+                    "tilestored [{sums} + {tile_row}*1 + 5120], tmm5",
+                    "# {part}",
+                    at = out(reg) _,
+                    below = out(reg) _,
+                    last = out(reg) _,
+                    steps = inout(reg) steps.as_ptr() => _,
+                    n = inout(reg) steps.len() => _,
+                    left = in(reg) left.words.as_ptr().add(first),
+                    second = in(reg) 4 * second.wrapping_sub(first) as isize,
+                    third = in(reg) 4 * third.wrapping_sub(first) as isize,
+                    part = in(reg) 4 * left.part,
+                    right = inout(reg) right.as_ptr() => _,
+                    tile_row = in(reg) 64usize,
+                    sums = in(reg) sums.0.as_mut_ptr(),
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+    };
+}
+
+tall_kernel!(tall_rounded, "2048", [fetch!()], tall_product!("0", "1024"));
+
+// The smallest products first: of the left's second part, then 1·2, 1·1.
+tall_kernel!(
+    tall_paired,
+    "4096",
+    [],
+    "add {at}, {part}",
+    tall_product!("0", "1024"),
+    "sub {at}, {part}",
+    tall_product!("2048", "3072"),
+    tall_product!("0", "1024"),
+);
+
+// The smallest products first: 3·1, of the left's second part 2·2, 2·1, then 1·3, 1·2, 1·1.
+tall_kernel!(
+    tall_exact,
+    "6144",
+    [],
+    "lea {at}, [{at} + {part}*2]",
+    tall_product!("0", "1024"),
+    "sub {at}, {part}",
+    tall_product!("2048", "3072"),
+    tall_product!("0", "1024"),
+    "sub {at}, {part}",
+    tall_product!("4096", "5120"),
+    tall_product!("2048", "3072"),
+    tall_product!("0", "1024"),
 );

@@ -4,7 +4,7 @@ use super::super::gemm::{MatrixMut, Write};
 use super::super::numbers::Number;
 use super::{
     Factors,
-    block::{Right, Strip},
+    block::{Left, Steps, Strip, TILE, TallSums},
 };
 
 /// Proof that this processor multiplies tiles.
@@ -51,7 +51,15 @@ impl Tiles {
         match self {}
     }
 
-    pub(super) fn across_rows<const P: usize>(self, _: [&[f32]; 2], _: [&mut [u32]; P]) {
+    pub(super) fn put_turned(
+        self,
+        _: &[f32; TILE],
+        _: usize,
+        _: Option<&[f32; 16]>,
+        _: &mut MatrixMut<'_>,
+        _: [usize; 2],
+        _: [usize; 2],
+    ) {
         match self {}
     }
 }
@@ -84,11 +92,21 @@ impl Configured {
     pub(super) fn block<const P: usize>(
         &self,
         _: &[u32],
-        _: Right<'_>,
-        _: &[usize],
+        _: &[u32],
+        _: usize,
         _: Write,
         _: &mut MatrixMut<'_>,
         _: [usize; 2],
+    ) {
+        match *self {}
+    }
+
+    pub(super) fn tall_block<const P: usize>(
+        &self,
+        _: Left<'_>,
+        _: &Steps,
+        _: &[u32],
+        _: &mut TallSums,
     ) {
         match *self {}
     }

@@ -11,7 +11,7 @@ use super::block::{BLOCK, STEP, TILE};
 use super::kernel::Tiles;
 
 /// Rows, or columns, of a tile; also words of its rows.
-const LINES: usize = 16;
+pub(super) const LINES: usize = 16;
 
 /// Blocks of lines that lie across, packed by one thread: so much of a row of memory is read at a time.
 const ACROSS: usize = 8;

@@ -12,7 +12,7 @@ use super::super::{
     simd::vectorize,
 };
 use super::Factors;
-use super::block::{BLOCK, Right, STEP, Sums};
+use super::block::{BLOCK, STEP, Sums};
 use super::kernel::{Configured, Tiles};
 use super::pack::{Side, pack, pack_alone, packed_len, step_words};
 
@@ -96,7 +96,6 @@ fn part_of_product<const P: usize>(
     let ([m, n], k) = (dst.dims(), lhs.dims()[1]);
     let n_steps = k.div_ceil(STEP);
     let block_words = n_steps * step_words(P);
-    let steps: Vec<usize> = (0..n_steps).map(|step| step * step_words(P)).collect();
     let n_row_items = m.div_ceil(ITEM_ROWS);
     let columns = (RIGHT_WORDS / block_words).max(1) * BLOCK;
     let columns = columns.min(lines_per_item(n, n_row_items));
@@ -107,7 +106,7 @@ fn part_of_product<const P: usize>(
                 for column in (0..item.cols.len()).step_by(BLOCK) {
                     let right = &right[column / BLOCK * block_words..];
                     let dst = (&mut item.values, [row, column]);
-                    block::<P>(tiles, left, right, &steps, write, dst);
+                    block::<P>(tiles, left, right, n_steps, write, dst);
                 }
             }
         });
@@ -272,25 +271,7 @@ pub(crate) fn block_product<const P: usize>(
         "a left factor times a right one of its depth"
     );
     assert!(lhs.factors == rhs.factors && lhs.factors.n_parts() == P);
-    let right = Right::packed(rhs.words);
-    match const { steps_of::<P>() }.get(..n_steps) {
-        Some(steps) => tiles.block::<P>(lhs.words, right, steps, write, dst, at),
-        None => {
-            let steps: Vec<usize> = (0..n_steps).map(|step| step * step_words(P)).collect();
-            tiles.block::<P>(lhs.words, right, &steps, write, dst, at);
-        }
-    }
-}
-
-/// Where the steps of a block begin; most have no more.
-const fn steps_of<const P: usize>() -> [usize; 32] {
-    let mut steps = [0; 32];
-    let mut step = 0;
-    while step < steps.len() {
-        steps[step] = step * step_words(P);
-        step += 1;
-    }
-    steps
+    tiles.block::<P>(lhs.words, rhs.words, n_steps, write, dst, at);
 }
 
 /// dst (+)= left · right, as much of a block as the destination has from a row and a column on.
@@ -298,18 +279,18 @@ fn block<const P: usize>(
     tiles: &Configured,
     left: &[u32],
     right: &[u32],
-    steps: &[usize],
+    n_steps: usize,
     write: Write,
     (dst, at): (&mut MatrixMut<'_>, [usize; 2]),
 ) {
-    let (right, [n_rows, n_columns]) = (Right::packed(right), dst.dims());
+    let [n_rows, n_columns] = dst.dims();
     let is_whole = at[0] + BLOCK <= n_rows && at[1] + BLOCK <= n_columns;
     if is_whole {
-        return tiles.block::<P>(left, right, steps, write, dst, at);
+        return tiles.block::<P>(left, right, n_steps, write, dst, at);
     }
     let mut sums = Sums([0.0; BLOCK * BLOCK]);
     let mut whole = MatrixMut::new(&mut sums.0, [BLOCK, BLOCK]);
-    tiles.block::<P>(left, right, steps, Write::Replace, &mut whole, [0, 0]);
+    tiles.block::<P>(left, right, n_steps, Write::Replace, &mut whole, [0, 0]);
     put(&sums, write, at, dst);
 }
 

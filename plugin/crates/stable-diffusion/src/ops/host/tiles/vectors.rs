@@ -5,8 +5,9 @@
 )]
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
-use super::block::{BLOCK, Right, TILE};
+use super::block::{BLOCK, Left, Steps, TILE, TallSums};
 
 /// Rows whose sums are in registers at a time, over all columns of a block.
 const ROWS: usize = 8;
@@ -16,58 +17,98 @@ const AT_ONCE: usize = 8;
 /// Σ over steps of left · right to a block, or added to it, of factors of P parts.
 ///
 /// # Safety
-/// As in [`super::kernel::Configured::block`], whose checks vouch for `left`, `right` and `steps`; `dst` are 32 rows of 32
+/// As in [`super::kernel::Configured::block`], whose checks vouch for `left`, `right` and `n_steps`; `dst` are 32 rows of 32
 /// numbers with this distance, borrowed exclusively. The processor has AVX512-BF16.
 #[target_feature(enable = "avx512f,avx512bf16")]
 pub(super) unsafe fn block<const P: usize>(
     left: &[u32],
-    right: Right<'_>,
-    steps: &[usize],
+    right: &[u32],
+    n_steps: usize,
     is_added: bool,
     (dst, dst_row): (*mut f32, usize),
 ) {
     let at_once = AT_ONCE / P;
-    for (i, steps) in steps.chunks(at_once).enumerate() {
+    for start in (0..n_steps).step_by(at_once) {
+        let steps = start..n_steps.min(start + at_once);
         for first in (0..BLOCK).step_by(ROWS) {
+            let row = first / 16 * TILE + first % 16 * 16;
+            let left = |step: usize, part: usize| {
+                left.as_ptr()
+                    .wrapping_add(row + (step * P + part) * 2 * TILE)
+            };
             // SAFETY: by the caller.
             unsafe {
-                let left = left.as_ptr().add(i * at_once * P * 2 * TILE);
-                let left = left.add(first / 16 * TILE + first % 16 * 16);
-                let dst = (dst.add(first * dst_row), dst_row);
-                rows::<P>(left, right, steps, is_added || i > 0, dst);
+                let dst = dst.add(first * dst_row);
+                let dst = [(dst, dst_row), (dst.add(16), dst_row)];
+                rows::<P>(left, right, steps.clone(), is_added || start > 0, dst);
             }
         }
     }
 }
 
+/// Σ over steps of left · right to a tall block, of factors of P parts.
+///
 /// # Safety
-/// As in [`block`]; `left` points to the first of the rows, in the first tile of theirs.
+/// As in [`super::kernel::Configured::tall_block`], whose checks vouch for the factors. The processor has AVX512-BF16.
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(super) unsafe fn tall_block<const P: usize>(
+    left: Left<'_>,
+    steps: &Steps,
+    right: &[u32],
+    sums: &mut TallSums,
+) {
+    let at_once = AT_ONCE / P;
+    let all = steps.as_slice();
+    let [low, high] = &mut sums.0;
+    for start in (0..all.len()).step_by(at_once) {
+        let steps = start..all.len().min(start + at_once);
+        for (tile, (low, high)) in left.tiles.into_iter().zip(low.iter_mut().zip(&mut *high)) {
+            for first in (0..16).step_by(ROWS) {
+                let row = tile + 16 * first;
+                let left = |step: usize, part: usize| {
+                    left.words
+                        .as_ptr()
+                        .wrapping_add(row + all[step].offset + part * left.part)
+                };
+                let dst = [&mut *low, &mut *high].map(|sums| (sums[16 * first..].as_mut_ptr(), 16));
+                // SAFETY: by the caller.
+                unsafe { rows::<P>(left, right, steps.clone(), start > 0, dst) }
+            }
+        }
+    }
+}
+
+/// Σ over some steps of eight rows, the words of which `left` finds by step and part, times `right`, to where either 16
+/// columns go: rows with a distance.
+///
+/// # Safety
+/// 16 words of every row can be read, two tiles of every part of a step of the right, and 16 numbers of every row written.
+/// The processor has AVX512-BF16.
 #[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn rows<const P: usize>(
-    left: *const u32,
-    right: Right<'_>,
-    steps: &[usize],
+    left: impl Fn(usize, usize) -> *const u32,
+    right: &[u32],
+    steps: Range<usize>,
     is_added: bool,
-    (dst, dst_row): (*mut f32, usize),
+    dst: [(*mut f32, usize); 2],
 ) {
     let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
     // SAFETY: by the caller.
     unsafe {
         if is_added {
             for (row, sums) in sums.iter_mut().enumerate() {
-                let dst = dst.add(row * dst_row);
-                *sums = [_mm512_loadu_ps(dst), _mm512_loadu_ps(dst.add(16))];
+                *sums = dst.map(|(dst, distance)| _mm512_loadu_ps(dst.add(row * distance)));
             }
         }
-        for (step, &at) in steps.iter().enumerate() {
+        for step in steps {
             // The smallest products first.
             for of_left in (0..P).rev() {
-                let left = left.add((step * P + of_left) * 2 * TILE);
-                for of_right in 0..P - of_left {
-                    let right_words = right.words.as_ptr().add(at + of_right * right.part);
+                let left = left(step, of_left);
+                for of_right in (0..P - of_left).rev() {
+                    let right = right.as_ptr().add((step * P + of_right) * 2 * TILE);
                     for pair in 0..16 {
-                        let words = right_words.add(pair * right.row);
-                        let columns = [bf16(words), bf16(words.add(right.second))];
+                        let words = right.add(pair * 16);
+                        let columns = [bf16(words), bf16(words.add(TILE))];
                         for (row, sums) in sums.iter_mut().enumerate() {
                             let word = _mm512_set1_epi32(*left.add(row * 16 + pair) as i32);
                             let word: __m512bh = std::mem::transmute(word);
@@ -79,9 +120,9 @@ unsafe fn rows<const P: usize>(
             }
         }
         for (row, sums) in sums.iter().enumerate() {
-            let dst = dst.add(row * dst_row);
-            _mm512_storeu_ps(dst, sums[0]);
-            _mm512_storeu_ps(dst.add(16), sums[1]);
+            for ((dst, distance), sums) in dst.into_iter().zip(sums) {
+                _mm512_storeu_ps(dst.add(row * distance), *sums);
+            }
         }
     }
 }

@@ -6,7 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use super::super::numbers::Number;
+use super::super::{gemm::MatrixMut, numbers::Number};
 use super::block::{BLOCK, STEP, Strip, TILE};
 use super::kernel::Tiles;
 use super::pack::{packed_len, step_words};
@@ -45,12 +45,21 @@ impl Tiles {
         unsafe { pack::<P, APART, true, T>(values, distance, words, part, turned) }
     }
 
-    /// Words across two rows of any length, each part into a slice of its own.
-    pub(super) fn across_rows<const P: usize>(self, rows: [&[f32]; 2], words: [&mut [u32]; P]) {
-        let n = rows[0].len();
-        assert!(rows[1].len() >= n && words.iter().all(|words| words.len() >= n));
-        // SAFETY: `Tiles` proves that the processor has these instructions; n values are read and written.
-        unsafe { across_rows(rows, words) }
+    /// Columns of sums `[16, 16]`, those of rows from one on, to rows of `dst` `[rows, columns]` that begin `at` a row and a
+    /// column: with the `shifts` of the columns, or added to what is there.
+    pub(super) fn put_turned(
+        self,
+        sums: &[f32; TILE],
+        first: usize,
+        shifts: Option<&[f32; 16]>,
+        dst: &mut MatrixMut<'_>,
+        at: [usize; 2],
+        dims: [usize; 2],
+    ) {
+        assert!(dims[0] <= 16 && dims[1] > 0 && first + dims[1] <= 16);
+        let dst = dst.rectangle_mut(at, dims);
+        // SAFETY: `Tiles` proves that the processor has these instructions; the rectangle is borrowed exclusively.
+        unsafe { put_turned(sums, first, shifts, dst, dims) }
     }
 }
 
@@ -266,6 +275,33 @@ unsafe fn pack<const P: usize, const APART: usize, const ACROSS: bool, T: Number
     }
 }
 
+/// # Safety
+/// As in [`Tiles::put_turned`]; `dst` are rows with a distance.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn put_turned(
+    sums: &[f32; TILE],
+    first: usize,
+    shifts: Option<&[f32; 16]>,
+    (dst, distance): (*mut f32, usize),
+    [n_rows, n_columns]: [usize; 2],
+) {
+    let mask = u16::MAX >> (16 - n_columns) << first;
+    // SAFETY: rows are read whole, and written where the mask says, from the first column on.
+    unsafe {
+        let row = |i: usize| _mm512_loadu_si512(sums.as_ptr().add(16 * i).cast());
+        let columns = turned(std::array::from_fn(row));
+        for (i, column) in columns.into_iter().enumerate().take(n_rows) {
+            let dst = dst.add(i * distance).wrapping_sub(first);
+            let with = match shifts {
+                Some(shifts) => _mm512_set1_ps(shifts[i]),
+                None => _mm512_maskz_loadu_ps(mask, dst),
+            };
+            let sum = _mm512_add_ps(_mm512_castsi512_ps(column), with);
+            _mm512_mask_storeu_ps(dst, mask, sum);
+        }
+    }
+}
+
 /// The transposed tile: pairs of words, pairs of pairs, then quarters of registers change places.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
@@ -301,25 +337,6 @@ fn turned(rows: [__m512i; 16]) -> [__m512i; 16] {
         columns[12 + c] = _mm512_shuffle_i32x4::<0b11_01_11_01>(odd, odd_below);
     }
     columns
-}
-
-/// # Safety
-/// As in [`Tiles::across_rows`].
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn across_rows<const P: usize>([first, second]: [&[f32]; 2], mut words: [&mut [u32]; P]) {
-    let n = first.len();
-    for start in (0..n).step_by(16) {
-        let mask = u16::MAX >> (16 - (n - start).min(16));
-        // SAFETY: what the mask names is there, by the caller; nothing else is touched.
-        unsafe {
-            let low = _mm512_maskz_loadu_ps(mask, first.as_ptr().add(start));
-            let high = _mm512_maskz_loadu_ps(mask, second.as_ptr().add(start));
-            for (words, part) in words.iter_mut().zip(parts::<P>(low, high)) {
-                let words = words.as_mut_ptr().add(start).cast();
-                _mm512_mask_storeu_epi32(words, mask, interleaved(part));
-            }
-        }
-    }
 }
 
 /// How many numbers behind the last one are read with it.
