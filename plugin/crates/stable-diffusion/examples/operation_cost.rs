@@ -44,7 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         Some(other) => return Err(format!("sd15 or sprites, not {other}").into()),
     };
     let words = std::env::args().nth(3).unwrap_or_default();
-    for (name, dims, operation) in operations(n_heads, sizes)? {
+    for (name, dims, operation) in operations(n_heads, sizes, precision)? {
         if !name.contains(&words) {
             continue;
         }
@@ -81,8 +81,16 @@ fn least_seconds(
     Ok(least)
 }
 
-fn operations(n_heads: usize, sizes: &[[usize; 2]]) -> Result<Vec<Operation>, Box<dyn Error>> {
+fn operations(
+    n_heads: usize,
+    sizes: &[[usize; 2]],
+    precision: Precision,
+) -> Result<Vec<Operation>, Box<dyn Error>> {
     let mut all: Vec<Operation> = Vec::new();
+    // As a model of this precision has them.
+    let weight = |dims: &[usize]| -> stable_diffusion::Result<Tensor> {
+        Ok((normal(dims)? * 0.05)?.to_dtype(precision.dtype())?)
+    };
     for &[width, side] in sizes {
         let n = side * side;
         all.push((
@@ -97,7 +105,7 @@ fn operations(n_heads: usize, sizes: &[[usize; 2]]) -> Result<Vec<Operation>, Bo
             Box::new(move |x| ops::attention(x, &context, &context, n_heads, Mask::None)),
         ));
         for n_out in [width, 8 * width] {
-            let weight = (normal(&[n_out, width])? * 0.05)?;
+            let weight = weight(&[n_out, width])?;
             all.push((
                 format!("linear {n}x{width} to {n_out}"),
                 vec![1, n, width],
@@ -105,7 +113,7 @@ fn operations(n_heads: usize, sizes: &[[usize; 2]]) -> Result<Vec<Operation>, Bo
             ));
         }
         for n_in in [width, 2 * width] {
-            let weight = (normal(&[width, n_in, 3, 3])? * 0.05)?;
+            let weight = weight(&[width, n_in, 3, 3])?;
             let padding = Padding::around(1);
             all.push((
                 format!("convolution {side}x{side}, {n_in} to {width}"),

@@ -18,10 +18,9 @@ use super::super::{
 use super::Factors;
 use super::block::{BLOCK, Left, STEP, Step, Steps, TALL, TILE, TallSums};
 use super::kernel::Tiles;
-use super::pack::{LINES, Side, pack_lines, step_words};
+use super::pack::{LINES, Side, TAPS, pack_lines, step_words};
 use super::product::lines_per_item;
 
-const TAPS: usize = 9;
 /// Words of one pixel in a step.
 const PIXEL: usize = STEP / 2;
 /// Pixels of the next step that one of three taps brings into the cache: with neighbors on both sides, those of a tall block.
@@ -248,7 +247,7 @@ impl Convolution3x3 {
             let at = [block * BLOCK, step * STEP];
             let ends = [at[0] + BLOCK, at[1] + STEP];
             let is_whole = ends[0] <= self.n_out && ends[1] <= self.n_in;
-            // Numbers that are gathered may be read with their neighbors.
+            // Numbers that lie apart may be read with their neighbors.
             if is_whole && (T::IS_F32 || ends != [self.n_out, self.n_in]) {
                 self.pack_taps::<P, T>(direction, weight, at, words);
                 continue;
@@ -272,22 +271,18 @@ impl Convolution3x3 {
         [row, k]: [usize; 2],
         words: &mut [u32],
     ) {
-        for (tap, words) in words.chunks_exact_mut(step_words(P)).enumerate() {
-            for half in 0..2 {
-                let (row, words) = (row + half * BLOCK / 2, &mut words[half * TILE..]);
-                match direction {
-                    Direction::Forward => {
-                        let taps = &weight[(row * self.n_in + k) * TAPS + tap..];
-                        let distance = self.n_in * TAPS;
-                        self.tiles
-                            .neighbors::<P, TAPS, T>(taps, distance, words, 2 * TILE, true);
-                    }
-                    Direction::Backward => {
-                        let taps = &weight[(k * self.n_out + row) * TAPS + TAPS - 1 - tap..];
-                        let distance = self.n_out * TAPS;
-                        self.tiles
-                            .across::<P, TAPS, T>(taps, distance, words, 2 * TILE, false);
-                    }
+        for half in 0..2 {
+            let (row, words) = (row + half * BLOCK / 2, &mut words[half * TILE..]);
+            match direction {
+                Direction::Forward => {
+                    let taps = &weight[(row * self.n_in + k) * TAPS..];
+                    let distance = self.n_in * TAPS;
+                    self.tiles.neighbors_by_taps::<P, T>(taps, distance, words);
+                }
+                Direction::Backward => {
+                    let taps = &weight[(k * self.n_out + row) * TAPS..];
+                    let distance = self.n_out * TAPS;
+                    self.tiles.across_by_taps::<P, T>(taps, distance, words);
                 }
             }
         }
@@ -375,7 +370,7 @@ impl Convolution3x3 {
             if n == LINES && channels.len() == STEP * n_pixels {
                 let values = &channels[start..];
                 self.tiles
-                    .across::<P, 1, f32>(values, n_pixels, words, part, true);
+                    .across::<P, f32>(values, n_pixels, words, part, true);
                 continue;
             }
             let mut copy = [0.0; STEP * LINES];
@@ -388,7 +383,7 @@ impl Convolution3x3 {
             let mut tile = [[0; TILE]; P];
             let packed = tile.as_flattened_mut();
             self.tiles
-                .across::<P, 1, f32>(&copy, LINES, packed, TILE, true);
+                .across::<P, f32>(&copy, LINES, packed, TILE, true);
             for (p, tile) in tile.iter().enumerate() {
                 words[p * part..][..n * PIXEL].copy_from_slice(&tile[..n * PIXEL]);
             }

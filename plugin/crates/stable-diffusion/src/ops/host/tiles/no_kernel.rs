@@ -29,7 +29,7 @@ impl Tiles {
         match self {}
     }
 
-    pub(super) fn neighbors<const P: usize, const APART: usize, T: Number>(
+    pub(super) fn neighbors<const P: usize, T: Number>(
         self,
         _: &[T],
         _: usize,
@@ -40,13 +40,31 @@ impl Tiles {
         match self {}
     }
 
-    pub(super) fn across<const P: usize, const APART: usize, T: Number>(
+    pub(super) fn across<const P: usize, T: Number>(
         self,
         _: &[T],
         _: usize,
         _: &mut [u32],
         _: usize,
         _: bool,
+    ) {
+        match self {}
+    }
+
+    pub(super) fn neighbors_by_taps<const P: usize, T: Number>(
+        self,
+        _: &[T],
+        _: usize,
+        _: &mut [u32],
+    ) {
+        match self {}
+    }
+
+    pub(super) fn across_by_taps<const P: usize, T: Number>(
+        self,
+        _: &[T],
+        _: usize,
+        _: &mut [u32],
     ) {
         match self {}
     }

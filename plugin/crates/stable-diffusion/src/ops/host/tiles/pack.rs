@@ -13,6 +13,9 @@ use super::kernel::Tiles;
 /// Rows, or columns, of a tile; also words of its rows.
 pub(super) const LINES: usize = 16;
 
+/// Of a 3x3 kernel.
+pub(super) const TAPS: usize = 9;
+
 /// Blocks of lines that lie across, packed by one thread: so much of a row of memory is read at a time.
 const ACROSS: usize = 8;
 
@@ -110,7 +113,7 @@ fn pack_tile<const P: usize, T: Number>(
         }
         if line_stride == 1 {
             let values = &lines.data()[at(0, 0)..];
-            return tiles.across::<P, 1, T>(values, k_stride, words, 2 * TILE, side == Side::Left);
+            return tiles.across::<P, T>(values, k_stride, words, 2 * TILE, side == Side::Left);
         }
     }
     let mut copy = [0.0; LINES * STEP];
@@ -130,5 +133,5 @@ pub(super) fn pack_lines<const P: usize, T: Number>(
     distance: usize,
     words: &mut [u32],
 ) {
-    tiles.neighbors::<P, 1, T>(lines, distance, words, 2 * TILE, side == Side::Right);
+    tiles.neighbors::<P, T>(lines, distance, words, 2 * TILE, side == Side::Right);
 }

@@ -9,13 +9,12 @@ use std::arch::x86_64::*;
 use super::super::{gemm::MatrixMut, numbers::Number};
 use super::block::{BLOCK, STEP, Strip, TILE};
 use super::kernel::Tiles;
-use super::pack::{packed_len, step_words};
+use super::pack::{LINES, TAPS, packed_len, step_words};
 
 impl Tiles {
-    /// Words of neighbors: of row i of `values`, `[16, 32]` with this distance of rows and numbers so far `APART`, to row i of
-    /// a tile, or to its column i if it is `turned`. `words` holds a tile for every part, the largest first, with a distance
-    /// of `part`.
-    pub(super) fn neighbors<const P: usize, const APART: usize, T: Number>(
+    /// Words of neighbors: of row i of `values`, `[16, 32]` with this distance of rows, to row i of a tile, or to its column i
+    /// if it is `turned`. `words` holds a tile for every part, the largest first, with a distance of `part`.
+    pub(super) fn neighbors<const P: usize, T: Number>(
         self,
         values: &[T],
         distance: usize,
@@ -23,15 +22,14 @@ impl Tiles {
         part: usize,
         turned: bool,
     ) {
-        assert!(values.len() > 15 * distance + (STEP - 1) * APART + beyond::<APART, T>());
-        assert!(words.len() >= (P - 1) * part + TILE);
+        assert!(values.len() >= 15 * distance + STEP && words.len() >= (P - 1) * part + TILE);
         // SAFETY: `Tiles` proves that the processor has these instructions; every row lies in its slice.
-        unsafe { pack::<P, APART, false, T>(values, distance, words, part, turned) }
+        unsafe { pack::<P, false, T>(values, distance, words, part, turned) }
     }
 
     /// Words across rows: of rows 2 i and 2 i + 1 of `values`, `[32, 16]` with this distance of rows, to row i or column i;
     /// the rest as in [`Self::neighbors`].
-    pub(super) fn across<const P: usize, const APART: usize, T: Number>(
+    pub(super) fn across<const P: usize, T: Number>(
         self,
         values: &[T],
         distance: usize,
@@ -39,10 +37,37 @@ impl Tiles {
         part: usize,
         turned: bool,
     ) {
-        assert!(values.len() > 31 * distance + 15 * APART + beyond::<APART, T>());
-        assert!(words.len() >= (P - 1) * part + TILE);
+        assert!(values.len() >= 31 * distance + LINES && words.len() >= (P - 1) * part + TILE);
         // SAFETY: `Tiles` proves that the processor has these instructions; every row lies in its slice.
-        unsafe { pack::<P, APART, true, T>(values, distance, words, part, turned) }
+        unsafe { pack::<P, true, T>(values, distance, words, part, turned) }
+    }
+
+    /// Words of neighbors tap by tap: of row i of `values`, `[16, 32, 9]` with this distance of rows, to column i of a tile for
+    /// every tap and part. `words` begin with the first tile, steps of one tap follow one another.
+    pub(super) fn neighbors_by_taps<const P: usize, T: Number>(
+        self,
+        values: &[T],
+        distance: usize,
+        words: &mut [u32],
+    ) {
+        assert!(values.len() >= 15 * distance + STEP * TAPS);
+        assert!(words.len() >= (TAPS - 1) * step_words(P) + (P - 1) * 2 * TILE + TILE);
+        // SAFETY: `Tiles` proves that the processor has these instructions; every row and tile lies in its slice.
+        unsafe { neighbors_by_taps::<P, T>(values, distance, words) }
+    }
+
+    /// Words across rows tap by tap, from the last to the first: of rows 2 i and 2 i + 1 of `values`, `[32, 16, 9]` with this
+    /// distance of rows, to row i; the rest as in [`Self::neighbors_by_taps`]. [`beyond`] says what else has to be there.
+    pub(super) fn across_by_taps<const P: usize, T: Number>(
+        self,
+        values: &[T],
+        distance: usize,
+        words: &mut [u32],
+    ) {
+        assert!(values.len() >= 31 * distance + LINES * TAPS + beyond::<T>());
+        assert!(words.len() >= (TAPS - 1) * step_words(P) + (P - 1) * 2 * TILE + TILE);
+        // SAFETY: `Tiles` proves that the processor has these instructions; every row and tile lies in its slice.
+        unsafe { across_by_taps::<P, T>(values, distance, words) }
     }
 
     /// Columns of sums `[16, 16]`, those of rows from one on, to rows of `dst` `[rows, columns]` that begin `at` a row and a
@@ -234,7 +259,7 @@ fn exp2(x: __m512) -> __m512 {
 /// # Safety
 /// As there.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn pack<const P: usize, const APART: usize, const ACROSS: bool, T: Number>(
+unsafe fn pack<const P: usize, const ACROSS: bool, T: Number>(
     values: &[T],
     distance: usize,
     words: &mut [u32],
@@ -243,16 +268,13 @@ unsafe fn pack<const P: usize, const APART: usize, const ACROSS: bool, T: Number
 ) {
     let [pair, second] = match ACROSS {
         true => [2 * distance, distance],
-        false => [distance, 16 * APART],
+        false => [distance, 16],
     };
     for i in 0..16 {
         // SAFETY: by the caller.
         let parts = unsafe {
             let row = values.as_ptr().add(i * pair);
-            parts::<P>(
-                sixteen::<APART, T>(row),
-                sixteen::<APART, T>(row.add(second)),
-            )
+            parts_of::<P, T>(row, row.add(second))
         };
         for (p, row) in parts.into_iter().enumerate() {
             let row = if ACROSS { interleaved(row) } else { row };
@@ -270,6 +292,100 @@ unsafe fn pack<const P: usize, const APART: usize, const ACROSS: bool, T: Number
             let columns = turned(std::array::from_fn(|i| _mm512_loadu_si512(tile.add(i))));
             for (i, column) in columns.into_iter().enumerate() {
                 _mm512_storeu_si512(tile.add(i), column);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As in [`Tiles::neighbors_by_taps`].
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn neighbors_by_taps<const P: usize, T: Number>(
+    values: &[T],
+    distance: usize,
+    words: &mut [u32],
+) {
+    /// The second half of every word.
+    const HIGH: u32 = 0xaaaa_aaaa;
+    // SAFETY: by the caller.
+    let put = |words: &mut [u32], tap: usize, pair: usize, parts: [__m512i; P]| unsafe {
+        for (p, part) in parts.into_iter().enumerate() {
+            let at = tap * step_words(P) + p * 2 * TILE + 16 * pair;
+            _mm512_storeu_si512(words.as_mut_ptr().add(at).cast(), part);
+        }
+    };
+    if !T::IS_F32 && P == 1 {
+        // Column c holds numbers 2 c and 2 c + 1 of all rows; a pair of channels has nine columns, its second channel begins in
+        // the middle of the fifth.
+        let mut columns = [_mm512_setzero_si512(); STEP / 2 * TAPS];
+        for (c, columns) in columns.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+            // SAFETY: by the caller.
+            let row = |i: usize| unsafe {
+                _mm512_loadu_si512(values.as_ptr().add(i * distance + 32 * c).cast())
+            };
+            *columns = turned(std::array::from_fn(row));
+        }
+        for (pair, columns) in columns.as_chunks::<TAPS>().0.iter().enumerate() {
+            for tap in 0..TAPS {
+                let [first, second] = [tap, TAPS + tap].map(|number| columns[number / 2]);
+                let both = match tap % 2 {
+                    0 => _mm512_mask_blend_epi16(HIGH, first, second),
+                    _ => _mm512_mask_blend_epi16(
+                        HIGH,
+                        _mm512_srli_epi32::<16>(first),
+                        _mm512_slli_epi32::<16>(second),
+                    ),
+                };
+                put(words, tap, pair, [both; P]);
+            }
+        }
+        return;
+    }
+    // Column c holds number c of all rows.
+    let mut columns = [_mm512_setzero_ps(); STEP * TAPS];
+    for (c, columns) in columns.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+        // SAFETY: by the caller.
+        let row = |i: usize| unsafe {
+            let row = sixteen(values.as_ptr().add(i * distance + 16 * c));
+            _mm512_castps_si512(row)
+        };
+        let turned = turned(std::array::from_fn(row));
+        for (to, column) in columns.iter_mut().zip(turned) {
+            *to = _mm512_castsi512_ps(column);
+        }
+    }
+    for (pair, columns) in columns.as_chunks::<{ 2 * TAPS }>().0.iter().enumerate() {
+        for tap in 0..TAPS {
+            let mut parts = parts::<P>(columns[tap], columns[TAPS + tap]);
+            for part in &mut parts {
+                *part = interleaved(*part);
+            }
+            put(words, tap, pair, parts);
+        }
+    }
+}
+
+/// # Safety
+/// As in [`Tiles::across_by_taps`].
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn across_by_taps<const P: usize, T: Number>(
+    values: &[T],
+    distance: usize,
+    words: &mut [u32],
+) {
+    for tap in 0..TAPS {
+        for pair in 0..16 {
+            // SAFETY: by the caller.
+            let parts = unsafe {
+                let row = values.as_ptr().add(2 * pair * distance + tap);
+                parts::<P>(of_taps(row), of_taps(row.add(distance)))
+            };
+            for (p, part) in parts.into_iter().enumerate() {
+                let at = (TAPS - 1 - tap) * step_words(P) + p * 2 * TILE + 16 * pair;
+                // SAFETY: by the caller.
+                unsafe {
+                    _mm512_storeu_si512(words.as_mut_ptr().add(at).cast(), interleaved(part));
+                }
             }
         }
     }
@@ -339,28 +455,22 @@ fn turned(rows: [__m512i; 16]) -> [__m512i; 16] {
     columns
 }
 
-/// How many numbers behind the last one are read with it.
-const fn beyond<const APART: usize, T: Number>() -> usize {
-    if APART > 1 && !T::IS_F32 { 1 } else { 0 }
+/// How many numbers behind the last one are read with it, where they lie apart.
+const fn beyond<T: Number>() -> usize {
+    if T::IS_F32 { 0 } else { 1 }
 }
 
-/// Numbers that lie so far apart.
+/// Numbers of one tap of neighboring channels.
 ///
 /// # Safety
-/// All of them are there; another one too, if they are bf16 and apart.
+/// All of them are there, and as many more as [`beyond`] says.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn sixteen<const APART: usize, T: Number>(from: *const T) -> __m512 {
+unsafe fn of_taps<T: Number>(from: *const T) -> __m512 {
+    let count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    let places = _mm512_mullo_epi32(count, _mm512_set1_epi32(TAPS as i32));
     // SAFETY: by the caller; `Number` is f32 or bf16.
     unsafe {
-        if APART == 1 {
-            return match T::IS_F32 {
-                true => _mm512_loadu_ps(from.cast()),
-                false => widened(_mm256_loadu_si256(from.cast())),
-            };
-        }
-        let count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        let places = _mm512_mullo_epi32(count, _mm512_set1_epi32(APART as i32));
         match T::IS_F32 {
             true => _mm512_i32gather_ps::<4>(places, from.cast()),
             false => {
@@ -368,6 +478,38 @@ unsafe fn sixteen<const APART: usize, T: Number>(from: *const T) -> __m512 {
                 let pairs = _mm512_i32gather_epi32::<2>(places, from.cast());
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs))
             }
+        }
+    }
+}
+
+/// [`parts`] of sixteen numbers each.
+///
+/// # Safety
+/// They are there.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn parts_of<const P: usize, T: Number>(low: *const T, high: *const T) -> [__m512i; P] {
+    // SAFETY: by the caller; `Number` is f32 or bf16.
+    unsafe {
+        if P == 1 && !T::IS_F32 {
+            let low = _mm512_castsi256_si512(_mm256_loadu_si256(low.cast()));
+            let high = _mm256_loadu_si256(high.cast());
+            return [_mm512_inserti64x4::<1>(low, high); P];
+        }
+        parts(sixteen(low), sixteen(high))
+    }
+}
+
+/// # Safety
+/// Sixteen numbers are there.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn sixteen<T: Number>(from: *const T) -> __m512 {
+    // SAFETY: by the caller; `Number` is f32 or bf16.
+    unsafe {
+        match T::IS_F32 {
+            true => _mm512_loadu_ps(from.cast()),
+            false => widened(_mm256_loadu_si256(from.cast())),
         }
     }
 }
