@@ -46,7 +46,7 @@ use crate::ops::{
 };
 
 /// Queries of a block.
-const QUERIES: usize = 64;
+const QUERIES: usize = 128;
 
 /// The sizes of one attention.
 #[derive(Debug)]
