@@ -1,6 +1,9 @@
 //! Element-wise activations, the gated one of the feed-forward layers, and nearest-neighbor enlargement.
 
+use std::ops::Range;
+
 use candle_core::{Result, Tensor};
+use half::bf16;
 use rayon::prelude::*;
 
 use super::{
@@ -132,9 +135,7 @@ impl Geglu {
                 || {
                     for (y, x) in y.chunks_mut(width).zip(x.chunks(2 * width)) {
                         let (value, gate) = x.split_at(width);
-                        for (y, (&value, &gate)) in y.iter_mut().zip(value.iter().zip(gate)) {
-                            *y = value * gate * normal_cdf(gate);
-                        }
+                        geglu(value, gate, y);
                     }
                 },
             );
@@ -143,7 +144,7 @@ impl Geglu {
     }
 
     /// From x to dL/dx.
-    pub(crate) fn gradient<T: Number>(&self, x: &[T], dy: &[f32]) -> Vec<f32> {
+    fn gradient(&self, x: &[f32], dy: &[f32]) -> Vec<f32> {
         let width = self.width;
         let mut dx = unwritten(x.len());
         let (of_x, of_y) = self.pieces();
@@ -157,10 +158,32 @@ impl Geglu {
                     for (dx, (x, dy)) in dx.chunks_mut(2 * width).zip(inputs) {
                         let (d_value, d_gate) = dx.split_at_mut(width);
                         let (value, gate) = x.split_at(width);
-                        let outputs = d_value.iter_mut().zip(d_gate);
-                        let inputs = value.iter().zip(gate).zip(dy);
-                        for ((d_value, d_gate), ((value, gate), &dy)) in outputs.zip(inputs) {
-                            (*d_value, *d_gate) = geglu_slopes(value.to_f32(), gate.to_f32(), dy);
+                        geglu_gradient(value, gate, dy, d_value, d_gate);
+                    }
+                },
+            );
+        });
+        dx
+    }
+
+    /// From what was kept of some rows to dL/dx, and their dL/dy.
+    pub(crate) fn gradient_of_kept(&self, kept: &Kept, rows: Range<usize>, dy: &[f32]) -> Vec<f32> {
+        let width = self.width;
+        let mut dx = unwritten(rows.len() * 2 * width);
+        let (of_x, of_y) = self.pieces();
+        let pieces = dx.par_chunks_mut(of_x).zip(dy.par_chunks(of_y));
+        pieces.enumerate().for_each(|(piece, (dx, dy))| {
+            let first = rows.start + piece * of_y / width;
+            vectorize(
+                #[inline(always)]
+                || {
+                    for (i, (dx, dy)) in dx.chunks_mut(2 * width).zip(dy.chunks(width)).enumerate()
+                    {
+                        let (d_value, d_gate) = dx.split_at_mut(width);
+                        for (value, gate, cols) in kept.row(first + i) {
+                            let (d_value, d_gate) =
+                                (&mut d_value[cols.clone()], &mut d_gate[cols.clone()]);
+                            geglu_gradient(value, gate, &dy[cols], d_value, d_gate);
                         }
                     }
                 },
@@ -187,6 +210,51 @@ impl Geglu {
                 },
             );
         });
+    }
+}
+
+/// (value, gate) of all rows, rounded: columns by columns, in these row by row, in these first the values.
+pub(crate) struct Kept {
+    pub(crate) numbers: Vec<bf16>,
+    pub(crate) n_rows: usize,
+    pub(crate) width: usize,
+    /// How many columns lie together; the last may be fewer.
+    pub(crate) columns: usize,
+}
+
+impl Kept {
+    /// Values, gates and columns of a row.
+    #[inline(always)]
+    fn row(&self, row: usize) -> impl Iterator<Item = (&[bf16], &[bf16], Range<usize>)> {
+        (0..self.width).step_by(self.columns).map(move |start| {
+            let cols = start..self.width.min(start + self.columns);
+            let at = 2 * (start * self.n_rows + row * cols.len());
+            let (value, gate) = self.numbers[at..at + 2 * cols.len()].split_at(cols.len());
+            (value, gate, cols)
+        })
+    }
+}
+
+/// y = value·gelu(gate), inside of a vectorized loop.
+#[inline(always)]
+pub(crate) fn geglu(value: &[f32], gate: &[f32], y: &mut [f32]) {
+    for (y, (&value, &gate)) in y.iter_mut().zip(value.iter().zip(gate)) {
+        *y = value * gate * normal_cdf(gate);
+    }
+}
+
+#[inline(always)]
+fn geglu_gradient<T: Number>(
+    value: &[T],
+    gate: &[T],
+    dy: &[f32],
+    d_value: &mut [f32],
+    d_gate: &mut [f32],
+) {
+    let outputs = d_value.iter_mut().zip(d_gate);
+    let inputs = value.iter().zip(gate).zip(dy);
+    for ((d_value, d_gate), ((value, gate), &dy)) in outputs.zip(inputs) {
+        (*d_value, *d_gate) = geglu_slopes(value.to_f32(), gate.to_f32(), dy);
     }
 }
 

@@ -9,12 +9,14 @@ use candle_core::{D, Result, Tensor};
 use half::bf16;
 
 use super::{
-    activation::{Geglu, with_last},
+    activation::{Geglu, Kept, geglu, with_last},
+    gemm::{Matrix, MatrixMut, Tile},
     layer::Layer,
-    memory::{Values, tensor},
-    numbers::{Numbers, rounded},
-    projection::Projection,
-    tiles::Means,
+    memory::{Values, tensor, unwritten},
+    numbers::{Numbers, round, rounded},
+    projection::{Projection, add_to},
+    simd::vectorize,
+    tiles::{Both, Factors, Means, Tiles, columns_of_both, multiply_both},
 };
 use crate::ops::{
     function::{Function, Reads, only},
@@ -30,7 +32,7 @@ pub(crate) struct Gated {
     width: usize,
     projection: Projection,
     /// (value, gate) of a pass on record.
-    kept: OnceLock<Vec<bf16>>,
+    kept: OnceLock<Kept>,
 }
 
 impl Gated {
@@ -50,6 +52,76 @@ impl Gated {
     /// The projection of some tokens, of so many numbers.
     fn part(&self, n_numbers: usize) -> Projection {
         self.projection.of_positions(n_numbers / self.n_in.max(1))
+    }
+
+    /// Memory for (value, gate) of all tokens, if they are kept.
+    fn to_keep(&self, keeps: bool, n_rows: usize, columns: usize) -> Option<Kept> {
+        keeps.then(|| Kept {
+            numbers: vec![bf16::ZERO; n_rows * 2 * self.width],
+            n_rows,
+            width: self.width,
+            columns,
+        })
+    }
+
+    /// y, and what is kept: some columns of all tokens at a time, so that value and gate never leave the cache.
+    fn by_tiles(
+        &self,
+        (tiles, factors): (Tiles, Factors),
+        [x, bias]: [&[f32]; 2],
+        weight: Numbers<'_>,
+        y: &mut [f32],
+        kept: Option<&mut Kept>,
+    ) {
+        let (width, n_tokens) = (self.width, y.len() / self.width);
+        let columns = columns_of_both(factors, [width, self.n_in]);
+        let weight = weight.matrix([2 * width, self.n_in]);
+        let halves = [0..width, width..2 * width].map(|rows| weight.rows(rows).t());
+        let mut kept = kept.map_or(&mut [][..], |kept| &mut kept.numbers);
+        let parts = MatrixMut::new(y, [n_tokens, width]).tiles([n_tokens, columns]);
+        let items = parts.into_iter().map(|y| {
+            let len = (2 * n_tokens * y.cols.len()).min(kept.len());
+            let (numbers, rest) = std::mem::take(&mut kept).split_at_mut(len);
+            kept = rest;
+            (y.cols.clone(), (y, numbers))
+        });
+        let lhs = Matrix::new(x, [n_tokens, self.n_in]).into();
+        multiply_both(
+            tiles,
+            factors,
+            lhs,
+            halves,
+            items.collect(),
+            |(y, kept), both| {
+                vectorize(
+                    #[inline(always)]
+                    || self.finish(bias, y, kept, both),
+                );
+            },
+        );
+    }
+
+    /// Sums of rows of an item to y, and to what is kept.
+    #[inline(always)]
+    fn finish(&self, bias: &[f32], y: &mut Tile<'_>, kept: &mut [bf16], both: Both<'_>) {
+        let [values, gates] = both.sums;
+        let sums = values
+            .chunks_mut(both.width)
+            .zip(gates.chunks_mut(both.width));
+        let n = both.cols.len();
+        for (row, (value, gate)) in both.rows.zip(sums) {
+            let (value, gate) = (&mut value[..n], &mut gate[..n]);
+            if !bias.is_empty() {
+                add_to(value, &bias[both.cols.clone()]);
+                add_to(gate, &bias[self.width..][both.cols.clone()]);
+            }
+            geglu(value, gate, y.values.row_mut(row));
+            if let Some(kept) = kept.get_mut(2 * row * n..2 * (row + 1) * n) {
+                let (kept_value, kept_gate) = kept.split_at_mut(n);
+                round(value, kept_value);
+                round(gate, kept_gate);
+            }
+        }
     }
 
     fn reads_numbers(&self, operand: usize, wanted: &[bool]) -> bool {
@@ -87,22 +159,34 @@ impl Function for Gated {
     const NAME: &'static str = "gated linear";
 
     fn forward(&self, operands: &[Tensor]) -> Result<Tensor> {
-        let keeps = tape::is_recording() && Means::current().rounds();
+        let means = Means::current();
+        let keeps = tape::is_recording() && means.rounds();
         let x = &operands[0];
         let n_tokens = x.elem_count() / self.n_in.max(1);
-        let mut kept = Vec::with_capacity(if keeps { n_tokens * 2 * self.width } else { 0 });
-        let mut y = Vec::with_capacity(n_tokens * self.width);
-        Self::with_operands(operands, [true; 2], |x, weight, bias| {
-            for x in x.chunks(TOKENS * self.n_in.max(1)) {
+        let mut y = unwritten(n_tokens * self.width);
+        let kept = Self::with_operands(operands, [true; 2], |x, weight, bias| {
+            let dims = [n_tokens, self.width, self.n_in];
+            if let Some(means) = means.for_product(dims) {
+                let columns = columns_of_both(means.1, [self.width, self.n_in]);
+                let mut kept = self.to_keep(keeps, n_tokens, columns);
+                self.by_tiles(means, [x, bias], weight, &mut y, kept.as_mut());
+                return Ok(kept);
+            }
+            let mut kept = self.to_keep(keeps, n_tokens, self.width);
+            let parts = x
+                .chunks(TOKENS * self.n_in.max(1))
+                .zip(y.chunks_mut(TOKENS * self.width));
+            for (i, (x, y)) in parts.enumerate() {
                 let both = self.part(x.len()).forward(x, weight, bias);
-                y.extend_from_slice(&self.geglu().values(&both));
-                if keeps {
-                    kept.extend_from_slice(&rounded(&both));
+                y.copy_from_slice(&self.geglu().values(&both));
+                if let Some(kept) = &mut kept {
+                    let at = i * TOKENS * 2 * self.width;
+                    kept.numbers[at..at + both.len()].copy_from_slice(&rounded(&both));
                 }
             }
-            Ok(())
+            Ok(kept)
         })?;
-        if keeps {
+        if let Some(kept) = kept {
             let _ = self.kept.set(kept);
         }
         tensor(y, with_last(x.dims(), self.width), x.device())
@@ -125,7 +209,7 @@ impl Function for Gated {
                 let of = |width: usize| tokens.start * width..tokens.end * width;
                 let dy = &dy[of(self.width)];
                 match self.kept.get() {
-                    Some(both) => self.geglu().gradient(&both[of(2 * self.width)], dy),
+                    Some(kept) => self.geglu().gradient_of_kept(kept, tokens.clone(), dy),
                     None => {
                         let x = &x[of(self.n_in)];
                         let mut both = self.part(x.len()).forward(x, weight, bias);

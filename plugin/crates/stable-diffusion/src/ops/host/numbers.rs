@@ -43,18 +43,22 @@ pub(crate) fn rounded(values: &[f32]) -> Vec<bf16> {
     pieces.for_each(|(halves, values)| {
         vectorize(
             #[inline(always)]
-            || {
-                for (half, value) in halves.iter_mut().zip(values) {
-                    let bits = value.to_bits();
-                    let near = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-                    // A number that is none stays none.
-                    let none = (bits >> 16) | 0x40;
-                    *half = bf16::from_bits(if value.is_nan() { none } else { near } as u16);
-                }
-            },
+            || round(values, halves),
         );
     });
     halves
+}
+
+/// [`rounded`], inside of a vectorized loop.
+#[inline(always)]
+pub(crate) fn round(values: &[f32], halves: &mut [bf16]) {
+    for (half, value) in halves.iter_mut().zip(values) {
+        let bits = value.to_bits();
+        let near = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        // A number that is none stays none.
+        let none = (bits >> 16) | 0x40;
+        *half = bf16::from_bits(if value.is_nan() { none } else { near } as u16);
+    }
 }
 
 /// What was [`rounded`].

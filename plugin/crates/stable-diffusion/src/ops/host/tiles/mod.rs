@@ -42,5 +42,5 @@ pub(crate) use self::{
     factors::{Factors, Means},
     kernel::{Configured, Tiles},
     pack::Side,
-    product::{Packed, block_product, multiply},
+    product::{Both, Packed, block_product, columns_of_both, multiply, multiply_both},
 };

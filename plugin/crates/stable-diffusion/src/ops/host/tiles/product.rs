@@ -84,6 +84,101 @@ pub(super) fn lines_per_item(n_lines: usize, n_others: usize) -> usize {
     n_lines.div_ceil(n_items).next_multiple_of(BLOCK)
 }
 
+/// Sums of some rows and columns of two products.
+pub(crate) struct Both<'a> {
+    pub(crate) rows: Range<usize>,
+    pub(crate) cols: Range<usize>,
+    /// Of the first product and of the second, `[rows, width]`; some of the width is nothing.
+    pub(crate) sums: [&'a mut [f32]; 2],
+    pub(crate) width: usize,
+}
+
+/// Columns of a work item of [`multiply_both`], of factors `[n, k]`.
+pub(crate) fn columns_of_both(factors: Factors, [n, k]: [usize; 2]) -> usize {
+    /// Sums of more would not stay in the cache.
+    const MOST_BLOCKS: usize = 4;
+    let block_words = k.div_ceil(STEP) * step_words(factors.n_parts());
+    let columns = (RIGHT_WORDS / 2 / block_words).clamp(1, MOST_BLOCKS) * BLOCK;
+    columns.min(lines_per_item(n, 1))
+}
+
+/// lhs · rhs of two right factors of one size over all threads. `items` are their columns, each with what `finish` is given with
+/// sums of them, once these are final and while they are in the cache.
+pub(crate) fn multiply_both<S: Send>(
+    tiles: Tiles,
+    factors: Factors,
+    lhs: Operand<'_>,
+    rhs: [Operand<'_>; 2],
+    items: Vec<(Range<usize>, S)>,
+    finish: impl Fn(&mut S, Both<'_>) + Sync,
+) {
+    match factors {
+        Factors::Rounded => products::<1, S>(tiles, lhs, rhs, items, finish),
+        Factors::Paired => products::<2, S>(tiles, lhs, rhs, items, finish),
+        Factors::Exact => products::<3, S>(tiles, lhs, rhs, items, finish),
+    }
+}
+
+fn products<const P: usize, S: Send>(
+    tiles: Tiles,
+    lhs: Operand<'_>,
+    rhs: [Operand<'_>; 2],
+    items: Vec<(Range<usize>, S)>,
+    finish: impl Fn(&mut S, Both<'_>) + Sync,
+) {
+    let [m, k] = lhs.dims();
+    let n_steps = k.div_ceil(STEP);
+    let block_words = n_steps * step_words(P);
+    let rows_at_once = (LEFT_WORDS / block_words).clamp(1, ITEM_ROWS / BLOCK) * BLOCK;
+    with_words(packed_len(P, m, k), |left| {
+        pack_operand::<P>(tiles, Side::Left, lhs, left);
+        let left = &*left;
+        items.into_par_iter().for_each(|(cols, mut state)| {
+            let width = cols.len().next_multiple_of(BLOCK);
+            let [right_len, sums_len] = [packed_len(P, width, k), rows_at_once * width];
+            with_words(2 * (right_len + sums_len), |words| {
+                let (right, sums) = words.split_at_mut(2 * right_len);
+                for (rhs, right) in rhs.iter().zip(right.chunks_exact_mut(right_len)) {
+                    let lines = rhs.t().rows(cols.clone());
+                    pack_operand_alone::<P>(tiles, Side::Right, lines, right);
+                }
+                let (first, second) = bytemuck::cast_slice_mut(sums).split_at_mut(sums_len);
+                let mut sums = [first, second];
+                for start in (0..m).step_by(rows_at_once) {
+                    let rows = start..m.min(start + rows_at_once);
+                    tiles.configured(|tiles| {
+                        for (sums, right) in sums.iter_mut().zip(right.chunks_exact(right_len)) {
+                            let mut dst = MatrixMut::new(sums, [rows_at_once, width]);
+                            for row in (0..rows.len()).step_by(BLOCK) {
+                                let left = &left[(start + row) / BLOCK * block_words..];
+                                for column in (0..width).step_by(BLOCK) {
+                                    let right = &right[column / BLOCK * block_words..];
+                                    let at = [row, column];
+                                    tiles.block::<P>(
+                                        left,
+                                        right,
+                                        n_steps,
+                                        Write::Replace,
+                                        &mut dst,
+                                        at,
+                                    );
+                                }
+                            }
+                        }
+                    });
+                    let both = Both {
+                        rows,
+                        cols: cols.clone(),
+                        sums: sums.each_mut().map(|sums| &mut **sums),
+                        width,
+                    };
+                    finish(&mut state, both);
+                }
+            });
+        });
+    });
+}
+
 /// [`product`] of factors that are packed whole.
 fn part_of_product<const P: usize>(
     tiles: Tiles,
