@@ -5,6 +5,7 @@
 )]
 
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
 use super::super::{gemm::MatrixMut, numbers::Number};
 use super::block::{BLOCK, STEP, Strip, TILE};
@@ -320,17 +321,19 @@ unsafe fn neighbors_by_taps<const P: usize, T: Number>(
     if !T::IS_F32 && P == 1 {
         // Column c holds numbers 2 c and 2 c + 1 of all rows; a pair of channels has nine columns, its second channel begins in
         // the middle of the fifth.
-        let mut columns = [_mm512_setzero_si512(); STEP / 2 * TAPS];
+        let mut columns = [const { MaybeUninit::uninit() }; STEP / 2 * TAPS];
         for (c, columns) in columns.as_chunks_mut::<16>().0.iter_mut().enumerate() {
             // SAFETY: by the caller.
             let row = |i: usize| unsafe {
                 _mm512_loadu_si512(values.as_ptr().add(i * distance + 32 * c).cast())
             };
-            *columns = turned(std::array::from_fn(row));
+            *columns = turned(std::array::from_fn(row)).map(MaybeUninit::new);
         }
         for (pair, columns) in columns.as_chunks::<TAPS>().0.iter().enumerate() {
             for tap in 0..TAPS {
-                let [first, second] = [tap, TAPS + tap].map(|number| columns[number / 2]);
+                // SAFETY: nine times sixteen columns are written.
+                let [first, second] =
+                    [tap, TAPS + tap].map(|number| unsafe { columns[number / 2].assume_init() });
                 let both = match tap % 2 {
                     0 => _mm512_mask_blend_epi16(HIGH, first, second),
                     _ => _mm512_mask_blend_epi16(
@@ -345,21 +348,21 @@ unsafe fn neighbors_by_taps<const P: usize, T: Number>(
         return;
     }
     // Column c holds number c of all rows.
-    let mut columns = [_mm512_setzero_ps(); STEP * TAPS];
+    let mut columns = [const { MaybeUninit::uninit() }; STEP * TAPS];
     for (c, columns) in columns.as_chunks_mut::<16>().0.iter_mut().enumerate() {
         // SAFETY: by the caller.
         let row = |i: usize| unsafe {
             let row = sixteen(values.as_ptr().add(i * distance + 16 * c));
             _mm512_castps_si512(row)
         };
-        let turned = turned(std::array::from_fn(row));
-        for (to, column) in columns.iter_mut().zip(turned) {
-            *to = _mm512_castsi512_ps(column);
-        }
+        *columns = turned(std::array::from_fn(row)).map(MaybeUninit::new);
     }
+    // SAFETY: eighteen times sixteen columns are written.
+    let number =
+        |column: &MaybeUninit<__m512i>| unsafe { _mm512_castsi512_ps(column.assume_init()) };
     for (pair, columns) in columns.as_chunks::<{ 2 * TAPS }>().0.iter().enumerate() {
         for tap in 0..TAPS {
-            let mut parts = parts::<P>(columns[tap], columns[TAPS + tap]);
+            let mut parts = parts::<P>(number(&columns[tap]), number(&columns[TAPS + tap]));
             for part in &mut parts {
                 *part = interleaved(*part);
             }
