@@ -708,4 +708,30 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn pictures_of_a_batch_are_what_they_are_alone() {
+        // Of the first, all that are together; of the second, as many as are packed at a time and one more.
+        for (size, n_in, n_samples) in [([8, 8], 64, 3), ([64, 64], 960, 3)] {
+            for tiles in Tiles::all() {
+                let convolution = Convolution3x3 {
+                    tiles,
+                    factors: Factors::Rounded,
+                    size,
+                    n_in,
+                    n_out: 32,
+                };
+                let x = numbers(n_samples * n_in * size[0] * size[1], 31);
+                let weight = numbers(32 * n_in * TAPS, 43);
+                let shift = |sample: usize, out: usize| (10 * sample + out) as f32;
+                let together = convolution.forward(&x, Numbers::F32(&weight), shift);
+                let alone = x.chunks_exact(n_in * size[0] * size[1]).enumerate();
+                let alone = alone.flat_map(|(sample, x)| {
+                    let shift = |_: usize, out: usize| shift(sample, out);
+                    convolution.forward(x, Numbers::F32(&weight), shift)
+                });
+                assert!(together.into_iter().eq(alone), "{size:?}");
+            }
+        }
+    }
 }
