@@ -2,6 +2,33 @@
 
 use super::*;
 
+/// All states of a run, each in a file.
+struct States {
+    folder: tempfile::TempDir,
+    n: usize,
+}
+
+impl States {
+    fn new() -> Self {
+        Self {
+            folder: tempfile::tempdir().unwrap(),
+            n: 0,
+        }
+    }
+
+    fn file(&self, n: usize) -> PathBuf {
+        self.folder.path().join(format!("{n}.safetensors"))
+    }
+
+    fn save(&mut self, event: &Event<'_>) -> ControlFlow<()> {
+        if let Event::Checkpoint(checkpoint) = event {
+            checkpoint.save(&self.file(self.n)).unwrap();
+            self.n += 1;
+        }
+        ControlFlow::Continue(())
+    }
+}
+
 #[test]
 fn the_same_seed_gives_the_same_bits_and_another_one_does_not() {
     let (model, config) = (model(), short());
@@ -138,20 +165,13 @@ fn a_run_that_was_stopped_anywhere_goes_on_with_the_same_bits() {
         ..short
     };
     config.tokens.init = TokenInit::Inversion { steps: 2 };
-    let folder = tempfile::tempdir().unwrap();
-    let file = |n: usize| folder.path().join(format!("{n}.safetensors"));
-    let mut saved = 0;
-    let mut save = |event: &Event<'_>| {
-        if let Event::Checkpoint(checkpoint) = event {
-            checkpoint.save(&file(saved)).unwrap();
-            saved += 1;
-        }
-        ControlFlow::Continue(())
-    };
+    let mut states = States::new();
+    let mut save = |event: &Event<'_>| states.save(event);
     let whole = em(&model, &prepared, EmStart::Fresh, &config, 7, &mut save).unwrap();
+    let saved = states.n;
     let (mut inverting, mut looking) = (0, 0);
     for n in 0..saved {
-        let state = EmState::load(&file(n), &Device::Cpu).unwrap();
+        let state = EmState::load(&states.file(n), &Device::Cpu).unwrap();
         inverting += usize::from(state.is_inverting);
         looking += usize::from(state.is_looking());
         // Half of them: each is most of a run.
@@ -250,20 +270,13 @@ fn sampling_that_was_stopped_anywhere_goes_on_with_the_same_bits() {
         negative: "",
         latents: None,
     };
-    let folder = tempfile::tempdir().unwrap();
-    let file = |n: usize| folder.path().join(format!("{n}.safetensors"));
-    let mut saved = 0;
-    let mut save = |event: &Event<'_>| {
-        if let Event::Checkpoint(checkpoint) = event {
-            checkpoint.save(&file(saved)).unwrap();
-            saved += 1;
-        }
-        ControlFlow::Continue(())
-    };
+    let mut states = States::new();
+    let mut save = |event: &Event<'_>| states.save(event);
     let whole = sample(&model, None, &prompts, &config, &mut save).unwrap();
+    let saved = states.n;
     assert_eq!(saved, 12);
     for n in 0..saved {
-        let sampled = Sampled::load(&file(n), &Device::Cpu).unwrap();
+        let sampled = Sampled::load(&states.file(n), &Device::Cpu).unwrap();
         let mut steps = 0;
         let mut count = |event: &Event<'_>| {
             steps += usize::from(matches!(event, Event::Denoised { .. }));

@@ -68,13 +68,13 @@ impl Gated {
     fn by_tiles(
         &self,
         (tiles, factors): (Tiles, Factors),
+        columns: usize,
         [x, bias]: [&[f32]; 2],
         weight: Numbers<'_>,
         y: &mut [f32],
         kept: Option<&mut Kept>,
     ) {
         let (width, n_tokens) = (self.width, y.len() / self.width);
-        let columns = columns_of_both(factors, [width, self.n_in]);
         let weight = weight.matrix([2 * width, self.n_in]);
         let halves = [0..width, width..2 * width].map(|rows| weight.rows(rows).t());
         let mut kept = kept.map_or(&mut [][..], |kept| &mut kept.numbers);
@@ -169,7 +169,7 @@ impl Function for Gated {
             if let Some(means) = means.for_product(dims) {
                 let columns = columns_of_both(means.1, [self.width, self.n_in]);
                 let mut kept = self.to_keep(keeps, n_tokens, columns);
-                self.by_tiles(means, [x, bias], weight, &mut y, kept.as_mut());
+                self.by_tiles(means, columns, [x, bias], weight, &mut y, kept.as_mut());
                 return Ok(kept);
             }
             let mut kept = self.to_keep(keeps, n_tokens, self.width);

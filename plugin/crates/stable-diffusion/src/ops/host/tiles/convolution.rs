@@ -1,8 +1,5 @@
 //! 3x3 convolutions by tiles, the picture being the left factor as it lies: a tile of it is 16 pixels and 32 channels, pixel
 //! by pixel, and the nine taps read the same words at nine places.
-//!
-//! Pictures of a batch stand below each other. Packed rows are one zero longer than the picture's, which stands left of the next
-//! row as it stands right of its own, and a row of zeros ends every picture; sums of those places are thrown away.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -16,15 +13,12 @@ use super::super::{
     numbers::{Number, Numbers},
 };
 use super::Factors;
-use super::block::{BLOCK, Left, STEP, Step, Steps, TALL, TILE, TallSums};
+use super::block::{BLOCK, Left, STEP, Steps, TALL, TILE, TallSums};
 use super::kernel::Tiles;
 use super::pack::{LINES, Side, TAPS, pack_lines, step_words};
 use super::product::lines_per_item;
+use super::sheet::{PIXEL, Sheet};
 
-/// Words of one pixel in a step.
-const PIXEL: usize = STEP / 2;
-/// Pixels of the next step that one of three taps brings into the cache: with neighbors on both sides, those of a tall block.
-const AHEAD: usize = 17;
 /// Pixels of one work item, about: as many as make up for bringing a block of the weight into the cache.
 const ITEM_PIXELS: usize = 1024;
 /// Of an item of a small picture, which is split for the sake of the threads.
@@ -100,23 +94,23 @@ impl Convolution3x3 {
         let n_pixels = self.size[0] * self.size[1];
         let n_samples = x.len() / (self.n_in * n_pixels).max(1);
         let mut y = unwritten(n_samples * self.n_out * n_pixels);
-        let step_len = P * PIXEL * most_steps(P).min(self.n_steps());
+        let n_parts = P * most_steps(P).min(self.n_steps());
         let n_together = (1..=n_samples)
             .rev()
-            .find(|&n| Sheet::of(n, self.size).n_places * step_len <= MOST_WORDS)
+            .find(|&n| Sheet::of(n, self.size).part() * n_parts <= MOST_WORDS)
             .unwrap_or(1);
         let pictures = y
             .chunks_mut(n_together * self.n_out * n_pixels)
             .zip(x.chunks(n_together * self.n_in * n_pixels));
         for (i, (y, x)) in pictures.enumerate() {
             let shift = |sample, channel| shift(i * n_together + sample, channel);
-            self.convolve::<P>(direction, x, weight, shift, y);
+            self.convolve_together::<P>(direction, x, weight, shift, y);
         }
         y
     }
 
-    /// Pictures that are packed together.
-    fn convolve<const P: usize>(
+    /// [`Self::convolved`] of pictures that are packed together.
+    fn convolve_together<const P: usize>(
         &self,
         direction: Direction,
         x: &[f32],
@@ -135,7 +129,7 @@ impl Convolution3x3 {
             true => n_blocks * block_words(P, n_together),
             false => 0,
         };
-        let picture_words = n_together * P * PIXEL * sheet.n_places;
+        let picture_words = n_together * P * sheet.part();
         with_words(picture_words + weight_words, |words| {
             let (left, right) = words.split_at_mut(picture_words);
             for first in (0..self.n_steps()).step_by(most_steps(P)) {
@@ -159,8 +153,8 @@ impl Convolution3x3 {
                         .enumerate()
                         .for_each(|(block, words)| pack(block, words));
                 }
-                let left = &mut left[..steps.len() * P * PIXEL * sheet.n_places];
-                self.pack_pictures::<P>(&sheet, x, steps.start, left);
+                let left = &mut left[..steps.len() * P * sheet.part()];
+                sheet.pack::<P>(self.tiles, x, self.n_in, steps.start, left);
                 let (left, right) = (&*left, &*right);
                 let product = Product {
                     sheet,
@@ -247,8 +241,10 @@ impl Convolution3x3 {
             let at = [block * BLOCK, step * STEP];
             let ends = [at[0] + BLOCK, at[1] + STEP];
             let is_whole = ends[0] <= self.n_out && ends[1] <= self.n_in;
-            // Numbers that lie apart may be read with their neighbors.
-            if is_whole && (T::IS_F32 || ends != [self.n_out, self.n_in]) {
+            // Numbers that lie apart are read with their neighbors.
+            let has_neighbors =
+                direction == Direction::Forward || T::IS_F32 || ends != [self.n_out, self.n_in];
+            if is_whole && has_neighbors {
                 self.pack_taps::<P, T>(direction, weight, at, words);
                 continue;
             }
@@ -322,73 +318,6 @@ impl Convolution3x3 {
         }
         lines
     }
-
-    /// Step by step, from one of them on, part by part: the pixels of all pictures, one after the other.
-    fn pack_pictures<const P: usize>(
-        &self,
-        sheet: &Sheet,
-        x: &[f32],
-        first_step: usize,
-        words: &mut [u32],
-    ) {
-        let part = sheet.n_places * PIXEL;
-        let steps = words.par_chunks_exact_mut(P * part).enumerate();
-        steps.for_each(|(step, words)| {
-            for words in words.chunks_exact_mut(part) {
-                sheet.clear_borders(words);
-            }
-            let channels =
-                (first_step + step) * STEP..self.n_in.min((first_step + step + 1) * STEP);
-            let n_pixels = sheet.height * sheet.width;
-            for (sample, x) in x.chunks_exact(self.n_in * n_pixels).enumerate() {
-                let x = &x[channels.start * n_pixels..channels.end * n_pixels];
-                for (y, row) in (0..n_pixels).step_by(sheet.width).enumerate() {
-                    let place = sheet.lead() + (sample * (sheet.height + 1) + y) * sheet.pitch();
-                    self.pack_row::<P>(
-                        x,
-                        row..row + sheet.width,
-                        &mut words[place * PIXEL..],
-                        part,
-                    );
-                }
-            }
-        });
-    }
-
-    /// Pixels of a row of a picture, of up to 32 channels.
-    fn pack_row<const P: usize>(
-        &self,
-        channels: &[f32],
-        pixels: Range<usize>,
-        words: &mut [u32],
-        part: usize,
-    ) {
-        let n_pixels = self.size[0] * self.size[1];
-        for (i, start) in pixels.clone().step_by(LINES).enumerate() {
-            let words = &mut words[i * TILE..];
-            let n = LINES.min(pixels.end - start);
-            if n == LINES && channels.len() == STEP * n_pixels {
-                let values = &channels[start..];
-                self.tiles
-                    .across::<P, f32>(values, n_pixels, words, part, true);
-                continue;
-            }
-            let mut copy = [0.0; STEP * LINES];
-            for (copy, x) in copy
-                .chunks_exact_mut(LINES)
-                .zip(channels.chunks_exact(n_pixels))
-            {
-                copy[..n].copy_from_slice(&x[start..start + n]);
-            }
-            let mut tile = [[0; TILE]; P];
-            let packed = tile.as_flattened_mut();
-            self.tiles
-                .across::<P, f32>(&copy, LINES, packed, TILE, true);
-            for (p, tile) in tile.iter().enumerate() {
-                words[p * part..][..n * PIXEL].copy_from_slice(&tile[..n * PIXEL]);
-            }
-        }
-    }
 }
 
 /// Packed rows, and the parts of the output that they make, with the number of their picture.
@@ -424,7 +353,7 @@ impl Product<'_> {
                     words: self.left,
                     // Where there are fewer, one is computed again.
                     tiles: std::array::from_fn(|i| places[i.min(places.len() - 1)] * PIXEL),
-                    part: self.sheet.n_places * PIXEL,
+                    part: self.sheet.part(),
                 };
                 configured.tall_block::<P>(left, &self.steps, right, next);
                 if let Some(places) = made.replace(places) {
@@ -482,114 +411,6 @@ impl Product<'_> {
 /// Words of a block of the weight with so many steps.
 fn block_words(n_parts: usize, n_steps: usize) -> usize {
     n_steps * TAPS * step_words(n_parts)
-}
-
-/// How packed pictures lie. A place is where a pixel or a zero is; rows are counted over all pictures, with the one of zeros
-/// that ends each.
-#[derive(Debug, Clone, Copy)]
-struct Sheet {
-    n_samples: usize,
-    height: usize,
-    width: usize,
-    /// Of a part of a step, with the zeros that surround the pictures.
-    n_places: usize,
-}
-
-/// Places of a tile that are pixels of one row.
-#[derive(Debug, PartialEq, Eq)]
-struct Run {
-    sample: usize,
-    pixels: Range<usize>,
-    /// The first one's place in the tile.
-    place: usize,
-}
-
-impl Sheet {
-    fn of(n_samples: usize, [height, width]: [usize; 2]) -> Self {
-        let mut sheet = Self {
-            n_samples,
-            height,
-            width,
-            n_places: 0,
-        };
-        // The last tile may reach beyond the last pixel, and its last tap a row and a place further.
-        sheet.n_places = 2 * sheet.lead() + n_samples * (height + 1) * sheet.pitch() + LINES;
-        sheet
-    }
-
-    /// Places from a row to the next.
-    fn pitch(&self) -> usize {
-        self.width + 1
-    }
-
-    /// Zeros before the first row.
-    fn lead(&self) -> usize {
-        self.pitch() + 1
-    }
-
-    /// What steps of so many times 32 channels, tap by tap, add to the place of the first tap.
-    fn steps(&self, n_parts: usize, n_steps: usize) -> Steps {
-        let of_tap = |step: usize, tap: usize| {
-            let [offset, ahead] =
-                [(step, tap % 3), (step + 1, tap % 3 * AHEAD)].map(|(step, x)| {
-                    let place = step * n_parts * self.n_places + tap / 3 * self.pitch() + x;
-                    place * PIXEL
-                });
-            Step { offset, ahead }
-        };
-        let steps = (0..n_steps).flat_map(|step| (0..TAPS).map(move |tap| of_tap(step, tap)));
-        Steps::new(steps.collect())
-    }
-
-    /// Makes zeros of all that is no pixel.
-    fn clear_borders(&self, words: &mut [u32]) {
-        let (pitch, width) = (self.pitch(), self.width);
-        let mut clear =
-            |places: Range<usize>| words[places.start * PIXEL..places.end * PIXEL].fill(0);
-        clear(0..self.lead());
-        let n_rows = self.n_samples * (self.height + 1);
-        for row in 0..n_rows {
-            let start = self.lead() + row * pitch;
-            let is_zeros = row % (self.height + 1) == self.height;
-            clear(if is_zeros { start } else { start + width }..start + pitch);
-        }
-        clear(self.lead() + n_rows * pitch..self.n_places);
-    }
-
-    /// Where the first tap of tiles is that have all pixels of some rows.
-    fn tiles(&self, rows: Range<usize>) -> Vec<usize> {
-        if self.width.is_multiple_of(LINES) {
-            // None of them has anything else.
-            let rows = rows.filter(|row| row % (self.height + 1) < self.height);
-            return rows
-                .flat_map(|row| {
-                    (0..self.width)
-                        .step_by(LINES)
-                        .map(move |x| row * self.pitch() + x)
-                })
-                .collect();
-        }
-        (rows.start * self.pitch()..rows.end * self.pitch() - 1)
-            .step_by(LINES)
-            .collect()
-    }
-
-    /// The pixels of a tile.
-    fn runs(&self, start: usize) -> impl Iterator<Item = Run> {
-        let (pitch, height, width) = (self.pitch(), self.height, self.width);
-        let end = start + LINES;
-        (start / pitch..end.div_ceil(pitch)).filter_map(move |row| {
-            let (sample, y) = (row / (height + 1), row % (height + 1));
-            let first = start.max(row * pitch);
-            let last = end.min(row * pitch + width);
-            let pixel = |place: usize| y * width + place - row * pitch;
-            (y < height && first < last).then(|| Run {
-                sample,
-                pixels: pixel(first)..pixel(last),
-                place: first - start,
-            })
-        })
-    }
 }
 
 #[cfg(test)]

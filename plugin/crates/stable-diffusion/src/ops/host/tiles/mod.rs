@@ -20,6 +20,7 @@
 //! | `pack.rs` | factors into tiles, whatever their strides |
 //! | `product.rs` | matrix products |
 //! | `convolution.rs` | 3x3 convolutions, without gathering windows |
+//! | `sheet.rs` | the pictures of these, packed |
 
 mod block;
 mod convolution;
@@ -31,6 +32,7 @@ mod kernel;
 mod kernel;
 mod pack;
 mod product;
+mod sheet;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod vectors;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]

@@ -146,24 +146,12 @@ fn products<const P: usize, S: Send>(
                 let mut sums = [first, second];
                 for start in (0..m).step_by(rows_at_once) {
                     let rows = start..m.min(start + rows_at_once);
+                    let left = &left[start / BLOCK * block_words..];
+                    let n_rows = rows.len().next_multiple_of(BLOCK);
                     tiles.configured(|tiles| {
                         for (sums, right) in sums.iter_mut().zip(right.chunks_exact(right_len)) {
-                            let mut dst = MatrixMut::new(sums, [rows_at_once, width]);
-                            for row in (0..rows.len()).step_by(BLOCK) {
-                                let left = &left[(start + row) / BLOCK * block_words..];
-                                for column in (0..width).step_by(BLOCK) {
-                                    let right = &right[column / BLOCK * block_words..];
-                                    let at = [row, column];
-                                    tiles.block::<P>(
-                                        left,
-                                        right,
-                                        n_steps,
-                                        Write::Replace,
-                                        &mut dst,
-                                        at,
-                                    );
-                                }
-                            }
+                            let mut dst = MatrixMut::new(sums, [n_rows, width]);
+                            blocks::<P>(tiles, left, right, n_steps, Write::Replace, &mut dst);
                         }
                     });
                     let both = Both {
@@ -195,16 +183,8 @@ fn part_of_product<const P: usize>(
     let columns = (RIGHT_WORDS / block_words).max(1) * BLOCK;
     let columns = columns.min(lines_per_item(n, n_row_items));
     let run = |mut item: Tile<'_>, left: &[u32], right: &[u32]| {
-        tiles.configured(|tiles| {
-            for row in (0..item.rows.len()).step_by(BLOCK) {
-                let left = &left[(item.rows.start + row) / BLOCK * block_words..];
-                for column in (0..item.cols.len()).step_by(BLOCK) {
-                    let right = &right[column / BLOCK * block_words..];
-                    let dst = (&mut item.values, [row, column]);
-                    block::<P>(tiles, left, right, n_steps, write, dst);
-                }
-            }
-        });
+        let left = &left[item.rows.start / BLOCK * block_words..];
+        tiles.configured(|tiles| blocks::<P>(tiles, left, right, n_steps, write, &mut item.values));
         finish(&mut item);
     };
     with_words(packed_len(P, m, k), |left| {
@@ -367,6 +347,32 @@ pub(crate) fn block_product<const P: usize>(
     );
     assert!(lhs.factors == rhs.factors && lhs.factors.n_parts() == P);
     tiles.block::<P>(lhs.words, rhs.words, n_steps, write, dst, at);
+}
+
+/// dst (+)= left · right of packed factors of so many steps, from the first lines of both on.
+fn blocks<const P: usize>(
+    tiles: &Configured,
+    left: &[u32],
+    right: &[u32],
+    n_steps: usize,
+    write: Write,
+    dst: &mut MatrixMut<'_>,
+) {
+    let ([n_rows, n_columns], block_words) = (dst.dims(), n_steps * step_words(P));
+    for row in (0..n_rows).step_by(BLOCK) {
+        let left = &left[row / BLOCK * block_words..];
+        for column in (0..n_columns).step_by(BLOCK) {
+            let right = &right[column / BLOCK * block_words..];
+            block::<P>(
+                tiles,
+                left,
+                right,
+                n_steps,
+                write,
+                (&mut *dst, [row, column]),
+            );
+        }
+    }
 }
 
 /// dst (+)= left · right, as much of a block as the destination has from a row and a column on.
