@@ -221,11 +221,11 @@ impl Conv {
         })
     }
 
-    /// The way with fewer products, where this is a convolution for it.
+    /// With fewer products, where this is a convolution for it.
     fn winograd(&self) -> Option<Winograd> {
-        self.is_plain()
-            .then(|| Winograd::suited([self.n_in, self.n_out], self.input))
-            .flatten()
+        let suited = || Winograd::suited(self.n_samples, [self.n_in, self.n_out], self.input);
+        let is_for_it = self.is_plain() && !self.means.multiplies_fast();
+        is_for_it.then(suited).flatten()
     }
 
     fn bias_of(&self, bias: &[f32], sample: usize, out: usize) -> f32 {
@@ -314,11 +314,11 @@ impl Layer for Conv {
             [] => 0.0,
             bias => self.bias_of(bias, sample, out),
         };
+        if let Some(winograd) = self.winograd() {
+            return winograd.forward(x, weight, shift_of);
+        }
         if let Some(convolution) = self.by_tiles(self.n_in, self.n_out) {
             return convolution.forward(x, weight, shift_of);
-        }
-        if let Some(winograd) = self.winograd() {
-            return weight.with_f32(|weight| winograd.convolved(x, weight, shift_of));
         }
         let (n_pixels, window) = (self.n_outputs(), self.window());
         if n_pixels > SHARED_LIMIT {
@@ -352,6 +352,9 @@ impl Layer for Conv {
         _bias: &[f32],
         dy: &[f32],
     ) -> Vec<f32> {
+        if let Some(winograd) = self.winograd() {
+            return winograd.backward(dy, weight);
+        }
         if let Some(convolution) = self.by_tiles(self.n_out, self.n_in) {
             return convolution.backward(dy, weight);
         }

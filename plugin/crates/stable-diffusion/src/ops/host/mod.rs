@@ -5,6 +5,8 @@ mod memory;
 mod numbers;
 mod simd;
 mod tiles;
+mod turn;
+mod unpacked;
 
 mod activation;
 mod attention;

@@ -91,6 +91,11 @@ impl Means {
             .map(|tiles| (tiles, self.factors))
     }
 
+    /// Whether products of all numbers take less time than transforms that save three of four.
+    pub(crate) fn multiplies_fast(self) -> bool {
+        self.tiles.is_some_and(Tiles::have_matrix_unit)
+    }
+
     /// Tiles for attention to so many keys.
     pub(crate) fn for_attention(
         self,

@@ -47,6 +47,11 @@ impl Tiles {
         (unit == Unit::Matrix || factors == Factors::Rounded).then_some(Self { unit })
     }
 
+    /// Whether a matrix unit multiplies, not vectors.
+    pub(crate) fn have_matrix_unit(self) -> bool {
+        self.unit == Unit::Matrix
+    }
+
     /// Everything that this processor has.
     #[cfg(test)]
     pub(crate) fn all() -> Vec<Self> {

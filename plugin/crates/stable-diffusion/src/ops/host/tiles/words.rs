@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
-use super::super::{gemm::MatrixMut, numbers::Number};
+use super::super::{gemm::MatrixMut, numbers::Number, turn::turned};
 use super::block::{BLOCK, STEP, Strip, TILE};
 use super::kernel::Tiles;
 use super::pack::{LINES, TAPS, packed_len, step_words};
@@ -422,43 +422,6 @@ unsafe fn put_turned(
             _mm512_mask_storeu_ps(dst, mask, sum);
         }
     }
-}
-
-/// The transposed tile: pairs of words, pairs of pairs, then quarters of registers change places.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn turned(rows: [__m512i; 16]) -> [__m512i; 16] {
-    let mut pairs = rows;
-    for i in 0..8 {
-        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-    }
-    // fours[4 g + c]: in every quarter column c of that quarter, of rows 4 g to 4 g + 3.
-    let mut fours = pairs;
-    for g in 0..4 {
-        fours[4 * g] = _mm512_unpacklo_epi64(pairs[4 * g], pairs[4 * g + 2]);
-        fours[4 * g + 1] = _mm512_unpackhi_epi64(pairs[4 * g], pairs[4 * g + 2]);
-        fours[4 * g + 2] = _mm512_unpacklo_epi64(pairs[4 * g + 1], pairs[4 * g + 3]);
-        fours[4 * g + 3] = _mm512_unpackhi_epi64(pairs[4 * g + 1], pairs[4 * g + 3]);
-    }
-    let mut columns = fours;
-    for c in 0..4 {
-        let [a, b, x, y] = [fours[c], fours[4 + c], fours[8 + c], fours[12 + c]];
-        // Even quarters of both, then odd ones.
-        let [even, even_below] = [
-            _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b),
-            _mm512_shuffle_i32x4::<0b10_00_10_00>(x, y),
-        ];
-        let [odd, odd_below] = [
-            _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b),
-            _mm512_shuffle_i32x4::<0b11_01_11_01>(x, y),
-        ];
-        columns[c] = _mm512_shuffle_i32x4::<0b10_00_10_00>(even, even_below);
-        columns[8 + c] = _mm512_shuffle_i32x4::<0b11_01_11_01>(even, even_below);
-        columns[4 + c] = _mm512_shuffle_i32x4::<0b10_00_10_00>(odd, odd_below);
-        columns[12 + c] = _mm512_shuffle_i32x4::<0b11_01_11_01>(odd, odd_below);
-    }
-    columns
 }
 
 /// How many numbers behind the last one are read with it, where they lie apart.
