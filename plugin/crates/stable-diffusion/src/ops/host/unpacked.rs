@@ -4,22 +4,25 @@
     reason = "single numbers of checked views are read without checking each of them again"
 )]
 
+use std::ops::Range;
+
 use pulp::{Arch, Simd, WithSimd};
 
 use super::gemm::{Matrix, MatrixMut, Write};
 
-/// Columns of a product are a multiple of this.
-pub(crate) const COLUMNS: usize = 16;
+/// Numbers of the longest vectors there are.
+pub(crate) const VECTORS: usize = 16;
 
 /// dst (+)= lhs · rhs on the calling thread. Rows of `dst` and `rhs` are contiguous, `lhs` may lie in any way. Fast where both
-/// factors fit the cache. Panics when the shapes do not fit.
+/// factors fit the cache and columns of `rhs` fill whole [`VECTORS`]; those beyond the columns of `dst` are read and left out.
+/// Panics when the shapes do not fit.
 pub(crate) fn gemm_unpacked(dst: MatrixMut<'_>, write: Write, lhs: Matrix<'_>, rhs: Matrix<'_>) {
     let ([m, n], k) = (dst.dims(), lhs.dims()[1]);
     assert!(
         lhs.dims() == [m, k]
-            && rhs.dims() == [k, n]
-            && n.is_multiple_of(COLUMNS)
-            && rhs.strides()[1] == 1,
+            && rhs.dims()[0] == k
+            && rhs.dims()[1] >= n
+            && (rhs.strides()[1] == 1 || n <= 1),
         "product {:?} x {:?} into {:?}",
         lhs.dims(),
         rhs.dims(),
@@ -45,80 +48,158 @@ impl WithSimd for Product<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        let [n_rows, n_columns] = self.dst.dims();
-        let width = 2 * S::F32_LANES;
-        let mut column = 0;
-        while column + width <= n_columns {
-            self.columns::<S, 2>(simd, n_rows, column);
-            column += width;
+        let [_, n_columns] = self.dst.dims();
+        let vectors = n_columns.div_ceil(S::F32_LANES);
+        let mut done = 0;
+        while vectors - done > 3 {
+            self.columns::<S, 2>(simd, done * S::F32_LANES);
+            done += 2;
         }
-        if column < n_columns {
-            self.columns::<S, 1>(simd, n_rows, column);
+        match vectors - done {
+            3 => self.columns::<S, 3>(simd, done * S::F32_LANES),
+            2 => self.columns::<S, 2>(simd, done * S::F32_LANES),
+            1 => self.columns::<S, 1>(simd, done * S::F32_LANES),
+            _ => {}
+        }
+    }
+}
+
+impl<'a> Product<'a> {
+    /// V vectors of columns, the last of which may be a part of one. The sums of as many rows as there are registers for are
+    /// made at a time.
+    #[inline(always)]
+    fn columns<S: Simd, const V: usize>(&mut self, simd: S, column: usize) {
+        let [n_rows, _] = self.dst.dims();
+        let eights = if S::REGISTER_COUNT >= 32 {
+            n_rows / 8 * 8
+        } else {
+            0
+        };
+        let fours = eights + (n_rows - eights) / 4 * 4;
+        self.rows::<S, V, 8>(simd, 0..eights, column);
+        self.rows::<S, V, 4>(simd, eights..fours, column);
+        self.rows::<S, V, 1>(simd, fours..n_rows, column);
+    }
+
+    #[inline(always)]
+    fn rows<S: Simd, const V: usize, const R: usize>(
+        &mut self,
+        simd: S,
+        rows: Range<usize>,
+        column: usize,
+    ) {
+        if rows.is_empty() {
+            return;
+        }
+        let product = self;
+        if column + V * S::F32_LANES <= product.rhs.dims()[1] {
+            simd.vectorize(Rows::<'_, 'a, V, R, true> {
+                product,
+                rows,
+                column,
+            });
+        } else {
+            simd.vectorize(Rows::<'_, 'a, V, R, false> {
+                product,
+                rows,
+                column,
+            });
+        }
+    }
+}
+
+/// Some columns of some rows, R of them at a time. A function of its own: the compiler keeps the sums of one in registers, but not
+/// those of many.
+struct Rows<'p, 'a, const V: usize, const R: usize, const WHOLE: bool> {
+    product: &'p mut Product<'a>,
+    rows: Range<usize>,
+    column: usize,
+}
+
+impl<const V: usize, const R: usize, const WHOLE: bool> WithSimd for Rows<'_, '_, V, R, WHOLE> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        for row in self.rows.step_by(R) {
+            self.product.sums::<S, V, R, WHOLE>(simd, row, self.column);
         }
     }
 }
 
 impl Product<'_> {
-    /// V vectors of columns. The sums of as many rows as there are registers for are made at a time.
     #[inline(always)]
-    fn columns<S: Simd, const V: usize>(&mut self, simd: S, n_rows: usize, column: usize) {
-        let mut row = 0;
-        if S::REGISTER_COUNT >= 32 {
-            while row + 8 <= n_rows {
-                self.sums::<S, V, 8>(simd, row, column);
-                row += 8;
-            }
-        }
-        while row + 4 <= n_rows {
-            self.sums::<S, V, 4>(simd, row, column);
-            row += 4;
-        }
-        while row < n_rows {
-            self.sums::<S, V, 1>(simd, row, column);
-            row += 1;
-        }
-    }
-
-    #[inline(always)]
-    fn sums<S: Simd, const V: usize, const R: usize>(
+    fn sums<S: Simd, const V: usize, const R: usize, const WHOLE: bool>(
         &mut self,
         simd: S,
         row: usize,
         column: usize,
     ) {
-        let width = V * S::F32_LANES;
+        let [_, n_columns] = self.dst.dims();
+        let width = n_columns.min(column + V * S::F32_LANES) - column;
         let zero = simd.splat_f32s(0.0);
         let ([row_stride, step], n_steps) = (self.lhs.strides(), self.lhs.dims()[1]);
-        let mut rows = [self.lhs.data()[row * row_stride..].as_ptr(); R];
-        for (r, start) in rows.iter_mut().enumerate() {
-            *start = start.wrapping_add(r * row_stride);
+        let lhs = self.lhs.data()[row * row_stride..].as_ptr();
+        let mut starts = [lhs; R];
+        for (r, start) in starts.iter_mut().enumerate() {
+            *start = lhs.wrapping_add(r * row_stride);
         }
-        let columns = self.rhs.data()[column..].chunks(self.rhs.strides()[0]);
+        let rhs = &self.rhs.data()[column..];
+        let rhs_stride = self.rhs.strides()[0];
+        let mut columns = rhs.as_ptr();
         let mut sums = [[zero; V]; R];
-        for (k, columns) in columns.take(n_steps).enumerate() {
-            let mut rhs = [zero; V];
-            rhs.copy_from_slice(S::as_simd_f32s(&columns[..width]).0);
+        for k in 0..n_steps {
+            let rhs = if WHOLE {
+                // SAFETY: so many columns of row `k` are in the view `rhs`, as the caller has seen, and the constructor of the
+                // view has shown that its elements lie in its data. Vectors need no alignment.
+                unsafe { columns.cast::<[S::f32s; V]>().read_unaligned() }
+            } else {
+                part::<S, V>(simd, &rhs[k * rhs_stride..][..width])
+            };
             let offset = k.wrapping_mul(step);
-            for (sums, start) in sums.iter_mut().zip(rows) {
-                // SAFETY: this is row `row + r` and column `k` of the view `lhs`, the constructor of which has shown that its
-                // elements lie in its data.
+            for (sums, start) in sums.iter_mut().zip(starts) {
+                // SAFETY: this is one of the rows from `row` on and column `k` of the view `lhs`, and the constructor of the view
+                // has shown that its elements lie in its data.
                 let factor = simd.splat_f32s(unsafe { *start.wrapping_add(offset) });
                 for (sum, rhs) in sums.iter_mut().zip(rhs) {
                     *sum = simd.mul_add_e_f32s(factor, rhs, *sum);
                 }
             }
+            columns = columns.wrapping_add(rhs_stride);
         }
-        for (r, sums) in sums.iter().enumerate() {
+        for (r, sums) in sums.iter_mut().enumerate() {
             let dst = &mut self.dst.row_mut(row + r)[column..][..width];
-            let (dst, _) = S::as_mut_simd_f32s(dst);
-            for (dst, sum) in dst.iter_mut().zip(sums) {
-                *dst = match self.write {
+            if width == V * S::F32_LANES {
+                let (dst, _) = S::as_mut_simd_f32s(dst);
+                for (dst, sum) in dst.iter_mut().zip(sums) {
+                    *dst = match self.write {
+                        Write::Replace => *sum,
+                        Write::Add => simd.add_f32s(*dst, *sum),
+                    };
+                }
+                continue;
+            }
+            let before = part::<S, V>(simd, dst);
+            let vectors = dst.chunks_mut(S::F32_LANES).zip(before);
+            for ((dst, before), sum) in vectors.zip(sums) {
+                let sum = match self.write {
                     Write::Replace => *sum,
-                    Write::Add => simd.add_f32s(*dst, *sum),
+                    Write::Add => simd.add_f32s(before, *sum),
                 };
+                simd.partial_store_f32s(dst, sum);
             }
         }
     }
+}
+
+/// Vectors of numbers, with zeros behind the last one.
+#[inline(always)]
+fn part<S: Simd, const V: usize>(simd: S, numbers: &[f32]) -> [S::f32s; V] {
+    let mut vectors = [simd.splat_f32s(0.0); V];
+    for (vector, numbers) in vectors.iter_mut().zip(numbers.chunks(S::F32_LANES)) {
+        *vector = simd.partial_load_f32s(numbers);
+    }
+    vectors
 }
 
 #[cfg(test)]
@@ -127,21 +208,29 @@ mod tests {
 
     #[test]
     fn products_of_any_strides() {
-        for [m, k, n] in [[1, 1, 16], [8, 40, 128], [13, 7, 48], [40, 256, 32]] {
+        for [m, k, n] in [
+            [1, 1, 1],
+            [8, 40, 128],
+            [13, 7, 48],
+            [40, 50, 40],
+            [5, 9, 77],
+            [9, 3, 21],
+        ] {
             let lhs: Vec<f32> = (0..m * k).map(|i| (i % 13) as f32 - 6.0).collect();
-            let wide: Vec<f32> = (0..k * (n + 3)).map(|i| (i % 7) as f32 - 3.0).collect();
-            let rhs = Matrix::strided(&wide, [k, n], [n + 3, 1]);
+            let wide: Vec<f32> = (0..k * (n + 20)).map(|i| (i % 7) as f32 - 3.0).collect();
+            let rhs = |n_read: usize| Matrix::strided(&wide, [k, n_read], [n + 20, 1]);
             let rows = Matrix::new(&lhs, [m, k]);
             let columns = Matrix::strided(&lhs, [m, k], [1, m]);
-            for lhs in [rows, columns] {
+            let lefts = [rows, columns].map(|lhs| [(lhs, n), (lhs, n.next_multiple_of(VECTORS))]);
+            for (lhs, n_read) in lefts.into_iter().flatten() {
                 let strides = lhs.strides();
                 let value = |row: usize, k: usize| lhs.data()[row * strides[0] + k * strides[1]];
                 for (write, before) in [(Write::Replace, 0.0), (Write::Add, 1.0)] {
                     let mut dst = vec![1.0; m * n];
-                    gemm_unpacked(MatrixMut::new(&mut dst, [m, n]), write, lhs, rhs);
+                    gemm_unpacked(MatrixMut::new(&mut dst, [m, n]), write, lhs, rhs(n_read));
                     for (i, &found) in dst.iter().enumerate() {
                         let (row, column) = (i / n, i % n);
-                        let products = (0..k).map(|k| value(row, k) * wide[k * (n + 3) + column]);
+                        let products = (0..k).map(|k| value(row, k) * wide[k * (n + 20) + column]);
                         assert_eq!(found, before + products.sum::<f32>(), "{row} {column}");
                     }
                 }

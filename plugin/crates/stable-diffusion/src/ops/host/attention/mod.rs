@@ -174,7 +174,7 @@ struct Head<'a> {
     means: Vec<f32>,
 }
 
-/// Where the gradients of one head go, as far as they are wanted; zeros for vectors.
+/// Where the gradients of one head go, as far as they are wanted.
 struct Gradients<'a> {
     q: Option<MatrixMut<'a>>,
     k: Option<MatrixMut<'a>>,
@@ -210,20 +210,15 @@ impl Attention {
                 };
                 (index, tile.rows, written)
             });
-        match self.tiles {
-            Some(means) => {
-                tiles::with_keys(self, means, [k, v], |attend| {
-                    blocks.for_each(|(index, rows, written)| {
-                        let q = self.head(q, self.n_queries, index).rows(rows.clone());
-                        attend(index, q, rows.start, written);
-                    });
-                });
-            }
-            None => blocks.for_each(|(index, rows, written)| {
+        let work = |attend: &(dyn Fn(usize, Matrix<'_>, usize, Written<'_>) + Sync)| {
+            blocks.for_each(|(index, rows, written)| {
                 let q = self.head(q, self.n_queries, index).rows(rows.clone());
-                let [k, v] = [k, v].map(|x| self.head(x, self.n_keys, index));
-                vectors::attend(self, [q, k, v], rows.start, written);
-            }),
+                attend(index, q, rows.start, written);
+            });
+        };
+        match self.tiles {
+            Some(means) => tiles::with_keys(self, means, [k, v], work),
+            None => vectors::with_keys(self, [k, v], work),
         }
         (packed, log_sums)
     }
@@ -237,15 +232,10 @@ impl Attention {
     ) -> [Option<Vec<f32>>; 3] {
         let (n_output, _) = self.lengths();
         let [(y, columns), (dy, d_columns)] = [y, dy].map(|packed| packed.split_at(n_output));
-        // Tiles write what vectors add to.
-        let buffer = |len: usize| match self.tiles {
-            Some(_) => unwritten(len),
-            None => vec![0.0; len],
-        };
         let mut buffers = [
-            wanted[0].then(|| buffer(q.len())),
-            wanted[1].then(|| buffer(k.len())),
-            wanted[2].then(|| buffer(v.len())),
+            wanted[0].then(|| unwritten(q.len())),
+            wanted[1].then(|| unwritten(k.len())),
+            wanted[2].then(|| unwritten(v.len())),
         ];
         let [dq, dk, dv] = &mut buffers;
         let dq = self.optional_heads_mut(dq, self.n_queries);
