@@ -65,24 +65,23 @@ impl WithSimd for Product<'_> {
 }
 
 impl<'a> Product<'a> {
-    /// V vectors of columns, the last of which may be a part of one. The sums of as many rows as there are registers for are
-    /// made at a time.
+    /// V vectors of columns, the last of which may be a part of one. Every sum is made of several, as many as there are
+    /// registers for, so that it loses less to rounding.
     #[inline(always)]
     fn columns<S: Simd, const V: usize>(&mut self, simd: S, column: usize) {
         let [n_rows, _] = self.dst.dims();
-        let eights = if S::REGISTER_COUNT >= 32 {
-            n_rows / 8 * 8
-        } else {
-            0
-        };
-        let fours = eights + (n_rows - eights) / 4 * 4;
-        self.rows::<S, V, 8>(simd, 0..eights, column);
-        self.rows::<S, V, 4>(simd, eights..fours, column);
-        self.rows::<S, V, 1>(simd, fours..n_rows, column);
+        let fours = n_rows / 4 * 4;
+        match (S::REGISTER_COUNT >= 32, V) {
+            (false, _) => self.rows::<S, V, 4, 1>(simd, 0..fours, column),
+            (true, 1) => self.rows::<S, V, 4, 3>(simd, 0..fours, column),
+            (true, 2) => self.rows::<S, V, 4, 3>(simd, 0..fours, column),
+            (true, _) => self.rows::<S, V, 4, 2>(simd, 0..fours, column),
+        }
+        self.rows::<S, V, 1, 3>(simd, fours..n_rows, column);
     }
 
     #[inline(always)]
-    fn rows<S: Simd, const V: usize, const R: usize>(
+    fn rows<S: Simd, const V: usize, const R: usize, const D: usize>(
         &mut self,
         simd: S,
         rows: Range<usize>,
@@ -93,13 +92,13 @@ impl<'a> Product<'a> {
         }
         let product = self;
         if column + V * S::F32_LANES <= product.rhs.dims()[1] {
-            simd.vectorize(Rows::<'_, 'a, V, R, true> {
+            simd.vectorize(Rows::<'_, 'a, V, R, D, true> {
                 product,
                 rows,
                 column,
             });
         } else {
-            simd.vectorize(Rows::<'_, 'a, V, R, false> {
+            simd.vectorize(Rows::<'_, 'a, V, R, D, false> {
                 product,
                 rows,
                 column,
@@ -108,28 +107,31 @@ impl<'a> Product<'a> {
     }
 }
 
-/// Some columns of some rows, R of them at a time. A function of its own: the compiler keeps the sums of one in registers, but not
+/// Some columns of some rows, R of them at a time, of D sums each. A function of its own: the compiler keeps the sums of one in registers, but not
 /// those of many.
-struct Rows<'p, 'a, const V: usize, const R: usize, const WHOLE: bool> {
+struct Rows<'p, 'a, const V: usize, const R: usize, const D: usize, const WHOLE: bool> {
     product: &'p mut Product<'a>,
     rows: Range<usize>,
     column: usize,
 }
 
-impl<const V: usize, const R: usize, const WHOLE: bool> WithSimd for Rows<'_, '_, V, R, WHOLE> {
+impl<const V: usize, const R: usize, const D: usize, const WHOLE: bool> WithSimd
+    for Rows<'_, '_, V, R, D, WHOLE>
+{
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         for row in self.rows.step_by(R) {
-            self.product.sums::<S, V, R, WHOLE>(simd, row, self.column);
+            self.product
+                .sums::<S, V, R, D, WHOLE>(simd, row, self.column);
         }
     }
 }
 
 impl Product<'_> {
     #[inline(always)]
-    fn sums<S: Simd, const V: usize, const R: usize, const WHOLE: bool>(
+    fn sums<S: Simd, const V: usize, const R: usize, const D: usize, const WHOLE: bool>(
         &mut self,
         simd: S,
         row: usize,
@@ -146,26 +148,35 @@ impl Product<'_> {
         }
         let rhs = &self.rhs.data()[column..];
         let rhs_stride = self.rhs.strides()[0];
-        let mut columns = rhs.as_ptr();
-        let mut sums = [[zero; V]; R];
-        for k in 0..n_steps {
-            let rhs = if WHOLE {
-                // SAFETY: so many columns of row `k` are in the view `rhs`, as the caller has seen, and the constructor of the
-                // view has shown that its elements lie in its data. Vectors need no alignment.
-                unsafe { columns.cast::<[S::f32s; V]>().read_unaligned() }
-            } else {
-                part::<S, V>(simd, &rhs[k * rhs_stride..][..width])
-            };
-            let offset = k.wrapping_mul(step);
-            for (sums, start) in sums.iter_mut().zip(starts) {
-                // SAFETY: this is one of the rows from `row` on and column `k` of the view `lhs`, and the constructor of the view
-                // has shown that its elements lie in its data.
-                let factor = simd.splat_f32s(unsafe { *start.wrapping_add(offset) });
-                for (sum, rhs) in sums.iter_mut().zip(rhs) {
-                    *sum = simd.mul_add_e_f32s(factor, rhs, *sum);
+        let factors = Factors {
+            starts,
+            step,
+            rhs,
+            rhs_stride,
+            width,
+        };
+        // By name: of an array of them the compiler keeps none in registers.
+        let [mut sums, mut second, mut third] = [[[zero; V]; R]; 3];
+        let whole = n_steps / D * D;
+        for k in (0..whole).step_by(D) {
+            // SAFETY: columns of `lhs` and rows of `rhs` from `k` on, which has whole vectors if that is said.
+            unsafe {
+                factors.add::<S, V, WHOLE>(simd, k, &mut sums);
+                if D > 1 {
+                    factors.add::<S, V, WHOLE>(simd, k.wrapping_add(1), &mut second);
+                }
+                if D > 2 {
+                    factors.add::<S, V, WHOLE>(simd, k.wrapping_add(2), &mut third);
                 }
             }
-            columns = columns.wrapping_add(rhs_stride);
+        }
+        for k in whole..n_steps {
+            // SAFETY: as above.
+            unsafe { factors.add::<S, V, WHOLE>(simd, k, &mut sums) };
+        }
+        let others = second.as_flattened().iter().zip(third.as_flattened());
+        for (sum, (second, third)) in sums.as_flattened_mut().iter_mut().zip(others) {
+            *sum = simd.add_f32s(*sum, simd.add_f32s(*second, *third));
         }
         for (r, sums) in sums.iter_mut().enumerate() {
             let dst = &mut self.dst.row_mut(row + r)[column..][..width];
@@ -187,6 +198,49 @@ impl Product<'_> {
                     Write::Add => simd.add_f32s(before, *sum),
                 };
                 simd.partial_store_f32s(dst, sum);
+            }
+        }
+    }
+}
+
+/// What the sums of some rows and columns are made of.
+struct Factors<'a, const R: usize> {
+    /// Where rows of the left begin, and the distance of its columns.
+    starts: [*const f32; R],
+    step: usize,
+    /// The right from the first of these columns on, and the distance of its rows.
+    rhs: &'a [f32],
+    rhs_stride: usize,
+    /// Columns.
+    width: usize,
+}
+
+impl<const R: usize> Factors<'_, R> {
+    /// Adds the products of one column of the left and one row of the right.
+    ///
+    /// # Safety
+    /// There are such a column and row. If they are `WHOLE`, V vectors of the right can be read.
+    #[inline(always)]
+    unsafe fn add<S: Simd, const V: usize, const WHOLE: bool>(
+        &self,
+        simd: S,
+        k: usize,
+        sums: &mut [[S::f32s; V]; R],
+    ) {
+        let rhs = if WHOLE {
+            let columns = self.rhs.as_ptr();
+            let columns = columns.wrapping_add(k.wrapping_mul(self.rhs_stride));
+            // SAFETY: by the caller; vectors need no alignment.
+            unsafe { columns.cast::<[S::f32s; V]>().read_unaligned() }
+        } else {
+            part::<S, V>(simd, &self.rhs[k * self.rhs_stride..][..self.width])
+        };
+        let offset = k.wrapping_mul(self.step);
+        for (sums, start) in sums.iter_mut().zip(self.starts) {
+            // SAFETY: by the caller.
+            let factor = simd.splat_f32s(unsafe { *start.wrapping_add(offset) });
+            for (sum, rhs) in sums.iter_mut().zip(rhs) {
+                *sum = simd.mul_add_e_f32s(factor, rhs, *sum);
             }
         }
     }

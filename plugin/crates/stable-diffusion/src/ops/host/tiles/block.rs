@@ -14,6 +14,23 @@ pub(super) const STEP: usize = 32;
 /// Rows of a tall block of sums: three tiles of them, beside two of columns. More tiles of sums leave none to load factors to.
 pub(super) const TALL: usize = 3;
 
+/// What of a block is not filled up with zeros. A matrix unit multiplies them all the same.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Used {
+    /// Rows and columns; the others keep what they have, or get it multiplied too.
+    pub(super) dims: [usize; 2],
+    /// Words of each row of the last step.
+    pub(super) last_words: usize,
+}
+
+impl Used {
+    /// Everything.
+    pub(super) const WHOLE: Self = Self {
+        dims: [BLOCK; 2],
+        last_words: STEP / 2,
+    };
+}
+
 /// Sums of one block, row by row.
 #[repr(C, align(64))]
 #[derive(Debug)]

@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use super::super::gemm::{MatrixMut, Write};
 use super::{
     Factors,
-    block::{BLOCK, Left, Steps, TILE, TallSums},
+    block::{BLOCK, Left, Steps, TILE, TallSums, Used},
     vectors,
 };
 
@@ -119,9 +119,9 @@ impl Configured {
         left: &[u32],
         right: &[u32],
         n_steps: usize,
+        used: Used,
         write: Write,
-        dst: &mut MatrixMut<'_>,
-        at: [usize; 2],
+        (dst, at): (&mut MatrixMut<'_>, [usize; 2]),
     ) {
         let n_words = n_steps * P * 2 * TILE;
         assert!(
@@ -134,7 +134,7 @@ impl Configured {
         unsafe {
             match (P, write) {
                 _ if self.unit == Unit::Vectors => {
-                    vectors::block::<P>(left, right, n_steps, write == Write::Add, dst);
+                    vectors::block::<P>(left, right, n_steps, used, write == Write::Add, dst);
                 }
                 (1, Write::Replace) => rounded(left, right, n_steps, dst),
                 (1, Write::Add) => rounded_added(left, right, n_steps, dst),

@@ -4,7 +4,7 @@ use super::super::gemm::{MatrixMut, Write};
 use super::super::numbers::Number;
 use super::{
     Factors,
-    block::{Left, Steps, Strip, TILE, TallSums},
+    block::{Left, Steps, Strip, TILE, TallSums, Used},
 };
 
 /// Proof that this processor multiplies tiles.
@@ -116,9 +116,9 @@ impl Configured {
         _: &[u32],
         _: &[u32],
         _: usize,
+        _: Used,
         _: Write,
-        _: &mut MatrixMut<'_>,
-        _: [usize; 2],
+        _: (&mut MatrixMut<'_>, [usize; 2]),
     ) {
         match *self {}
     }

@@ -12,7 +12,7 @@ use super::super::{
     simd::vectorize,
 };
 use super::Factors;
-use super::block::{BLOCK, STEP, Sums};
+use super::block::{BLOCK, STEP, Sums, Used};
 use super::kernel::{Configured, Tiles};
 use super::pack::{Side, pack, pack_alone, packed_len, step_words};
 
@@ -242,6 +242,8 @@ pub(crate) struct Packed<'a> {
     /// Steps of k that are multiplied, and those that a block has.
     n_steps: usize,
     block_steps: usize,
+    /// Words of the last step that k fills.
+    last_words: usize,
     words: &'a [u32],
 }
 
@@ -300,6 +302,7 @@ impl<'a> Packed<'a> {
             n_lines,
             n_steps,
             block_steps: n_steps,
+            last_words: (k - k.saturating_sub(1) / STEP * STEP).div_ceil(2),
             words,
         }
     }
@@ -318,8 +321,14 @@ impl<'a> Packed<'a> {
     pub(crate) fn depth(self, range: Range<usize>) -> Self {
         let steps = range.start / STEP..range.end.div_ceil(STEP);
         assert!(range.start.is_multiple_of(STEP) && steps.end <= self.n_steps);
+        let is_to_the_end = steps.end == self.n_steps;
         Self {
             n_steps: steps.len(),
+            last_words: if is_to_the_end {
+                self.last_words
+            } else {
+                STEP / 2
+            },
             words: &self.words[steps.start * step_words(self.factors.n_parts())..],
             ..self
         }
@@ -331,7 +340,8 @@ impl<'a> Packed<'a> {
 }
 
 /// dst (+)= lhs · rhs, the block of 32 rows and columns that begins `at` a row and a column, of the first lines of factors
-/// of P parts.
+/// of P parts. What is replaced is replaced as a whole; where it is added to, rows and columns that fill the factors up may stay
+/// what they are.
 pub(crate) fn block_product<const P: usize>(
     tiles: &Configured,
     write: Write,
@@ -346,7 +356,15 @@ pub(crate) fn block_product<const P: usize>(
         "a left factor times a right one of its depth"
     );
     assert!(lhs.factors == rhs.factors && lhs.factors.n_parts() == P);
-    tiles.block::<P>(lhs.words, rhs.words, n_steps, write, dst, at);
+    let dims = match write {
+        Write::Replace => [BLOCK; 2],
+        Write::Add => [lhs.n_lines, rhs.n_lines].map(|n| n.min(BLOCK)),
+    };
+    let used = Used {
+        dims,
+        last_words: lhs.last_words.max(rhs.last_words),
+    };
+    tiles.block::<P>(lhs.words, rhs.words, n_steps, used, write, (dst, at));
 }
 
 /// dst (+)= left · right of packed factors of so many steps, from the first lines of both on.
@@ -387,11 +405,12 @@ fn block<const P: usize>(
     let [n_rows, n_columns] = dst.dims();
     let is_whole = at[0] + BLOCK <= n_rows && at[1] + BLOCK <= n_columns;
     if is_whole {
-        return tiles.block::<P>(left, right, n_steps, write, dst, at);
+        return tiles.block::<P>(left, right, n_steps, Used::WHOLE, write, (dst, at));
     }
     let mut sums = Sums([0.0; BLOCK * BLOCK]);
     let mut whole = MatrixMut::new(&mut sums.0, [BLOCK, BLOCK]);
-    tiles.block::<P>(left, right, n_steps, Write::Replace, &mut whole, [0, 0]);
+    let square = (&mut whole, [0, 0]);
+    tiles.block::<P>(left, right, n_steps, Used::WHOLE, Write::Replace, square);
     put(&sums, write, at, dst);
 }
 
