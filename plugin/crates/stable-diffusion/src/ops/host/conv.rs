@@ -30,6 +30,12 @@ pub(crate) struct Conv {
     means: Means,
 }
 
+/// How a plain 3x3 convolution is computed.
+enum Way {
+    Tiles(Convolution3x3),
+    Winograd(Winograd),
+}
+
 /// Output pixels per tile of windows that one thread gathers for itself.
 const FORWARD_TILE: usize = 128;
 /// Pixels up to which all windows of a picture are gathered once and shared by the threads.
@@ -221,11 +227,17 @@ impl Conv {
         })
     }
 
-    /// With fewer products, where this is a convolution for it.
-    fn winograd(&self) -> Option<Winograd> {
+    /// The way that takes least, where there is one for this convolution: a matrix unit multiplies faster than transforms save
+    /// products, vectors do not.
+    fn way(&self, n_in: usize, n_out: usize) -> Option<Way> {
+        let tiles = self.by_tiles(n_in, n_out).map(Way::Tiles);
         let suited = || Winograd::suited(self.n_samples, [self.n_in, self.n_out], self.input);
-        let is_for_it = self.is_plain() && !self.means.multiplies_fast();
-        is_for_it.then(suited).flatten()
+        let winograd = self.is_plain().then(suited).flatten().map(Way::Winograd);
+        if self.means.multiplies_fast() {
+            tiles.or(winograd)
+        } else {
+            winograd.or(tiles)
+        }
     }
 
     fn bias_of(&self, bias: &[f32], sample: usize, out: usize) -> f32 {
@@ -314,11 +326,10 @@ impl Layer for Conv {
             [] => 0.0,
             bias => self.bias_of(bias, sample, out),
         };
-        if let Some(winograd) = self.winograd() {
-            return winograd.forward(x, weight, shift_of);
-        }
-        if let Some(convolution) = self.by_tiles(self.n_in, self.n_out) {
-            return convolution.forward(x, weight, shift_of);
+        match self.way(self.n_in, self.n_out) {
+            Some(Way::Tiles(convolution)) => return convolution.forward(x, weight, shift_of),
+            Some(Way::Winograd(convolution)) => return convolution.forward(x, weight, shift_of),
+            None => {}
         }
         let (n_pixels, window) = (self.n_outputs(), self.window());
         if n_pixels > SHARED_LIMIT {
@@ -352,11 +363,10 @@ impl Layer for Conv {
         _bias: &[f32],
         dy: &[f32],
     ) -> Vec<f32> {
-        if let Some(winograd) = self.winograd() {
-            return winograd.backward(dy, weight);
-        }
-        if let Some(convolution) = self.by_tiles(self.n_out, self.n_in) {
-            return convolution.backward(dy, weight);
+        match self.way(self.n_out, self.n_in) {
+            Some(Way::Tiles(convolution)) => return convolution.backward(dy, weight),
+            Some(Way::Winograd(convolution)) => return convolution.backward(dy, weight),
+            None => {}
         }
         weight.with_f32(|weight| self.input_gradient_by_parts(weight, dy))
     }
