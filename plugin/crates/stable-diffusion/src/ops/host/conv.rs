@@ -1,5 +1,5 @@
-//! 2-D convolution of `[B, C, H, W]` by gathering windows (im2col) and one matrix product per tile of pixels; by
-//! [`super::winograd`] where that takes less.
+//! 2-D convolution of `[B, C, H, W]` by gathering windows (im2col) and one matrix product per tile of pixels; plain 3x3 ones by
+//! [`super::winograd`] or [`super::tiles`], whichever takes less.
 
 use candle_core::{Result, Shape, Tensor, bail};
 use rayon::prelude::*;

@@ -19,10 +19,7 @@ pub(crate) const VECTORS: usize = 16;
 pub(crate) fn gemm_unpacked(dst: MatrixMut<'_>, write: Write, lhs: Matrix<'_>, rhs: Matrix<'_>) {
     let ([m, n], k) = (dst.dims(), lhs.dims()[1]);
     assert!(
-        lhs.dims() == [m, k]
-            && rhs.dims()[0] == k
-            && rhs.dims()[1] >= n
-            && (rhs.strides()[1] == 1 || n <= 1),
+        lhs.dims() == [m, k] && rhs.dims()[0] == k && rhs.dims()[1] >= n && rhs.strides()[1] == 1,
         "product {:?} x {:?} into {:?}",
         lhs.dims(),
         rhs.dims(),
@@ -73,9 +70,8 @@ impl<'a> Product<'a> {
         let fours = n_rows / 4 * 4;
         match (S::REGISTER_COUNT >= 32, V) {
             (false, _) => self.rows::<S, V, 4, 1>(simd, 0..fours, column),
-            (true, 1) => self.rows::<S, V, 4, 3>(simd, 0..fours, column),
-            (true, 2) => self.rows::<S, V, 4, 3>(simd, 0..fours, column),
-            (true, _) => self.rows::<S, V, 4, 2>(simd, 0..fours, column),
+            (true, 3) => self.rows::<S, V, 4, 2>(simd, 0..fours, column),
+            (true, _) => self.rows::<S, V, 4, 3>(simd, 0..fours, column),
         }
         self.rows::<S, V, 1, 3>(simd, fours..n_rows, column);
     }
@@ -107,8 +103,8 @@ impl<'a> Product<'a> {
     }
 }
 
-/// Some columns of some rows, R of them at a time, of D sums each. A function of its own: the compiler keeps the sums of one in registers, but not
-/// those of many.
+/// Some columns of some rows, R of them at a time, of D sums each, one to three. A function of its own: the compiler keeps the
+/// sums of one in registers, but not those of many.
 struct Rows<'p, 'a, const V: usize, const R: usize, const D: usize, const WHOLE: bool> {
     product: &'p mut Product<'a>,
     rows: Range<usize>,

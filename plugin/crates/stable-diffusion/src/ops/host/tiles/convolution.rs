@@ -47,7 +47,7 @@ pub(crate) struct Convolution3x3 {
 
 /// Which way a weight `[out, in, 3, 3]` is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Direction {
+pub(crate) enum Direction {
     Forward,
     /// From the gradient of the output to that of the input: in and out changed, taps mirrored.
     Backward,

@@ -40,7 +40,7 @@ mod words;
 
 pub(crate) use self::{
     block::{BLOCK, Strip},
-    convolution::Convolution3x3,
+    convolution::{Convolution3x3, Direction},
     factors::{Factors, Means},
     kernel::{Configured, Tiles},
     pack::Side,

@@ -34,6 +34,7 @@ use super::{
     gemm::{Matrix, MatrixMut, Write},
     memory::{unwritten, with_scratch},
     numbers::{Number, Numbers},
+    tiles::Direction,
     turn::{Lanes, SIDE, turn},
     unpacked::gemm_unpacked,
 };
@@ -89,24 +90,24 @@ impl Winograd {
         weight: Numbers<'_>,
         shift: impl Fn(usize, usize) -> f32 + Sync,
     ) -> Vec<f32> {
-        self.convolved(Way::Forward, x, weight, shift)
+        self.convolved(Direction::Forward, x, weight, shift)
     }
 
     /// dL/dx of all samples from dL/dy.
     pub(crate) fn backward(&self, dy: &[f32], weight: Numbers<'_>) -> Vec<f32> {
-        self.convolved(Way::Backward, dy, weight, |_, _| 0.0)
+        self.convolved(Direction::Backward, dy, weight, |_, _| 0.0)
     }
 
     fn convolved(
         &self,
-        way: Way,
+        direction: Direction,
         x: &[f32],
         weight: Numbers<'_>,
         shift: impl Fn(usize, usize) -> f32 + Sync,
     ) -> Vec<f32> {
-        let [n_read, n_made] = match way {
-            Way::Forward => [self.n_in, self.n_out],
-            Way::Backward => [self.n_out, self.n_in],
+        let [n_read, n_made] = match direction {
+            Direction::Forward => [self.n_in, self.n_out],
+            Direction::Backward => [self.n_out, self.n_in],
         };
         let planes = Planes {
             n_read,
@@ -117,7 +118,7 @@ impl Winograd {
             Numbers::F32(weight) => planes.convolved(
                 x,
                 &Kernels {
-                    way,
+                    direction,
                     planes,
                     weight,
                 },
@@ -126,7 +127,7 @@ impl Winograd {
             Numbers::Bf16(weight) => planes.convolved(
                 x,
                 &Kernels {
-                    way,
+                    direction,
                     planes,
                     weight,
                 },
@@ -136,15 +137,9 @@ impl Winograd {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    Forward,
-    Backward,
-}
-
 /// The kernels between channels.
 struct Kernels<'a, N> {
-    way: Way,
+    direction: Direction,
     planes: Planes,
     /// `[made, read, 3, 3]`, or `[read, made, 3, 3]` backward.
     weight: &'a [N],
@@ -154,21 +149,21 @@ impl<N: Number> Kernels<'_, N> {
     /// Those between sixteen channels that are read and sixteen that are made, a lane for each of these.
     fn taps(&self, read: usize, made: usize, taps: &mut [[Lanes; TAPS]; SIDE]) {
         let Planes { n_read, n_made, .. } = self.planes;
-        match self.way {
-            Way::Forward => {
+        match self.direction {
+            Direction::Forward => {
                 let rows = &self.weight[(made * n_read + read) * TAPS..];
                 let (squares, _) = taps.as_flattened_mut().as_chunks_mut();
                 for (i, square) in squares.iter_mut().enumerate() {
                     turn(&rows[SIDE * i..], n_read * TAPS, SIDE * TAPS, square);
                 }
             }
-            Way::Backward => {
+            Direction::Backward => {
                 /// Channels by which rows are asked for before they are needed.
                 const AHEAD: usize = 4;
                 for (i, taps) in taps.iter_mut().enumerate() {
                     let rows = &self.weight[((read + i) * n_made + made) * TAPS..];
                     let mut columns = [[0.0; SIDE]; SIDE];
-                    turn_all(rows, AHEAD * n_made * TAPS, &mut columns);
+                    turn_taps(rows, AHEAD * n_made * TAPS, &mut columns);
                     for (tap, column) in taps.iter_mut().rev().zip(columns) {
                         *tap = column;
                     }
@@ -179,7 +174,7 @@ impl<N: Number> Kernels<'_, N> {
 }
 
 /// The columns of sixteen rows of nine, which may be the last there are.
-fn turn_all<N: Number>(rows: &[N], ahead: usize, columns: &mut [Lanes; SIDE]) {
+fn turn_taps<N: Number>(rows: &[N], ahead: usize, columns: &mut [Lanes; SIDE]) {
     /// What is read with the last row and is not used.
     const BEYOND: usize = SIDE - TAPS;
     let n = SIDE * TAPS;
