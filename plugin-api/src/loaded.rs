@@ -1,6 +1,5 @@
 //! A plugin as its host holds it, whichever door of the library it came through.
 
-use std::collections::BTreeMap;
 use std::fmt;
 
 use abi_stable::std_types::{RString, RVec};
@@ -132,13 +131,13 @@ impl LoadedNode {
         print.map(RString::into_string)
     }
 
-    /// Runs the node; outputs in the order of its descriptor.
+    /// Runs the node on values by socket name; outputs in the order of its descriptor.
     ///
     /// # Errors
     /// The node's, a panic of the node, or one of `context`.
     pub fn run(
         &mut self,
-        inputs: BTreeMap<String, Value>,
+        inputs: impl IntoIterator<Item = (String, Value)>,
         parameters: &str,
         context: impl HostContext,
     ) -> Result<Outputs, NodeError> {

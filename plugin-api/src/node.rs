@@ -1,7 +1,6 @@
 //! A node as its author writes it.
 
 use std::any::type_name;
-use std::collections::BTreeMap;
 
 use abi_stable::StableAbi;
 use abi_stable::std_types::{RString, RVec, Tuple2};
@@ -29,17 +28,13 @@ pub enum Value {
 pub struct Inputs(RVec<Tuple2<RString, Value>>);
 
 impl Inputs {
-    /// Values by socket name.
-    #[must_use]
-    pub fn new(values: BTreeMap<String, Value>) -> Self {
-        let mut inputs = RVec::with_capacity(values.len());
-        for (name, value) in values {
-            inputs.push(Tuple2(name.into(), value));
-        }
-        Self(inputs)
+    /// Values by socket name; of two with one name the last counts.
+    pub fn new(values: impl IntoIterator<Item = (String, Value)>) -> Self {
+        let named = |(name, value): (String, Value)| Tuple2(name.into(), value);
+        Self(values.into_iter().map(named).collect())
     }
 
-    /// As they came; of two with one name the last counts.
+    /// As they came.
     pub(crate) fn of_request(inputs: RVec<Tuple2<RString, Value>>) -> Self {
         Self(inputs)
     }

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use plugin_api::tensor::TensorDescription;
+use plugin_api::tensor::{TensorDescription, contiguous_strides};
 use plugin_api::{DataType, DeviceId, SharedTensor, TensorError, TensorOwner};
 
 /// How many of the tensors that were made with it somebody still holds.
@@ -67,20 +67,14 @@ fn shared(
     is_read_only: bool,
     held: &Held,
 ) -> Result<SharedTensor, TensorError> {
-    let mut strides: Vec<isize> = Vec::new();
-    let mut stride = 1;
-    for &n in shape.iter().rev() {
-        strides.insert(0, stride);
-        stride *= n as isize;
-    }
     let description = TensorDescription {
         address: memory.address(),
         byte_offset: 0,
         allocation_bytes: (shape.iter().product::<usize>() * size_of::<f32>()) as u64,
         device: DeviceId::CPU,
         data_type: DataType::F32,
-        shape: shape.to_vec(),
-        strides,
+        shape,
+        strides: &contiguous_strides(shape),
         is_read_only,
     };
     // SAFETY: the values move into the owner with their memory, which stays where it is until the owner is dropped; nobody

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use abi_stable::std_types::{ROption, RResult, RStr, RString, RVec, Tuple2};
 use abi_stable::type_level::downcasting::TD_Opaque;
+use smallvec::SmallVec;
 
 use super::abi::{
     NODE_PLUGIN_MINOR, NODE_PLUGIN_OK, NodePluginError, NodePluginExtension, NodePluginHost,
@@ -18,8 +19,8 @@ use super::abi::{
 };
 use super::dlpack::DLManagedTensorVersioned;
 use super::values::{
-    CText, ExportedExtension, c_text, call, collected, exported, no_error, pushed, returned, taken,
-    text,
+    CTexts, ExportedExtension, LentValues, c_text, call, collected, exported, no_error, pushed,
+    returned, text,
 };
 use crate::abi::{ExtensionBox, HostBox, NodeBox, NodeObject, NodeObject_TO, RunRequest};
 use crate::extension::{self, Extension};
@@ -130,40 +131,24 @@ impl Drop for OwnedNode {
     }
 }
 
-/// What is handed over to a node; what it does not take is freed with this.
-struct Inputs {
-    names: Vec<CText>,
-    inputs: Vec<NodePluginInput>,
-}
-
-impl Inputs {
-    fn new(values: RVec<Tuple2<RString, Value>>) -> Result<Self, NodeError> {
-        let n = values.len();
-        let mut inputs = Self {
-            names: Vec::with_capacity(n),
-            inputs: Vec::with_capacity(n),
-        };
-        for Tuple2(name, value) in values {
-            inputs.inputs.push(NodePluginInput {
-                name: null(),
-                value: exported(value)?,
-            });
-            inputs.names.push(c_text(&name));
-        }
-        for (input, name) in inputs.inputs.iter_mut().zip(&inputs.names) {
-            input.name = name.as_ptr();
-        }
-        Ok(inputs)
+/// Values for a node, whose names are among `texts`.
+fn lent(
+    values: RVec<Tuple2<RString, Value>>,
+    texts: &mut CTexts,
+) -> Result<LentValues<NodePluginInput>, NodeError> {
+    let mut inputs = LentValues::with_capacity(values.len());
+    let mut names: SmallVec<[usize; 4]> = SmallVec::with_capacity(values.len());
+    for Tuple2(name, value) in values {
+        inputs.push(NodePluginInput {
+            name: null(),
+            value: exported(value)?,
+        });
+        names.push(texts.push(&name));
     }
-}
-
-impl Drop for Inputs {
-    fn drop(&mut self) {
-        for input in &mut self.inputs {
-            // SAFETY: exported by `new`, and not taken by the node.
-            drop(unsafe { taken(&mut input.value) });
-        }
+    for (input, &name) in inputs.as_mut_slice().iter_mut().zip(&names) {
+        input.name = texts.at(name);
     }
+    Ok(inputs)
 }
 
 impl NodeObject for ForeignNode {
@@ -194,23 +179,32 @@ impl NodeObject for ForeignNode {
 
     fn run(&mut self, request: RunRequest, host: HostBox) -> RResult<RVec<Value>, NodeError> {
         guarded("a node in C", || {
-            let parameters = c_text(&request.parameters);
-            let mut inputs = Inputs::new(request.inputs)?;
-            let services = Services::new(Host::new(host));
-            let table = services.table();
+            let host = Host::new(host);
+            let info = host.run_info();
+            let mut texts = CTexts::default();
+            let parameters = texts.push(&request.parameters);
+            let of_info = [&info.node_id, &info.output_dir, &info.work_dir];
+            let of_info = of_info.map(|text| texts.push(text));
+            // The last texts: from here on they stay where they are.
+            let mut inputs = lent(request.inputs, &mut texts)?;
+            let services = Services::new(host);
+            let table = services.table(of_info.map(|place| texts.at(place)));
             let (table_of_node, node) = (self.node.table, self.node.node.as_ptr());
             let error = &raw mut *self.error;
-            // SAFETY: as above; all that is passed lives until it returns.
-            let (code, outputs) = pushed(|sink| unsafe {
-                (table_of_node.node_run)(
-                    node,
-                    inputs.inputs.as_mut_ptr(),
-                    inputs.inputs.len(),
-                    parameters.as_ptr(),
-                    &raw const table,
-                    sink,
-                    error,
-                )
+            let (code, outputs) = pushed(|sink| {
+                let inputs = inputs.as_mut_slice();
+                // SAFETY: as above; all that is passed lives until it returns.
+                unsafe {
+                    (table_of_node.node_run)(
+                        node,
+                        inputs.as_mut_ptr(),
+                        inputs.len(),
+                        texts.at(parameters),
+                        &raw const table,
+                        sink,
+                        error,
+                    )
+                }
             });
             drop(inputs);
             if code != NODE_PLUGIN_OK {
@@ -234,33 +228,27 @@ impl NodeObject for ForeignNode {
 /// What the host's functions in C work with, for one run.
 struct Services {
     host: Host,
-    node_id: CText,
-    output_dir: CText,
-    work_dir: CText,
     /// Handed out; they live as long as the run.
     extensions: Mutex<BTreeMap<String, Box<ExportedExtension>>>,
 }
 
 impl Services {
     fn new(host: Host) -> Self {
-        let info = host.run_info();
         Self {
             host,
-            node_id: c_text(&info.node_id),
-            output_dir: c_text(&info.output_dir),
-            work_dir: c_text(&info.work_dir),
             extensions: Mutex::default(),
         }
     }
 
-    fn table(&self) -> NodePluginHost {
+    /// What the node gets; the texts are of [`RunInfo`](crate::RunInfo), in its order.
+    fn table(&self, [node_id, output_dir, work_dir]: [*const c_char; 3]) -> NodePluginHost {
         NodePluginHost {
             struct_size: size_of::<NodePluginHost>() as u32,
             minor: NODE_PLUGIN_MINOR,
             context: std::ptr::from_ref(self).cast_mut().cast(),
-            node_id: self.node_id.as_ptr(),
-            output_dir: self.output_dir.as_ptr(),
-            work_dir: self.work_dir.as_ptr(),
+            node_id,
+            output_dir,
+            work_dir,
             is_canceled: host_is_canceled,
             progress: host_progress,
             preview: host_preview,

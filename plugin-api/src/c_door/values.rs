@@ -13,8 +13,8 @@ use smallvec::SmallVec;
 
 use super::abi::{
     NODE_PLUGIN_INTERNAL, NODE_PLUGIN_JSON, NODE_PLUGIN_NONE, NODE_PLUGIN_OBJECT, NODE_PLUGIN_OK,
-    NODE_PLUGIN_TENSOR, NodePluginError, NodePluginExtension, NodePluginJson, NodePluginMemory,
-    NodePluginObject, NodePluginSink, NodePluginValue, NodePluginValueSink,
+    NODE_PLUGIN_TENSOR, NodePluginError, NodePluginExtension, NodePluginInput, NodePluginJson,
+    NodePluginMemory, NodePluginObject, NodePluginSink, NodePluginValue, NodePluginValueSink,
 };
 use super::{pad_into, unpadded};
 use crate::extension::Extension;
@@ -44,7 +44,28 @@ pub(super) unsafe fn text<'a>(text: *const c_char) -> Result<&'a str, NodeError>
     })
 }
 
-/// Text to pass on, which ends with a NUL; short ones without asking for memory.
+/// Texts to pass on, each of which ends with a NUL: in one piece of memory, which short ones have no need to ask for.
+#[derive(Default)]
+pub(super) struct CTexts(SmallVec<[u8; 256]>);
+
+impl CTexts {
+    /// Adds a text and says where it is; a NUL inside of it, which would end it, becomes a space.
+    pub(super) fn push(&mut self, text: &str) -> usize {
+        let place = self.0.len();
+        self.0.reserve(text.len() + 1);
+        self.0.extend_from_slice(text.as_bytes());
+        blank_nuls(&mut self.0[place..]);
+        self.0.push(0);
+        place
+    }
+
+    /// A text by its place; valid for as long as this stays where it is and gets no other.
+    pub(super) fn at(&self, place: usize) -> *const c_char {
+        self.0[place..].as_ptr().cast()
+    }
+}
+
+/// One of [`CTexts`].
 pub(super) struct CText(SmallVec<[u8; 64]>);
 
 impl CText {
@@ -54,17 +75,22 @@ impl CText {
     }
 }
 
-/// Text to pass on. A NUL inside of it would end it.
+/// As [`CTexts::push`].
+#[inline]
 pub(super) fn c_text(text: &str) -> CText {
     let mut bytes = SmallVec::with_capacity(text.len() + 1);
     bytes.extend_from_slice(text.as_bytes());
-    if bytes.contains(&0) {
-        for byte in bytes.iter_mut().filter(|byte| **byte == 0) {
+    blank_nuls(&mut bytes);
+    bytes.push(0);
+    CText(bytes)
+}
+
+fn blank_nuls(text: &mut [u8]) {
+    if text.contains(&0) {
+        for byte in text.iter_mut().filter(|byte| **byte == 0) {
             *byte = b' ';
         }
     }
-    bytes.push(0);
-    CText(bytes)
 }
 
 /// Gives text to a sink of the other side.
@@ -236,6 +262,44 @@ pub(super) unsafe fn taken(place: &mut NodePluginValue) -> Option<Result<Value, 
     (value.kind != NODE_PLUGIN_NONE).then(|| unsafe { imported(value) })
 }
 
+/// Values, or inputs, that are lent to the other side; what it does not take is let go with this.
+pub(super) struct LentValues<V: AsMut<NodePluginValue>>(SmallVec<[V; 4]>);
+
+impl<V: AsMut<NodePluginValue>> LentValues<V> {
+    pub(super) fn with_capacity(n: usize) -> Self {
+        Self(SmallVec::with_capacity(n))
+    }
+
+    pub(super) fn push(&mut self, value: V) {
+        self.0.push(value);
+    }
+
+    pub(super) fn as_mut_slice(&mut self) -> &mut [V] {
+        &mut self.0
+    }
+}
+
+impl<V: AsMut<NodePluginValue>> Drop for LentValues<V> {
+    fn drop(&mut self) {
+        for value in &mut self.0 {
+            // SAFETY: exported by this library, and not taken by the other side.
+            drop(unsafe { taken(value.as_mut()) });
+        }
+    }
+}
+
+impl AsMut<Self> for NodePluginValue {
+    fn as_mut(&mut self) -> &mut Self {
+        self
+    }
+}
+
+impl AsMut<NodePluginValue> for NodePluginInput {
+    fn as_mut(&mut self) -> &mut NodePluginValue {
+        &mut self.value
+    }
+}
+
 /// Collects the values that `fill` pushes.
 pub(super) fn pushed<R>(
     fill: impl FnOnce(NodePluginValueSink) -> R,
@@ -245,10 +309,13 @@ pub(super) fn pushed<R>(
     unsafe extern "C" fn push(context: *mut c_void, value: NodePluginValue) {
         // SAFETY: the context is the pair below, which lives while the sink is used, by one thread.
         let (values, error) = unsafe { &mut *context.cast::<Found>() };
-        // SAFETY: handed over.
-        match guarded("a value from C", || unsafe { imported(value) }) {
-            Ok(value) => values.push(value),
-            Err(found) => *error = error.take().or(Some(found)),
+        let pushed = guarded("a value from C", || {
+            // SAFETY: handed over.
+            values.push(unsafe { imported(value) }?);
+            Ok(())
+        });
+        if let Err(found) = pushed {
+            error.get_or_insert(found);
         }
     }
     // Most nodes have one output.
@@ -536,10 +603,13 @@ pub(super) unsafe fn call(
     extension: NonNull<NodePluginExtension>,
     request: Vec<Value>,
 ) -> Result<Vec<Value>, NodeError> {
-    let values = request.into_iter().map(exported);
-    let mut values: Vec<NodePluginValue> = values.collect::<Result<_, _>>()?;
+    let mut lent = LentValues::with_capacity(request.len());
+    for value in request {
+        lent.push(exported(value)?);
+    }
     let mut error = no_error();
     let (code, answer) = pushed(|sink| {
+        let values = lent.as_mut_slice();
         // SAFETY: the caller vouches for the extension; all else lives here.
         unsafe {
             (extension.as_ref().call)(
@@ -551,10 +621,90 @@ pub(super) unsafe fn call(
             )
         }
     });
-    for value in &mut values {
-        // SAFETY: exported above, and not taken.
-        drop(unsafe { taken(value) });
-    }
+    drop(lent);
     returned(code, &error)?;
     answer
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::tensor::{TensorDescription, TensorOwner};
+    use crate::{DataType, DeviceId};
+
+    /// Counted while it lives; its data come, or never do.
+    struct Owner(Arc<AtomicUsize>, bool);
+
+    impl TensorOwner for Owner {
+        fn host_sync(&self) -> Result<(), NodeError> {
+            let failed = || NodeError::new(ErrorCode::Internal, "the data never came");
+            self.1.then_some(()).ok_or_else(failed)
+        }
+    }
+
+    impl Drop for Owner {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    fn tensor(alive: &Arc<AtomicUsize>, comes: bool) -> Value {
+        alive.fetch_add(1, Ordering::SeqCst);
+        let values: &'static [f32] = &[1.0];
+        let description = TensorDescription {
+            address: values.as_ptr() as u64,
+            byte_offset: 0,
+            allocation_bytes: 4,
+            device: DeviceId::CPU,
+            data_type: DataType::F32,
+            shape: &[1],
+            strides: &[1],
+            is_read_only: true,
+        };
+        // SAFETY: a constant.
+        let made = unsafe { SharedTensor::from_raw(&description, Owner(alive.clone(), comes)) };
+        Value::Tensor(made.unwrap())
+    }
+
+    #[test]
+    fn what_the_other_side_does_not_take_is_let_go() {
+        let alive = Arc::new(AtomicUsize::new(0));
+        let mut lent = LentValues::with_capacity(2);
+        for _ in 0..2 {
+            lent.push(exported(tensor(&alive, true)).unwrap());
+        }
+        // SAFETY: exported above.
+        let first = unsafe { taken(&mut lent.as_mut_slice()[0]) }.unwrap();
+        drop(lent);
+        assert_eq!(alive.load(Ordering::SeqCst), 1);
+        drop(first);
+        assert_eq!(alive.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn a_request_of_which_one_value_cannot_be_made_loses_none() {
+        let answers = |_: Vec<Value>| Ok(Vec::new());
+        let extension = ExportedExtension::new(Box::new(answers));
+        let alive = Arc::new(AtomicUsize::new(0));
+        let request = vec![tensor(&alive, true), tensor(&alive, false)];
+        let pointer = NonNull::new(extension.as_ptr().cast_mut()).unwrap();
+        // SAFETY: the extension lives.
+        let answer = unsafe { call(pointer, request) };
+        assert_eq!(&*answer.unwrap_err().message, "the data never came");
+        assert_eq!(alive.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn texts_lie_behind_each_other_and_end_where_they_end() {
+        let mut texts = CTexts::default();
+        let long = "a".repeat(300);
+        let given = ["", "b\0c", &long, "é"];
+        let places = given.map(|given| texts.push(given));
+        for (place, expected) in places.into_iter().zip(["", "b c", &long, "é"]) {
+            // SAFETY: it ends with a NUL and lives.
+            assert_eq!(unsafe { text(texts.at(place)) }.unwrap(), expected);
+        }
+    }
 }

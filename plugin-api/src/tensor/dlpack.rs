@@ -4,10 +4,11 @@ use std::ffi::c_void;
 use std::ptr::{NonNull, fn_addr_eq, null_mut};
 
 use abi_stable::std_types::RArc;
+use smallvec::SmallVec;
 
 use super::{
     DataType, DeviceId, MAX_DIMS, SharedTensor, TensorDescription, TensorError, TensorOwner,
-    contiguous_strides, extent,
+    extent, row_major,
 };
 use crate::abi::OwnerAdapter;
 use crate::c_door::dlpack::{
@@ -196,7 +197,8 @@ impl SharedTensor {
         // SAFETY: valid, and of version 1.
         let tensor = unsafe { managed.as_ref() }.dl_tensor;
         // SAFETY: as above.
-        let mut description = unsafe { described(&tensor) }?;
+        let (shape, strides) = unsafe { layout(&tensor) }?;
+        let mut description = described(&tensor, &shape, &strides)?;
         description.is_read_only = flags & READ_ONLY != 0;
         let is_shared_for_writing = flags & (READ_ONLY | IS_COPIED) == 0;
         if is_shared_for_writing && !description.device.is_host_memory() {
@@ -217,11 +219,13 @@ impl SharedTensor {
     }
 }
 
+type Dims<T> = SmallVec<[T; MAX_DIMS]>;
+
+/// Shape and strides.
+///
 /// # Safety
-/// The tensor's shape and strides are as long as it says.
-unsafe fn described(tensor: &DLTensor) -> Result<TensorDescription, TensorError> {
-    let DLDataType { code, bits, lanes } = tensor.dtype;
-    let data_type = DataType { code, bits, lanes };
+/// They are as long as the tensor says.
+unsafe fn layout(tensor: &DLTensor) -> Result<(Dims<usize>, Dims<isize>), TensorError> {
     let n_dims = usize::try_from(tensor.ndim).ok().filter(|&n| n <= MAX_DIMS);
     let n_dims = n_dims.ok_or_else(|| {
         let n = tensor.ndim;
@@ -234,22 +238,32 @@ unsafe fn described(tensor: &DLTensor) -> Result<TensorDescription, TensorError>
         // SAFETY: the caller vouched for it.
         false => Some(unsafe { std::slice::from_raw_parts(numbers, n_dims) }),
     };
-    let shape: Option<Vec<usize>> = match list(tensor.shape) {
+    let shape: Option<Dims<usize>> = match list(tensor.shape) {
         Some(shape) => shape.iter().map(|&n| usize::try_from(n).ok()).collect(),
-        None => (n_dims == 0).then(Vec::new),
+        None => (n_dims == 0).then(Dims::new),
     };
     let shape = shape.ok_or_else(|| TensorError("the tensor has no shape".to_owned()))?;
     let strides = match list(tensor.strides) {
         Some(strides) => strides.iter().map(|&n| n as isize).collect(),
-        None => contiguous_strides(&shape),
+        None => row_major(&shape),
     };
+    Ok((shape, strides))
+}
+
+fn described<'a>(
+    tensor: &DLTensor,
+    shape: &'a [usize],
+    strides: &'a [isize],
+) -> Result<TensorDescription<'a>, TensorError> {
+    let DLDataType { code, bits, lanes } = tensor.dtype;
+    let data_type = DataType { code, bits, lanes };
     let bytes = data_type.bytes().unwrap_or(0) as i64;
     let is_empty = shape.contains(&0);
     if tensor.data.is_null() && !is_empty {
         return Err(TensorError("the tensor has no address".to_owned()));
     }
     // DLPack does not tell the allocation: what the tensor reaches of it is what is known.
-    let (lowest, highest) = match extent(&shape, &strides) {
+    let (lowest, highest) = match extent(shape, strides) {
         _ if is_empty => (0, -1),
         Some(ends) => ends,
         None => return Err(TensorError("the tensor's strides are too large".to_owned())),

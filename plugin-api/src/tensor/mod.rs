@@ -31,6 +31,7 @@ use std::borrow::Cow;
 use abi_stable::StableAbi;
 use abi_stable::std_types::RArc;
 use half::{bf16, f16};
+use smallvec::SmallVec;
 
 pub use data_type::{DataType, DeviceId, Element};
 pub use owner::TensorOwner;
@@ -66,8 +67,8 @@ pub struct NotReleased {
 }
 
 /// Says what memory a producer shares.
-#[derive(Debug, Clone)]
-pub struct TensorDescription {
+#[derive(Debug, Clone, Copy)]
+pub struct TensorDescription<'a> {
     /// Address of the allocation on its device; 0 where it is not known.
     pub address: u64,
     /// First element, counted from `address`.
@@ -79,9 +80,9 @@ pub struct TensorDescription {
     /// What it holds.
     pub data_type: DataType,
     /// At most [`MAX_DIMS`] dimensions.
-    pub shape: Vec<usize>,
+    pub shape: &'a [usize],
     /// In elements; as many as `shape`.
-    pub strides: Vec<isize>,
+    pub strides: &'a [isize],
     /// Whether the memory must never be written: the producer uses it still, or it cannot be written.
     pub is_read_only: bool,
 }
@@ -133,10 +134,10 @@ impl SharedTensor {
     /// [`TensorOwner::host_sync`] returned, and that stays valid and unchanged for as long as `owner` lives. Unless it is
     /// read-only, nothing but the owner's destructor may use the memory: the only holder of a handle may write it.
     pub unsafe fn from_raw<T: TensorOwner>(
-        description: &TensorDescription,
+        description: &TensorDescription<'_>,
         owner: T,
     ) -> Result<Self, TensorError> {
-        let TensorDescription { shape, strides, .. } = description;
+        let &TensorDescription { shape, strides, .. } = description;
         if shape.len() > MAX_DIMS || shape.len() != strides.len() {
             return Err(TensorError(format!(
                 "a shared tensor has at most {MAX_DIMS} dimensions and a stride for each, got {} and {}",
@@ -189,8 +190,8 @@ impl SharedTensor {
             allocation_bytes: size_of_val(words.as_slice()) as u64,
             device: DeviceId::CPU,
             data_type,
-            shape: shape.to_vec(),
-            strides: contiguous_strides(shape),
+            shape,
+            strides: &row_major(shape),
             is_read_only: false,
         };
         // SAFETY: the vector moves into the owner, which never touches it, so its heap block stays where it is and nobody
@@ -515,7 +516,11 @@ impl SharedTensor {
 /// Strides of a row-major tensor, in elements.
 #[must_use]
 pub fn contiguous_strides(shape: &[usize]) -> Vec<isize> {
-    let mut strides = vec![1; shape.len()];
+    row_major(shape).into_vec()
+}
+
+fn row_major(shape: &[usize]) -> SmallVec<[isize; MAX_DIMS]> {
+    let mut strides = SmallVec::from_elem(1, shape.len());
     for i in (1..shape.len()).rev() {
         strides[i - 1] = strides[i] * shape[i] as isize;
     }
@@ -544,8 +549,8 @@ fn extent(shape: &[usize], strides: &[isize]) -> Option<(i64, i64)> {
     Some(ends)
 }
 
-fn check_bounds(description: &TensorDescription) -> Result<(), TensorError> {
-    let TensorDescription {
+fn check_bounds(description: &TensorDescription<'_>) -> Result<(), TensorError> {
+    let &TensorDescription {
         shape,
         strides,
         byte_offset,
@@ -558,7 +563,7 @@ fn check_bounds(description: &TensorDescription) -> Result<(), TensorError> {
             "a shared tensor has elements of whole bytes, got {data_type}"
         )));
     };
-    if description.address.checked_add(*byte_offset).is_none() {
+    if description.address.checked_add(byte_offset).is_none() {
         return Err(TensorError(
             "a shared tensor lies behind the last address".to_owned(),
         ));
@@ -574,7 +579,7 @@ fn check_bounds(description: &TensorDescription) -> Result<(), TensorError> {
     }
     let place = |element: i64| {
         let offset = element.checked_mul(bytes as i64)?;
-        offset.checked_add(i64::try_from(*byte_offset).ok()?)
+        offset.checked_add(i64::try_from(byte_offset).ok()?)
     };
     let ends = extent(shape, strides).and_then(|(lowest, highest)| {
         Some((
@@ -583,7 +588,7 @@ fn check_bounds(description: &TensorDescription) -> Result<(), TensorError> {
         ))
     });
     match ends {
-        Some((first, end)) if first >= 0 && end <= *allocation_bytes => Ok(()),
+        Some((first, end)) if first >= 0 && end <= allocation_bytes => Ok(()),
         _ => Err(TensorError(format!(
             "shape {shape:?} with strides {strides:?} lies outside of an allocation of {allocation_bytes} bytes"
         ))),

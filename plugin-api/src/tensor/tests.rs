@@ -5,15 +5,19 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::*;
 use crate::c_door::dlpack::DLManagedTensorVersioned;
 
-fn description(values: &[f32], shape: &[usize], strides: &[isize]) -> TensorDescription {
+fn description<'a>(
+    values: &[f32],
+    shape: &'a [usize],
+    strides: &'a [isize],
+) -> TensorDescription<'a> {
     TensorDescription {
         address: values.as_ptr() as u64,
         byte_offset: 0,
         allocation_bytes: size_of_val(values) as u64,
         device: DeviceId::CPU,
         data_type: DataType::F32,
-        shape: shape.to_vec(),
-        strides: strides.to_vec(),
+        shape,
+        strides,
         is_read_only: false,
     }
 }
@@ -62,7 +66,7 @@ fn impossible_descriptions_are_refused() {
     assert!(SharedTensor::from_vec(vec![0f32; 5], &[2, 3]).is_err());
     assert!(SharedTensor::from_vec(vec![0f32; 1], &[1; 9]).is_err());
     let values = [0f32; 6];
-    let refused = |change: &dyn Fn(&mut TensorDescription)| {
+    let refused = |change: &dyn Fn(&mut TensorDescription<'_>)| {
         let mut description = description(&values, &[2, 3], &[3, 1]);
         change(&mut description);
         // SAFETY: refused before anything is read.
@@ -70,13 +74,13 @@ fn impossible_descriptions_are_refused() {
     };
     assert!(!refused(&|_| ()));
     assert!(refused(&|d| d.byte_offset = 8));
-    assert!(refused(&|d| d.strides = vec![-3, 1]));
-    assert!(refused(&|d| d.strides = vec![3]));
+    assert!(refused(&|d| d.strides = &[-3, 1]));
+    assert!(refused(&|d| d.strides = &[3]));
     assert!(refused(&|d| d.data_type.bits = 4));
-    assert!(refused(&|d| d.strides = vec![isize::MAX, 1]));
+    assert!(refused(&|d| d.strides = &[isize::MAX, 1]));
     // As many elements as no memory has, all of them in one place.
     assert!(refused(
-        &|d| (d.shape, d.strides) = (vec![1 << 40, 1 << 40], vec![0, 0])
+        &|d| (d.shape, d.strides) = (&[1 << 40, 1 << 40], &[0, 0])
     ));
 }
 

@@ -152,6 +152,30 @@ impl Node for Passthrough {
     }
 }
 
+/// Hands on and says nothing: what it takes is what a hop takes.
+#[derive(Debug, Default)]
+pub(crate) struct Relay;
+
+impl Node for Relay {
+    type Parameters = NoParameters;
+
+    fn descriptor() -> NodeDescriptor {
+        let about = "Hands its input on and says nothing";
+        NodeDescriptor::new::<NoParameters>("Relay", "Relay", "faulty", about)
+            .input("images", picture_ports::IMAGE, "What is handed on")
+            .output("images", picture_ports::IMAGE, "The very same")
+    }
+
+    fn run(
+        &mut self,
+        inputs: &mut Inputs,
+        _: NoParameters,
+        _: &Host,
+    ) -> Result<Outputs, NodeError> {
+        Ok(vec![Value::Tensor(inputs.take_tensor("images")?)])
+    }
+}
+
 /// Gives a number.
 #[derive(Debug, Default)]
 pub(crate) struct Number;

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `Slow` | counts slowly; shows progress, previews and curves; stops when asked and goes on later |
 //! | `Passthrough` | hands its input on, the very same memory, and says where that is |
+//! | `Relay` | hands its input on and says nothing |
 //! | `Number` | gives a number to a widget |
 //! | `Counted` | gives an object and says how many are alive; can lose one |
 //! | `Hungry` | memory runs out while other objects live |
@@ -34,6 +35,7 @@ plugin_api::export_plugin! {
     nodes: [
         honest::Slow,
         honest::Passthrough,
+        honest::Relay,
         honest::Number,
         counted::Counted,
         counted::Hungry,

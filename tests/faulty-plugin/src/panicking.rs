@@ -94,8 +94,8 @@ impl Node for PanicAnywhere {
             allocation_bytes: 16,
             device: DeviceId::CPU,
             data_type: DataType::F32,
-            shape: vec![4],
-            strides: vec![1],
+            shape: &[4],
+            strides: &[1],
             is_read_only: true,
         };
         // SAFETY: leaked, so it stays as it is.

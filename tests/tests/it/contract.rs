@@ -116,7 +116,7 @@ pub(crate) fn run_with(
     let inputs = inputs
         .iter()
         .map(|(name, value)| ((*name).to_owned(), (*value).clone()));
-    node.run(inputs.collect(), parameters, host)
+    node.run(inputs, parameters, host)
 }
 
 fn picture(n: usize) -> (Value, u64) {
@@ -140,6 +140,7 @@ fn the_description_can_be_read_without_a_node() {
             [
                 "Slow",
                 "Passthrough",
+                "Relay",
                 "Number",
                 "Counted",
                 "Hungry",

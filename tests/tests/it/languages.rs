@@ -132,7 +132,7 @@ fn a_plugin_in_c_writes_in_place_what_nobody_else_holds() {
     let threshold = |given: SharedTensor, host: Listener| {
         let mut node = plugin.create("Threshold").unwrap();
         assert_eq!(node.fingerprint("{}").unwrap(), "");
-        let inputs = [("masks".to_owned(), Value::Tensor(given))].into();
+        let inputs = [("masks".to_owned(), Value::Tensor(given))];
         node.run(inputs, r#"{"threshold":0.65}"#, host).unwrap()
     };
     let given = masks();

@@ -98,8 +98,8 @@ impl MockDevice {
             allocation_bytes: size_of_val(values.as_slice()) as u64,
             device: DEVICE,
             data_type: DataType::F32,
-            shape: shape.to_vec(),
-            strides: contiguous_strides(shape),
+            shape,
+            strides: &contiguous_strides(shape),
             is_read_only: false,
         };
         let buffer = Buffer {

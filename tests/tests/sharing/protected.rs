@@ -74,8 +74,8 @@ pub(crate) fn read_only(values: &[f32], shape: &[usize]) -> SharedTensor {
         allocation_bytes: pages.bytes as u64,
         device: DeviceId::CPU,
         data_type: DataType::F32,
-        shape: shape.to_vec(),
-        strides: contiguous_strides(shape),
+        shape,
+        strides: &contiguous_strides(shape),
         is_read_only: true,
     };
     // SAFETY: the pages live as long as their owner and are never written.

@@ -86,14 +86,16 @@ fn shared(tensor: Tensor, is_read_only: bool) -> Result<SharedTensor, NodeError>
         byte_offset,
         device,
     } = place(&tensor).map_err(failed)?;
+    let shape = tensor.shape().clone();
+    let strides: Vec<isize> = tensor.stride().iter().map(|&n| n as isize).collect();
     let description = TensorDescription {
         address,
         byte_offset,
         allocation_bytes,
         device,
         data_type,
-        shape: tensor.dims().to_vec(),
-        strides: tensor.stride().iter().map(|&n| n as isize).collect(),
+        shape: shape.dims(),
+        strides: &strides,
         is_read_only,
     };
     // SAFETY: candle's storage lives as long as the tensor, which moves into the owner; nothing in this library writes
@@ -313,8 +315,8 @@ mod tests {
             allocation_bytes: own.allocation_bytes(),
             device: own.device(),
             data_type: own.data_type(),
-            shape: own.shape().to_vec(),
-            strides: own.strides().to_vec(),
+            shape: own.shape(),
+            strides: own.strides(),
             is_read_only: true,
         };
         let owner = Foreign(CandleOwner(there.clone()));
