@@ -14,6 +14,7 @@ use rayon::prelude::*;
 
 use super::memory::with_scratch;
 use super::numbers::Operand;
+use super::packed;
 use super::tiles::{Means, multiply};
 
 /// What a product does with the values already in its destination.
@@ -152,6 +153,11 @@ impl<'a> MatrixMut<'a> {
         self.dims
     }
 
+    /// Whether rows are contiguous.
+    pub(crate) fn has_rows(&self) -> bool {
+        self.strides[1] == 1
+    }
+
     /// A shorter exclusive borrow of the same elements.
     pub(crate) fn reborrow(&mut self) -> MatrixMut<'_> {
         MatrixMut {
@@ -173,6 +179,22 @@ impl<'a> MatrixMut<'a> {
             // SAFETY: (range.start, 0) is an element of the view, so its address lies in the borrowed slice.
             start: unsafe { self.start.add(range.start * self.strides[0]) },
             dims: [range.len(), self.dims[1]],
+            ..self
+        }
+    }
+
+    /// Some of the columns.
+    pub(crate) fn cols(self, range: Range<usize>) -> Self {
+        let [n_rows, n_cols] = self.dims;
+        assert!(
+            range.start < range.end && range.end <= n_cols && n_rows > 0,
+            "columns {range:?} of {:?}",
+            self.dims
+        );
+        Self {
+            // SAFETY: (0, range.start) is an element of the view, so its address lies in the borrowed slice.
+            start: unsafe { self.start.add(range.start * self.strides[1]) },
+            dims: [n_rows, range.len()],
             ..self
         }
     }
@@ -307,6 +329,10 @@ fn gemm_by_vectors(
     rhs: Matrix<'_>,
     finish: impl Fn(&mut Tile<'_>) + Sync,
 ) {
+    let dst = match packed::multiply(dst, write, lhs, rhs, &finish) {
+        Ok(()) => return,
+        Err(dst) => dst,
+    };
     // The kernel vectorizes along the rows of the destination, and copies `rhs` into another order first unless
     // its rows are contiguous too. For few rows that costs more than the product; the transposed product reads
     // `rhs` as it lies, and its few results are put in their places afterwards.

@@ -3,6 +3,7 @@
 mod gemm;
 mod memory;
 mod numbers;
+mod packed;
 mod simd;
 mod tiles;
 mod turn;

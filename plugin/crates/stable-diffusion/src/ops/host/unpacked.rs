@@ -17,6 +17,22 @@ pub(crate) const VECTORS: usize = 16;
 /// factors fit the cache and columns of `rhs` fill whole [`VECTORS`]; those beyond the columns of `dst` are read and left out.
 /// Panics when the shapes do not fit.
 pub(crate) fn gemm_unpacked(dst: MatrixMut<'_>, write: Write, lhs: Matrix<'_>, rhs: Matrix<'_>) {
+    product(dst, write, lhs, rhs, Sums::Several);
+}
+
+/// [`gemm_unpacked`] with one sum where that has several: fewer reads per product, for many columns of `lhs`, and more rounding.
+pub(crate) fn gemm_of_panel(dst: MatrixMut<'_>, write: Write, lhs: Matrix<'_>, rhs: Matrix<'_>) {
+    product(dst, write, lhs, rhs, Sums::Many);
+}
+
+/// What registers hold: several parts of every sum, or more sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sums {
+    Several,
+    Many,
+}
+
+fn product(dst: MatrixMut<'_>, write: Write, lhs: Matrix<'_>, rhs: Matrix<'_>, sums: Sums) {
     let ([m, n], k) = (dst.dims(), lhs.dims()[1]);
     assert!(
         lhs.dims() == [m, k] && rhs.dims()[0] == k && rhs.dims()[1] >= n && rhs.strides()[1] == 1,
@@ -30,6 +46,7 @@ pub(crate) fn gemm_unpacked(dst: MatrixMut<'_>, write: Write, lhs: Matrix<'_>, r
         write,
         lhs,
         rhs,
+        sums,
     });
 }
 
@@ -38,6 +55,7 @@ struct Product<'a> {
     write: Write,
     lhs: Matrix<'a>,
     rhs: Matrix<'a>,
+    sums: Sums,
 }
 
 impl WithSimd for Product<'_> {
@@ -48,6 +66,10 @@ impl WithSimd for Product<'_> {
         let [_, n_columns] = self.dst.dims();
         let vectors = n_columns.div_ceil(S::F32_LANES);
         let mut done = 0;
+        while self.sums == Sums::Many && S::REGISTER_COUNT >= 32 && vectors - done > 3 {
+            self.four_vectors::<S>(simd, done * S::F32_LANES);
+            done += 4;
+        }
         while vectors - done > 3 {
             self.columns::<S, 2>(simd, done * S::F32_LANES);
             done += 2;
@@ -74,6 +96,34 @@ impl<'a> Product<'a> {
             (true, _) => self.rows::<S, V, 4, 3>(simd, 0..fours, column),
         }
         self.rows::<S, V, 1, 3>(simd, fours..n_rows, column);
+    }
+
+    /// Four vectors of columns: six rows at a time are ten reads for 24 products.
+    #[inline(always)]
+    fn four_vectors<S: Simd>(&mut self, simd: S, column: usize) {
+        let [n_rows, _] = self.dst.dims();
+        let sixes = n_rows / 6 * 6;
+        let twos = n_rows / 2 * 2;
+        let whole = column + 4 * S::F32_LANES <= self.rhs.dims()[1];
+        for (rows, n_pairs) in [(0..sixes, 3), (sixes..twos, 1)] {
+            if whole && !rows.is_empty() {
+                let product = &mut *self;
+                match n_pairs {
+                    3 => simd.vectorize(Pairs::<'_, 'a, 3> {
+                        product,
+                        rows,
+                        column,
+                    }),
+                    _ => simd.vectorize(Pairs::<'_, 'a, 1> {
+                        product,
+                        rows,
+                        column,
+                    }),
+                }
+            }
+        }
+        let done = if whole { twos } else { 0 };
+        self.rows::<S, 4, 1, 3>(simd, done..n_rows, column);
     }
 
     #[inline(always)]
@@ -125,7 +175,51 @@ impl<const V: usize, const R: usize, const D: usize, const WHOLE: bool> WithSimd
     }
 }
 
+/// Four vectors of columns of some rows, N pairs of rows at a time, of one sum each; one or three.
+struct Pairs<'p, 'a, const N: usize> {
+    product: &'p mut Product<'a>,
+    rows: Range<usize>,
+    column: usize,
+}
+
+impl<const N: usize> WithSimd for Pairs<'_, '_, N> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        for row in self.rows.step_by(2 * N) {
+            self.product.pairs::<S, N>(simd, row, self.column);
+        }
+    }
+}
+
 impl Product<'_> {
+    #[inline(always)]
+    fn pairs<S: Simd, const N: usize>(&mut self, simd: S, row: usize, column: usize) {
+        let zero = simd.splat_f32s(0.0);
+        let n_steps = self.lhs.dims()[1];
+        let factors = self.factors::<S, 4, 6>(row, column);
+        let [a, b, c, d, e, f] = factors.starts;
+        // By name: of an array of them the compiler keeps none in registers.
+        let [mut first, mut second, mut third] = [[[zero; 4]; 2]; 3];
+        for k in 0..n_steps {
+            // SAFETY: columns of `lhs` and rows of `rhs`, which has whole vectors.
+            unsafe {
+                let rhs = factors.right::<S, 4, true>(simd, k);
+                factors.add_products(simd, [a, b], k, rhs, &mut first);
+                if N > 1 {
+                    factors.add_products(simd, [c, d], k, rhs, &mut second);
+                    factors.add_products(simd, [e, f], k, rhs, &mut third);
+                }
+            }
+        }
+        self.write(simd, row, column, &first);
+        if N > 1 {
+            self.write(simd, row + 2, column, &second);
+            self.write(simd, row + 4, column, &third);
+        }
+    }
+
     #[inline(always)]
     fn sums<S: Simd, const V: usize, const R: usize, const D: usize, const WHOLE: bool>(
         &mut self,
@@ -133,24 +227,9 @@ impl Product<'_> {
         row: usize,
         column: usize,
     ) {
-        let [_, n_columns] = self.dst.dims();
-        let width = n_columns.min(column + V * S::F32_LANES) - column;
         let zero = simd.splat_f32s(0.0);
-        let ([row_stride, step], n_steps) = (self.lhs.strides(), self.lhs.dims()[1]);
-        let lhs = self.lhs.data()[row * row_stride..].as_ptr();
-        let mut starts = [lhs; R];
-        for (r, start) in starts.iter_mut().enumerate() {
-            *start = lhs.wrapping_add(r * row_stride);
-        }
-        let rhs = &self.rhs.data()[column..];
-        let rhs_stride = self.rhs.strides()[0];
-        let factors = Factors {
-            starts,
-            step,
-            rhs,
-            rhs_stride,
-            width,
-        };
+        let n_steps = self.lhs.dims()[1];
+        let factors = self.factors::<S, V, R>(row, column);
         // By name: of an array of them the compiler keeps none in registers.
         let [mut sums, mut second, mut third] = [[[zero; V]; R]; 3];
         let whole = n_steps / D * D;
@@ -174,7 +253,44 @@ impl Product<'_> {
         for (sum, (second, third)) in sums.as_flattened_mut().iter_mut().zip(others) {
             *sum = simd.add_f32s(*sum, simd.add_f32s(*second, *third));
         }
-        for (r, sums) in sums.iter_mut().enumerate() {
+        self.write(simd, row, column, &sums);
+    }
+
+    /// What R rows and V vectors of columns are made of.
+    #[inline(always)]
+    fn factors<S: Simd, const V: usize, const R: usize>(
+        &self,
+        row: usize,
+        column: usize,
+    ) -> Factors<'_, R> {
+        let [_, n_columns] = self.dst.dims();
+        let [row_stride, step] = self.lhs.strides();
+        let lhs = self.lhs.data()[row * row_stride..].as_ptr();
+        let mut starts = [lhs; R];
+        for (r, start) in starts.iter_mut().enumerate() {
+            *start = lhs.wrapping_add(r * row_stride);
+        }
+        Factors {
+            starts,
+            step,
+            rhs: &self.rhs.data()[column..],
+            rhs_stride: self.rhs.strides()[0],
+            width: n_columns.min(column + V * S::F32_LANES) - column,
+        }
+    }
+
+    /// Sums of R rows and V vectors of columns to the destination.
+    #[inline(always)]
+    fn write<S: Simd, const V: usize, const R: usize>(
+        &mut self,
+        simd: S,
+        row: usize,
+        column: usize,
+        sums: &[[S::f32s; V]; R],
+    ) {
+        let [_, n_columns] = self.dst.dims();
+        let width = n_columns.min(column + V * S::F32_LANES) - column;
+        for (r, sums) in sums.iter().enumerate() {
             let dst = &mut self.dst.row_mut(row + r)[column..][..width];
             if width == V * S::F32_LANES {
                 let (dst, _) = S::as_mut_simd_f32s(dst);
@@ -223,16 +339,46 @@ impl<const R: usize> Factors<'_, R> {
         k: usize,
         sums: &mut [[S::f32s; V]; R],
     ) {
-        let rhs = if WHOLE {
+        // SAFETY: by the caller.
+        unsafe {
+            let rhs = self.right::<S, V, WHOLE>(simd, k);
+            self.add_products(simd, self.starts, k, rhs, sums);
+        }
+    }
+
+    /// A row of the right.
+    ///
+    /// # Safety
+    /// As [`Self::add`].
+    #[inline(always)]
+    unsafe fn right<S: Simd, const V: usize, const WHOLE: bool>(
+        &self,
+        simd: S,
+        k: usize,
+    ) -> [S::f32s; V] {
+        if WHOLE {
             let columns = self.rhs.as_ptr();
             let columns = columns.wrapping_add(k.wrapping_mul(self.rhs_stride));
             // SAFETY: by the caller; vectors need no alignment.
             unsafe { columns.cast::<[S::f32s; V]>().read_unaligned() }
         } else {
             part::<S, V>(simd, &self.rhs[k * self.rhs_stride..][..self.width])
-        };
+        }
+    }
+
+    /// # Safety
+    /// There is such a column of the left in the rows that begin there.
+    #[inline(always)]
+    unsafe fn add_products<S: Simd, const V: usize, const N: usize>(
+        &self,
+        simd: S,
+        starts: [*const f32; N],
+        k: usize,
+        rhs: [S::f32s; V],
+        sums: &mut [[S::f32s; V]; N],
+    ) {
         let offset = k.wrapping_mul(self.step);
-        for (sums, start) in sums.iter_mut().zip(self.starts) {
+        for (sums, start) in sums.iter_mut().zip(starts) {
             // SAFETY: by the caller.
             let factor = simd.splat_f32s(unsafe { *start.wrapping_add(offset) });
             for (sum, rhs) in sums.iter_mut().zip(rhs) {
