@@ -2,7 +2,7 @@
 //! (`benches/against_pydensecrf.py`).
 //!
 //! `crf_cost WIDTH HEIGHT LABELS RGB PLANES`: raw bytes, `[H, W, 3]` and `[L, H, W]` of {0, 1}. Each answer is
-//! `build_ms infer_ms` on one line; at the end of the input the labels are written to `PLANES.labels`.
+//! `build_ms infer_ms` on one line; at the end of the input the labels, which neither counts, are written to `PLANES.labels`.
 #![expect(clippy::print_stdout, reason = "the answers of a measuring program")]
 
 use std::error::Error;
@@ -31,13 +31,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         .collect();
     let unary = unary_from_planes(&planes, n_labels)?;
     let config = CrfConfig::cutler();
-    let mut labels = Vec::new();
+    let mut marginals = None;
     for line in stdin().lines() {
         line?;
         let start = Instant::now();
         let crf = DenseCrf::new(width, height, &rgb, &config)?;
         let built = Instant::now();
-        labels = crf.infer(&unary, n_labels, config.iterations)?.labels();
+        marginals = Some(crf.infer(&unary, n_labels, config.iterations)?);
         let (build, infer) = (built - start, built.elapsed());
         println!(
             "{} {}",
@@ -46,6 +46,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         );
         stdout().flush()?;
     }
+    let labels = marginals.map_or_else(Vec::new, |marginals| marginals.labels());
     std::fs::write(format!("{planes_path}.labels"), labels)?;
     Ok(())
 }

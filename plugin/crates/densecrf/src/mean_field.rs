@@ -291,9 +291,10 @@ impl Marginals {
         // MAX_LABELS fits a byte.
         for (label, plane) in (0_u8..).zip(self.q.chunks_exact(n_pixels)).skip(1) {
             for ((best, chosen), &q) in best.iter_mut().zip(&mut labels).zip(plane) {
-                if q > *best {
-                    (*best, *chosen) = (q, label);
-                }
+                // Selections, not branches: the compiler turns the loop into vectors.
+                let is_better = q > *best;
+                *best = if is_better { q } else { *best };
+                *chosen = if is_better { label } else { *chosen };
             }
         }
         labels
