@@ -29,6 +29,7 @@ pub struct Inputs(RVec<Tuple2<RString, Value>>);
 
 impl Inputs {
     /// Values by socket name; of two with one name the last counts.
+    #[must_use]
     pub fn new(values: impl IntoIterator<Item = (String, Value)>) -> Self {
         let named = |(name, value): (String, Value)| Tuple2(name.into(), value);
         Self(values.into_iter().map(named).collect())

@@ -16,10 +16,10 @@ use super::abi::{
     NodePluginExtension, NodePluginHost, NodePluginInput, NodePluginNode, NodePluginSink,
     NodePluginTable, NodePluginValueSink,
 };
+use super::extensions::{ExportedExtension, call};
 use super::padded;
-use super::values::{
-    ExportedExtension, c_text, call, ended, exported, push_all, taken, text, write,
-};
+use super::texts::{c_text, ended, text, write};
+use super::values::{exported, push_all, taken};
 use crate::abi::{HostAdapter, NodeBox, RunRequest};
 use crate::extension::{Extension, LoadedExtension};
 use crate::guard::guarded;

@@ -18,10 +18,9 @@ use super::abi::{
     NodePluginInput, NodePluginNode, NodePluginTable,
 };
 use super::dlpack::DLManagedTensorVersioned;
-use super::values::{
-    CTexts, ExportedExtension, LentValues, c_text, call, collected, exported, no_error, pushed,
-    returned, text,
-};
+use super::extensions::{ExportedExtension, call};
+use super::texts::{CTexts, c_text, collected, no_error, returned, text};
+use super::values::{LentValues, exported, pushed};
 use crate::abi::{ExtensionBox, HostBox, NodeBox, NodeObject, NodeObject_TO, RunRequest};
 use crate::extension::{self, Extension};
 use crate::guard::{guarded, guarded_host};

@@ -9,7 +9,10 @@
 pub mod abi;
 pub mod dlpack;
 mod export;
+mod extensions;
 mod import;
+mod objects;
+mod texts;
 mod values;
 
 pub use export::table_of;

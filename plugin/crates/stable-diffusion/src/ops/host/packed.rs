@@ -43,7 +43,7 @@ enum Way {
 }
 
 /// dst (+)= lhs · rhs over all threads, in tiles that depend on the shapes alone; `finish` sees each once. Rows of `dst` are
-/// contiguous. Where this is not the way to go, the destination is handed back.
+/// contiguous. Where this is not the way to go, the destination is handed back. Panics when the shapes do not fit.
 pub(crate) fn multiply<'a>(
     dst: MatrixMut<'a>,
     write: Write,
@@ -51,6 +51,14 @@ pub(crate) fn multiply<'a>(
     rhs: Matrix<'_>,
     finish: &(impl Fn(&mut Tile<'_>) + Sync),
 ) -> Result<(), MatrixMut<'a>> {
+    let ([m, n], [_, k]) = (dst.dims(), lhs.dims());
+    assert!(
+        lhs.dims() == [m, k] && rhs.dims() == [k, n],
+        "product {:?} x {:?} into {:?}",
+        lhs.dims(),
+        rhs.dims(),
+        dst.dims()
+    );
     match way(&dst, write, lhs, rhs) {
         Some(Way::Straight) => straight(dst, write, lhs, rhs, finish),
         Some(Way::Transposed) => transposed(dst, lhs, rhs, finish),
@@ -77,16 +85,16 @@ fn way(dst: &MatrixMut<'_>, write: Write, lhs: Matrix<'_>, rhs: Matrix<'_>) -> O
     }
 }
 
-/// Others have too few registers for the product to be worth the copies.
+/// The kernel for panels wants 32 registers, and was measured with these alone.
 fn has_long_vectors() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return is_x86_feature_detected!("avx512f");
+    return pulp::x86::V4::is_available();
     #[cfg(not(target_arch = "x86_64"))]
     false
 }
 
 /// Consecutive ranges of at most `most`, of about the same length.
-fn parts(n: usize, most: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+fn parts(n: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
     let len = n.div_ceil(n.div_ceil(most).max(1)).max(1);
     (0..n)
         .step_by(len)
@@ -313,6 +321,16 @@ mod tests {
             assert!(ways.contains(&Some(Way::Straight)) && ways.contains(&Some(Way::Transposed)));
             assert!(ways.contains(&None));
         }
+    }
+
+    #[test]
+    #[should_panic(expected = "product [64, 65] x [64, 64] into [64, 64]")]
+    fn factors_that_do_not_fit_are_refused() {
+        let (long, square) = (vec![0.0; 64 * 65], vec![0.0; 64 * 64]);
+        let mut dst = vec![0.0; 64 * 64];
+        let (lhs, rhs) = (Matrix::new(&long, [64, 65]), Matrix::new(&square, [64; 2]));
+        let dst = MatrixMut::new(&mut dst, [64; 2]);
+        let _ = multiply(dst, Write::Replace, lhs, rhs, &|_| {});
     }
 
     #[test]
