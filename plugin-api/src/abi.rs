@@ -12,7 +12,7 @@
 )]
 
 use std::any::type_name;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use abi_stable::std_types::{RArc, RBox, ROption, RResult, RStr, RString, RVec, Tuple2};
 use abi_stable::type_level::downcasting::{TD_CanDowncast, TD_Opaque};
@@ -277,32 +277,40 @@ impl ExtensionObject for ExtensionAdapter {
 /// the host's own fault.
 pub(crate) struct HostAdapter<T> {
     context: Contained<T>,
-    fault: HostFault,
+    fault: Mutex<Option<NodeError>>,
 }
 
 impl<T: HostContext> HostAdapter<T> {
-    pub(crate) fn boxed(context: T) -> (HostBox, HostFault) {
-        let fault = HostFault::default();
-        let adapter = Self {
+    pub(crate) fn boxed(context: T) -> (HostBox, HostFault<T>) {
+        let adapter = RArc::new(Self {
             context: Contained::new(context),
-            fault: fault.clone(),
-        };
-        (
-            HostObject_TO::from_ptr(RArc::new(adapter), TD_Opaque),
-            fault,
-        )
+            fault: Mutex::default(),
+        });
+        let host = HostObject_TO::from_ptr(adapter.clone(), TD_Opaque);
+        (host, HostFault::of(adapter))
     }
 
     fn ask<R>(&self, what: &str, answer: impl FnOnce(&T) -> R) -> Option<R> {
         let answered = guarded_host(what, || Ok(answer(self.context.get()?)));
-        answered.map_err(|error| self.fault.set(error)).ok()
+        let failed = |error| {
+            self.with_fault(|fault| {
+                fault.get_or_insert(error);
+            });
+        };
+        answered.map_err(failed).ok()
+    }
+}
+
+impl<T> HostAdapter<T> {
+    pub(crate) fn with_fault<R>(&self, with: impl FnOnce(&mut Option<NodeError>) -> R) -> R {
+        with(&mut self.fault.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 impl<T: HostContext> HostObject for HostAdapter<T> {
     fn is_canceled(&self) -> bool {
         let asked = self.ask("is_canceled of the host", HostContext::is_canceled);
-        asked.unwrap_or(true) || self.fault.is_set()
+        asked.unwrap_or(true) || self.with_fault(|fault| fault.is_some())
     }
 
     fn progress(&self, progress: Progress) {

@@ -67,26 +67,32 @@ fn caught<T>(
     // A node that panicked is not run again by the host, so no broken state is ever seen.
     let result = catch_unwind(AssertUnwindSafe(body));
     GUARDS.set(GUARDS.get() - 1);
-    result.unwrap_or_else(|payload| {
-        let text = payload
-            .downcast_ref::<&str>()
-            .map(ToString::to_string)
-            .or_else(|| payload.downcast_ref::<String>().cloned())
-            .unwrap_or_else(|| "no message".to_owned());
-        forget_payload(payload);
-        let place = PLACE
-            .try_with(Cell::take)
-            .ok()
-            .flatten()
-            .map(|place| format!(" at {place}"))
-            .unwrap_or_default();
-        Err(NodeError::new(
-            ErrorCode::Panicked,
-            format!(
-                "{what} panicked{place} ({text}); this is a fault of the {whose}, please report it"
-            ),
-        ))
-    })
+    match result {
+        Ok(result) => result,
+        Err(payload) => Err(panicked(what, whose, payload)),
+    }
+}
+
+#[cold]
+fn panicked(what: &str, whose: &str, payload: Box<dyn Any + Send>) -> NodeError {
+    let text = payload
+        .downcast_ref::<&str>()
+        .map(ToString::to_string)
+        .or_else(|| payload.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "no message".to_owned());
+    forget_payload(payload);
+    let place = PLACE
+        .try_with(Cell::take)
+        .ok()
+        .flatten()
+        .map(|place| format!(" at {place}"))
+        .unwrap_or_default();
+    NodeError::new(
+        ErrorCode::Panicked,
+        format!(
+            "{what} panicked{place} ({text}); this is a fault of the {whose}, please report it"
+        ),
+    )
 }
 
 /// What was thrown may be anything, with a destructor that panics too.

@@ -2,10 +2,9 @@
 
 use std::fmt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use abi_stable::StableAbi;
-use abi_stable::std_types::RString;
+use abi_stable::std_types::{RArc, RString};
 
 use crate::abi::{HostAdapter, HostBox};
 use crate::extension::{Extension, LoadedExtension, METADATA};
@@ -88,27 +87,29 @@ pub trait HostContext: Send + Sync + 'static {
 }
 
 /// The first panic in a [`HostContext`], kept for the host: it is the host's fault, not the node's.
-#[derive(Debug, Clone, Default)]
-pub struct HostFault(Arc<Mutex<Option<NodeError>>>);
+pub struct HostFault<T>(RArc<HostAdapter<T>>);
 
-impl HostFault {
-    pub(crate) fn set(&self, error: NodeError) {
-        let mut fault = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        fault.get_or_insert(error);
+impl<T> fmt::Debug for HostFault<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0
+            .with_fault(|fault| f.debug_tuple("HostFault").field(fault).finish())
     }
+}
 
-    pub(crate) fn is_set(&self) -> bool {
-        let fault = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        fault.is_some()
+impl<T> HostFault<T> {
+    pub(crate) fn of(adapter: RArc<HostAdapter<T>>) -> Self {
+        Self(adapter)
     }
 
     /// `result`, or the host's fault if there was one.
     ///
     /// # Errors
     /// The fault, or that of `result`.
-    pub fn or<T>(&self, result: Result<T, NodeError>) -> Result<T, NodeError> {
-        let fault = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        fault.clone().map_or(result, Err)
+    pub fn or<R>(&self, result: Result<R, NodeError>) -> Result<R, NodeError> {
+        match self.0.with_fault(|fault| fault.clone()) {
+            Some(fault) => Err(fault),
+            None => result,
+        }
     }
 }
 
@@ -128,7 +129,7 @@ impl Host {
     }
 
     /// A host for nodes that a host runs itself, and for tests of nodes; with what it panicked over.
-    pub fn from_context(context: impl HostContext) -> (Self, HostFault) {
+    pub fn from_context<T: HostContext>(context: T) -> (Self, HostFault<T>) {
         let (host, fault) = HostAdapter::boxed(context);
         (Self(host), fault)
     }

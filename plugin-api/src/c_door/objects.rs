@@ -26,8 +26,8 @@ fn maker() -> *const c_void {
 struct ExportedObject {
     head: NodePluginObject,
     shared: SharedObject,
-    /// Where it is does not change.
-    type_name: Box<CText>,
+    /// Its own memory, which stays where it is.
+    type_name: CText,
 }
 
 // SAFETY: its pointers go to a static and into its own text, and are only read.
@@ -39,7 +39,7 @@ pub(super) fn exported_object(shared: SharedObject) -> *mut NodePluginObject {
     if let Some(foreign) = shared.get::<ForeignObject>() {
         return foreign.retained();
     }
-    let type_name = Box::new(c_text(shared.type_name()));
+    let type_name = c_text(shared.type_name());
     let object = ExportedObject {
         head: NodePluginObject {
             struct_size: size_of::<NodePluginObject>() as u32,

@@ -6,8 +6,6 @@
 
 use std::ffi::{CStr, c_char, c_void};
 
-use smallvec::{Array, SmallVec};
-
 use super::abi::{NODE_PLUGIN_INTERNAL, NODE_PLUGIN_OK, NodePluginError, NodePluginSink};
 use super::{pad_into, unpadded};
 use crate::{ErrorCode, NodeError};
@@ -34,15 +32,28 @@ pub(super) unsafe fn text<'a>(text: *const c_char) -> Result<&'a str, NodeError>
     })
 }
 
-/// Texts to pass on, each of which ends with a NUL: in one piece of memory, which short ones have no need to ask for.
-#[derive(Default)]
-pub(super) struct CTexts(SmallVec<[u8; 256]>);
+/// Texts to pass on, each of which ends with a NUL, in one piece of memory.
+pub(super) struct CTexts(Vec<u8>);
+
+impl Default for CTexts {
+    fn default() -> Self {
+        // Enough for the names, the paths and the parameters of most nodes.
+        Self(Vec::with_capacity(512))
+    }
+}
 
 impl CTexts {
-    /// Adds a text and says where it is.
+    /// Adds a text and says where it is; a NUL inside of it, which would end it, becomes a space.
     pub(super) fn push(&mut self, text: &str) -> usize {
         let place = self.0.len();
-        append(&mut self.0, text);
+        self.0.reserve(text.len() + 1);
+        self.0.extend_from_slice(text.as_bytes());
+        for byte in &mut self.0[place..] {
+            if *byte == 0 {
+                *byte = b' ';
+            }
+        }
+        self.0.push(0);
         place
     }
 
@@ -53,34 +64,20 @@ impl CTexts {
 }
 
 /// One text to pass on.
-pub(super) struct CText(SmallVec<[u8; 64]>);
+pub(super) struct CText(CTexts);
 
 impl CText {
-    /// Valid for as long as this is and stays where it is.
+    /// Valid for as long as this is.
     pub(super) fn as_ptr(&self) -> *const c_char {
-        self.0.as_ptr().cast()
+        self.0.at(0)
     }
 }
 
 /// Text to pass on.
 pub(super) fn c_text(text: &str) -> CText {
-    let mut bytes = SmallVec::new();
-    append(&mut bytes, text);
-    CText(bytes)
-}
-
-/// A text and the NUL that ends it; one inside of it, which would end it too, becomes a space.
-fn append<A: Array<Item = u8>>(texts: &mut SmallVec<A>, text: &str) {
-    texts.reserve(text.len() + 1);
-    let place = texts.len();
-    texts.extend_from_slice(text.as_bytes());
-    let text = &mut texts[place..];
-    if text.contains(&0) {
-        for byte in text.iter_mut().filter(|byte| **byte == 0) {
-            *byte = b' ';
-        }
-    }
-    texts.push(0);
+    let mut texts = CTexts(Vec::with_capacity(text.len() + 1));
+    texts.push(text);
+    CText(texts)
 }
 
 /// Gives text to a sink of the other side.

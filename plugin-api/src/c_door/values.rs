@@ -33,6 +33,7 @@ pub(super) fn no_value() -> NodePluginValue {
 ///
 /// # Errors
 /// A tensor whose data could not be made.
+#[inline]
 pub(super) fn exported(value: Value) -> Result<NodePluginValue, NodeError> {
     let none = no_value();
     Ok(match value {
@@ -61,6 +62,7 @@ pub(super) fn exported(value: Value) -> Result<NodePluginValue, NodeError> {
 ///
 /// # Safety
 /// The value is as the contract has it, and handed over.
+#[inline]
 pub(super) unsafe fn imported(value: NodePluginValue) -> Result<Value, NodeError> {
     let missing = || {
         let text = "a value without its pointer was handed over";
@@ -93,6 +95,7 @@ pub(super) unsafe fn imported(value: NodePluginValue) -> Result<Value, NodeError
 ///
 /// # Safety
 /// As [`imported`].
+#[inline]
 pub(super) unsafe fn taken(place: &mut NodePluginValue) -> Option<Result<Value, NodeError>> {
     let value = std::mem::replace(place, no_value());
     // SAFETY: the caller vouches for it; it is no longer in its place.

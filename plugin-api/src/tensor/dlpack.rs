@@ -4,11 +4,10 @@ use std::ffi::c_void;
 use std::ptr::{NonNull, fn_addr_eq, null_mut};
 
 use abi_stable::std_types::RArc;
-use smallvec::SmallVec;
 
 use super::{
     DataType, DeviceId, MAX_DIMS, SharedTensor, TensorDescription, TensorError, TensorOwner,
-    extent, row_major,
+    extent, fixed, row_major,
 };
 use crate::abi::OwnerAdapter;
 use crate::c_door::dlpack::{
@@ -23,13 +22,14 @@ const VERSION: DLPackVersion = DLPackVersion { major: 1, minor: 1 };
 const READ_ONLY: u64 = 1;
 const IS_COPIED: u64 = 2;
 
-/// What the exported struct points to.
+/// What the exported struct points to; shape and strides are those of the handle itself.
 struct Exported {
     managed: DLManagedTensorVersioned,
-    shape: [i64; MAX_DIMS],
-    strides: [i64; MAX_DIMS],
     tensor: SharedTensor,
 }
+
+// DLPack's numbers are 64 bits, and none of ours is so large that its sign would change.
+const _: () = assert!(size_of::<usize>() == size_of::<i64>());
 
 /// Frees what [`SharedTensor::into_dlpack`] made.
 unsafe extern "C" fn delete_exported(managed: *mut DLManagedTensorVersioned) {
@@ -137,17 +137,13 @@ impl SharedTensor {
                 byte_offset: 0,
             },
         };
-        let exported = Box::into_raw(Box::new(Exported {
-            managed,
-            shape: self.shape.map(|n| n as i64),
-            strides: self.strides.map(|n| n as i64),
-            tensor: self,
-        }));
+        let tensor = self;
+        let exported = Box::into_raw(Box::new(Exported { managed, tensor }));
         // SAFETY: the box was made above and is nobody else's; the pointers stay in it.
         unsafe {
             (*exported).managed.manager_ctx = exported.cast();
-            (*exported).managed.dl_tensor.shape = (&raw mut (*exported).shape).cast();
-            (*exported).managed.dl_tensor.strides = (&raw mut (*exported).strides).cast();
+            (*exported).managed.dl_tensor.shape = (&raw mut (*exported).tensor.shape).cast();
+            (*exported).managed.dl_tensor.strides = (&raw mut (*exported).tensor.strides).cast();
             Ok(NonNull::new_unchecked(&raw mut (*exported).managed))
         }
     }
@@ -197,8 +193,12 @@ impl SharedTensor {
         // SAFETY: valid, and of version 1.
         let tensor = unsafe { managed.as_ref() }.dl_tensor;
         // SAFETY: as above.
-        let (shape, strides) = unsafe { layout(&tensor) }?;
-        let mut description = described(&tensor, &shape, &strides)?;
+        let layout = unsafe { layout(&tensor) }?;
+        let (shape, strides) = (
+            &layout.shape[..layout.n_dims],
+            &layout.strides[..layout.n_dims],
+        );
+        let mut description = described(&tensor, shape, strides)?;
         description.is_read_only = flags & READ_ONLY != 0;
         let is_shared_for_writing = flags & (READ_ONLY | IS_COPIED) == 0;
         if is_shared_for_writing && !description.device.is_host_memory() {
@@ -219,13 +219,16 @@ impl SharedTensor {
     }
 }
 
-type Dims<T> = SmallVec<[T; MAX_DIMS]>;
+/// Shape and strides, of as many dimensions as the tensor has.
+struct Layout {
+    n_dims: usize,
+    shape: [usize; MAX_DIMS],
+    strides: [isize; MAX_DIMS],
+}
 
-/// Shape and strides.
-///
 /// # Safety
-/// They are as long as the tensor says.
-unsafe fn layout(tensor: &DLTensor) -> Result<(Dims<usize>, Dims<isize>), TensorError> {
+/// Shape and strides are as long as the tensor says.
+unsafe fn layout(tensor: &DLTensor) -> Result<Layout, TensorError> {
     let n_dims = usize::try_from(tensor.ndim).ok().filter(|&n| n <= MAX_DIMS);
     let n_dims = n_dims.ok_or_else(|| {
         let n = tensor.ndim;
@@ -238,16 +241,26 @@ unsafe fn layout(tensor: &DLTensor) -> Result<(Dims<usize>, Dims<isize>), Tensor
         // SAFETY: the caller vouched for it.
         false => Some(unsafe { std::slice::from_raw_parts(numbers, n_dims) }),
     };
-    let shape: Option<Dims<usize>> = match list(tensor.shape) {
-        Some(shape) => shape.iter().map(|&n| usize::try_from(n).ok()).collect(),
-        None => (n_dims == 0).then(Dims::new),
-    };
-    let shape = shape.ok_or_else(|| TensorError("the tensor has no shape".to_owned()))?;
+    let no_shape = || TensorError("the tensor has no shape".to_owned());
+    let mut shape = [0; MAX_DIMS];
+    match list(tensor.shape) {
+        Some(given) => {
+            for (size, &given) in shape.iter_mut().zip(given) {
+                *size = usize::try_from(given).map_err(|_| no_shape())?;
+            }
+        }
+        None if n_dims == 0 => {}
+        None => return Err(no_shape()),
+    }
     let strides = match list(tensor.strides) {
-        Some(strides) => strides.iter().map(|&n| n as isize).collect(),
-        None => row_major(&shape),
+        Some(given) => fixed(given).map(|stride| stride as isize),
+        None => fixed(&row_major(&shape[..n_dims])),
     };
-    Ok((shape, strides))
+    Ok(Layout {
+        n_dims,
+        shape,
+        strides,
+    })
 }
 
 fn described<'a>(
