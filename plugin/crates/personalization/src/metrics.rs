@@ -191,42 +191,40 @@ pub fn masked_errors(
     let tokenizer = learned.tokenizer(model)?;
     let latent = scene.latent_size(model, picture);
     let total = model.noise_schedule.n_timesteps();
-    let timesteps: Vec<usize> = (1..=N_TIMESTEPS)
-        .map(|k| k * (total - 1) / (N_TIMESTEPS + 1))
-        .collect();
     let z = scene.mean_latents(model, picture)?;
     let mut rng = Rng::new(EVALUATION_SEED, "masked error", picture as u64);
-    let noises = timesteps
-        .iter()
-        .map(|_| Ok(rng.normal(z.dims(), &model.device)?))
-        .collect::<Result<Vec<Tensor>>>()?;
     let concepts = &scene.scene.pictures()[picture].concepts;
-    let mut errors = Vec::with_capacity(concepts.len());
-    for (index, &concept) in concepts.iter().enumerate() {
+    let context = |&concept: &usize| {
         let prompt = tokenizer.encode(&learned.training_prompt(&[concept]))?;
         let context = model
             .text_encoder
-            .encode(&prompt.ids, Some(&learned.rows))?
-            .detach();
-        let inside = at_resolution(&truth.planes()[index], truth.size(), latent, false);
+            .encode(&prompt.ids, Some(&learned.rows))?;
+        Ok(context.detach())
+    };
+    let contexts = concepts.iter().map(context).collect::<Result<Vec<_>>>()?;
+    let inside = |(_, plane): (&usize, &Vec<u8>)| {
+        let inside = at_resolution(plane, truth.size(), latent, false);
         let n_inside: f32 = inside.iter().sum();
-        let inside = Tensor::from_vec(inside, (1, 1, latent.height, latent.width), &model.device)?;
-        let mut sum = 0.0;
-        for (&t, noise) in timesteps.iter().zip(&noises) {
-            let noisy = model.noise_schedule.add_noise(&z, noise, &[t])?;
-            let target = model.noise_schedule.target(&z, noise, &[t])?;
-            let square = (model.unet.forward(&noisy, &[t as f32], &context)? - target)?.sqr()?;
-            sum += f64::from(
-                square
-                    .broadcast_mul(&inside)?
-                    .sum_all()?
-                    .to_scalar::<f32>()?,
-            );
+        let shape = (1, 1, latent.height, latent.width);
+        let inside = Tensor::from_vec(inside, shape, &model.device)?;
+        Ok((inside, f64::from(n_inside.max(1.0))))
+    };
+    let insides = concepts.iter().zip(truth.planes()).map(inside);
+    let insides = insides.collect::<Result<Vec<_>>>()?;
+    let mut sums = vec![0.0; insides.len()];
+    for t in (1..=N_TIMESTEPS).map(|k| k * (total - 1) / (N_TIMESTEPS + 1)) {
+        let noise = rng.normal(z.dims(), &model.device)?;
+        let noisy = model.noise_schedule.add_noise(&z, &noise, &[t])?;
+        let target = model.noise_schedule.target(&z, &noise, &[t])?;
+        let predictions = model.unet.forward_each(&noisy, &[t as f32], &contexts)?;
+        for ((prediction, (inside, _)), sum) in predictions.iter().zip(&insides).zip(&mut sums) {
+            let square = (prediction - &target)?.sqr()?.broadcast_mul(inside)?;
+            *sum += f64::from(square.sum_all()?.to_scalar::<f32>()?);
         }
-        let channels = z.dim(1)? as f64;
-        errors.push(sum / (N_TIMESTEPS as f64 * channels * f64::from(n_inside.max(1.0))));
     }
-    Ok(errors)
+    let n_values = (N_TIMESTEPS * z.dim(1)?) as f64;
+    let mean = |(sum, (_, n_inside)): (&f64, &(Tensor, f64))| sum / (n_values * n_inside);
+    Ok(sums.iter().zip(&insides).map(mean).collect())
 }
 
 #[cfg(test)]

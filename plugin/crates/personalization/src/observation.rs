@@ -230,13 +230,16 @@ impl Eye<'_> {
             let schedule = &model.noise_schedule;
             let noisy = schedule.add_noise(&latents, &noise, timesteps)?;
             let t: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
-            let observed = model.unet.forward_observed(&noisy, &t, &context, watch)?;
+            // Once for all prompts.
+            let stem = model.unet.stem(&noisy, &t, watch)?;
+            let observed = model.unet.forward_from(&stem, &context, watch)?;
             let target = schedule.target(&latents, &noise, timesteps)?;
             let squares = own_contexts
                 .iter()
                 .map(|context| {
                     on_pass(&begun)?;
-                    Ok((model.unet.forward(&noisy, &t, context)? - &target)?.sqr()?)
+                    let seen = model.unet.forward_from(&stem, context, Watch::NOTHING)?;
+                    Ok((seen.prediction - &target)?.sqr()?)
                 })
                 .collect::<Result<Vec<_>>>()?;
             // Only now is anything read: a device has the whole pass to do before it is waited for.

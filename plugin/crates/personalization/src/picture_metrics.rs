@@ -151,25 +151,21 @@ pub fn prompt_errors(
     let z = latent(model, picture)?;
     let mut rng = Rng::new(EVALUATION_SEED, "prompt", 0);
     let total = model.noise_schedule.n_timesteps();
-    let mut steps = Vec::with_capacity(N_TIMESTEPS);
+    let contexts = prompts.iter().map(|prompt| context(model, prompt));
+    let contexts = contexts.collect::<Result<Vec<_>>>()?;
+    let mut sums = vec![0.0; contexts.len()];
     for k in 1..=N_TIMESTEPS {
         let t = k * (total - 1) / (N_TIMESTEPS + 1);
         let noise = rng.normal(z.dims(), &model.device)?;
         let noisy = model.noise_schedule.add_noise(&z, &noise, &[t])?;
         let target = model.noise_schedule.target(&z, &noise, &[t])?;
-        steps.push((t as f32, noisy, target));
-    }
-    let mut errors = Vec::with_capacity(prompts.len());
-    for prompt in prompts {
-        let context = context(model, prompt)?;
-        let mut sum = 0.0;
-        for (t, noisy, target) in &steps {
-            let square = (model.unet.forward(noisy, &[*t], &context)? - target)?.sqr()?;
-            sum += f64::from(square.mean_all()?.to_scalar::<f32>()?);
+        let predictions = model.unet.forward_each(&noisy, &[t as f32], &contexts)?;
+        for (prediction, sum) in predictions.iter().zip(&mut sums) {
+            let square = (prediction - &target)?.sqr()?;
+            *sum += f64::from(square.mean_all()?.to_scalar::<f32>()?);
         }
-        errors.push(sum / N_TIMESTEPS as f64);
     }
-    Ok(errors)
+    Ok(sums.iter().map(|sum| sum / N_TIMESTEPS as f64).collect())
 }
 
 /// Scaled mean of the posterior, `[1, 4, h, w]`.

@@ -347,17 +347,15 @@ impl<'a> GuidedModel<'a> {
     /// With classifier-free guidance. Contexts of one length are asked about together.
     fn prediction(&self, latents: &Tensor, t: f32) -> Result<Tensor> {
         let (unet, contexts) = (&self.model.unet, &self.contexts);
-        let one = |context| unet.forward(latents, &[t], context);
         if self.guidance == 1.0 {
-            return one(&contexts[1]);
+            return unet.forward(latents, &[t], &contexts[1]);
         }
-        let (unconditional, conditional) = if contexts[0].dims() == contexts[1].dims() {
-            let latents = Tensor::cat(&[latents, latents], 0)?;
-            let both = unet.forward(&latents, &[t, t], &Tensor::cat(contexts, 0)?)?;
-            (both.narrow(0, 0, 1)?, both.narrow(0, 1, 1)?)
+        let both = if contexts[0].dims() == contexts[1].dims() {
+            unet.forward(latents, &[t], &Tensor::cat(contexts, 0)?)?
         } else {
-            (one(&contexts[0])?, one(&contexts[1])?)
+            Tensor::cat(&unet.forward_each(latents, &[t], contexts)?, 0)?
         };
+        let (unconditional, conditional) = (both.narrow(0, 0, 1)?, both.narrow(0, 1, 1)?);
         Ok((&unconditional + ((conditional - &unconditional)? * self.guidance)?)?)
     }
 }

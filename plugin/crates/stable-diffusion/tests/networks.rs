@@ -216,6 +216,58 @@ fn samples_of_a_batch_do_not_see_each_other_here() {
 }
 
 #[test]
+fn contexts_of_one_latent_give_what_each_gives_alone() {
+    for_every_backend(contexts_of_one_latent_give_what_each_gives_alone_here);
+}
+
+fn contexts_of_one_latent_give_what_each_gives_alone_here() {
+    let unet = small::unet();
+    let latents = random(&[1, 4, 14, 11], 1);
+    let contexts = [random(&[1, 10, 24], 2), random(&[1, 10, 24], 3)];
+    let both = Tensor::cat(&contexts, 0).unwrap();
+    let watch = Watch::WithSelfAttention(&[0, 3], &[2, 4]);
+    let stem = unet.stem(&latents, &[700.0], watch).unwrap();
+    let together = unet.forward_from(&stem, &both, watch).unwrap();
+    assert_eq!(together.prediction.dims(), [2, 4, 14, 11]);
+    let each = unet.forward_each(&latents, &[700.0], &contexts).unwrap();
+    for (sample, context) in contexts.iter().enumerate() {
+        // Nothing is shared where the same latents come as two samples.
+        let twice = Tensor::cat(&[&latents, &latents], 0).unwrap();
+        let alone = unet
+            .forward_observed(&twice, &[700.0, 700.0], context, watch)
+            .unwrap();
+        let one = |tensor: &Tensor, sample| tensor.narrow(0, sample, 1).unwrap();
+        let is_same = |shared: &Tensor, alone: &Tensor| {
+            assert!(distance(&one(shared, sample), &one(alone, 0)) < 1e-5);
+        };
+        is_same(&together.prediction, &alone.prediction);
+        assert!(distance(&each[sample], &one(&alone.prediction, 0)) < 1e-5);
+        assert_eq!(together.attention.len(), 2);
+        for (shared, alone) in together.attention.iter().zip(&alone.attention) {
+            is_same(&shared.probabilities, &alone.probabilities);
+            let [shared, alone] = [shared, alone].map(|layer| layer.self_attention.clone());
+            is_same(&shared.unwrap(), &alone.unwrap());
+        }
+    }
+}
+
+#[test]
+fn a_stem_tells_no_self_attention_that_was_not_asked_for() {
+    let unet = small::unet();
+    let (latents, context) = (random(&[1, 4, 16, 16], 1), random(&[1, 10, 24], 2));
+    let all = Watch::WithSelfAttention(&[0], &[4]);
+    let stem = unet.stem(&latents, &[3.0], all).unwrap();
+    let observed = unet.forward_from(&stem, &context, Watch::Layers(&[0], &[4]));
+    assert!(observed.unwrap().attention[0].self_attention.is_none());
+    let stem = unet.stem(&latents, &[3.0], Watch::NOTHING).unwrap();
+    let error = unet.forward_from(&stem, &context, all).unwrap_err();
+    assert!(
+        matches!(error, Error::Argument { what: "watch", .. }),
+        "{error}"
+    );
+}
+
+#[test]
 fn gradients_reach_the_context_and_no_frozen_weight() {
     for_every_backend(gradients_reach_the_context_and_no_frozen_weight_here);
 }

@@ -1,5 +1,5 @@
 //! Sums, joints and repetitions of tensors: what lies between the operations of a network. The same for both backends, but
-//! for the sum, which the host has a loop for.
+//! for sums, which the host has loops for.
 
 use candle_core::{Result, Tensor};
 
@@ -156,7 +156,10 @@ impl Function for MeanOfHeads {
     const NAME: &'static str = "mean of heads";
 
     fn forward(&self, operands: &[Tensor]) -> Result<Tensor> {
-        operands[0].mean(1)
+        match Backend::of([&operands[0]]) {
+            Backend::Host => host::mean_of_heads(&operands[0]),
+            Backend::Device => operands[0].mean(1),
+        }
     }
 
     fn backward(

@@ -25,7 +25,7 @@ use candle_core::{
 use super::{
     UNet,
     observation::{LayerAttention, Observed, OwnedWatch, Pass, Watch},
-    parts::{Part, Planes, size, through},
+    parts::{Part, Planes, Trail, size, through, walked},
 };
 use crate::{
     Result,
@@ -208,13 +208,11 @@ fn on_record<'a>(unet: &'a UNet, inputs: &Inputs, watch: Watch<'_>) -> Result<(O
         attention: Vec::new(),
     };
     let (tape, prediction) = Tape::record(inputs.leaves(), || {
-        let first = inputs.latents.leaf.clone();
-        through(&unet.network.parts(), first, |part, x, skip, next| {
-            let target = next.map(size).transpose()?;
-            part.forward(Planes { x, skip, target }, &inputs.time.leaf, &mut pass)
-        })
+        let parts = unet.network.parts();
+        let first = Trail::new(inputs.latents.leaf.clone());
+        walked(&parts, first, &inputs.time.leaf, &mut pass)
     });
-    let prediction = prediction?;
+    let prediction = prediction?.x;
     let results = Seen {
         attention: seen(&pass.attention),
         prediction: Some(prediction.clone()),
@@ -240,37 +238,41 @@ fn part_by_part<'a>(
         is_tracked: is_tracked(&inputs.latents),
     }];
     let mut uses = Vec::with_capacity(parts.len());
-    through(&parts, 0, |part, &x, skip: Option<&usize>, next| {
-        let skip = skip.copied();
-        let target = next.map(|&next| size(&planes[next].value)).transpose()?;
-        let n_seen = pass.attention.len();
-        let read = Planes {
-            x: &planes[x].value,
-            skip: skip.map(|skip| &planes[skip].value),
-            target,
-        };
-        let y = part.forward(read, &inputs.time.leaf, &mut pass)?;
-        let mut read = [Some(x), skip].into_iter().flatten();
-        planes.push(Plane {
-            value: y.detach(),
-            // That y itself is tracked comes from the part's own weights: everything that it read is plain.
-            is_tracked: y.track_op()
-                || read.any(|plane| planes[plane].is_tracked)
-                || (part.reads_context() && is_tracked(&inputs.context))
-                || (part.reads_time() && is_tracked(&inputs.time)),
-        });
-        for seen in &mut pass.attention[n_seen..] {
-            seen.probabilities = seen.probabilities.detach();
-            seen.self_attention = seen.self_attention.as_ref().map(Tensor::detach);
-        }
-        uses.push(Use {
-            x,
-            skip,
-            target,
-            n_seen: pass.attention.len() - n_seen,
-        });
-        Ok(planes.len() - 1)
-    })?;
+    through(
+        &parts,
+        Trail::new(0),
+        |part, &x, skip: Option<&usize>, next| {
+            let skip = skip.copied();
+            let target = next.map(|&next| size(&planes[next].value)).transpose()?;
+            let n_seen = pass.attention.len();
+            let read = Planes {
+                x: &planes[x].value,
+                skip: skip.map(|skip| &planes[skip].value),
+                target,
+            };
+            let y = part.forward(read, &inputs.time.leaf, &mut pass)?;
+            let mut read = [Some(x), skip].into_iter().flatten();
+            planes.push(Plane {
+                value: y.detach(),
+                // That y itself is tracked comes from the part's own weights: everything that it read is plain.
+                is_tracked: y.track_op()
+                    || read.any(|plane| planes[plane].is_tracked)
+                    || (part.reads_context() && is_tracked(&inputs.context))
+                    || (part.reads_time() && is_tracked(&inputs.time)),
+            });
+            for seen in &mut pass.attention[n_seen..] {
+                seen.probabilities = seen.probabilities.detach();
+                seen.self_attention = seen.self_attention.as_ref().map(Tensor::detach);
+            }
+            uses.push(Use {
+                x,
+                skip,
+                target,
+                n_seen: pass.attention.len() - n_seen,
+            });
+            Ok(planes.len() - 1)
+        },
+    )?;
     let last = planes.pop().map(|plane| plane.value);
     let prediction = last.unwrap_or_else(|| inputs.latents.leaf.clone());
     let outputs = Outputs::new(&prediction, pass.attention)?;

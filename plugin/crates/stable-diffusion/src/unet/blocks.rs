@@ -4,9 +4,9 @@ use candle_core::Tensor;
 
 use super::{
     builder::{Builder, Place},
-    observation::{Pass, Stage},
-    parts::{Part, Work},
-    transformer::Transformer,
+    observation::{Pass, Stage, Watch},
+    parts::{Blind, Part, Work},
+    transformer::{Begun, Transformer},
 };
 use crate::{
     Result,
@@ -24,16 +24,40 @@ pub(super) struct Step {
 }
 
 impl Step {
-    pub(super) fn has_transformer(&self) -> bool {
-        self.transformer.is_some()
+    fn part(&self) -> Part<'_> {
+        Part::new(match &self.transformer {
+            None => Work::Blind(Blind::Residual(&self.residual)),
+            Some(transformer) => Work::Looking(Looking {
+                before: &self.residual,
+                transformer,
+                after: None,
+            }),
+        })
+    }
+}
+
+/// What attends to the context, in two halves: the first does not need it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Looking<'a> {
+    before: &'a Residual,
+    transformer: &'a Transformer,
+    after: Option<&'a Residual>,
+}
+
+impl Looking<'_> {
+    pub(super) fn begin(&self, x: &Tensor, time: &Tensor, watch: Watch<'_>) -> Result<Begun> {
+        self.transformer.begin(self.before.forward(x, time)?, watch)
     }
 
-    pub(super) fn forward(&self, x: &Tensor, time: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
-        let x = self.residual.forward(x, time)?;
-        match &self.transformer {
-            Some(transformer) => transformer.forward(&x, pass),
-            None => Ok(x),
-        }
+    pub(super) fn finish(
+        &self,
+        begun: Begun,
+        time: &Tensor,
+        pass: &mut Pass<'_>,
+    ) -> Result<Tensor> {
+        let x = self.transformer.finish(begun, pass)?;
+        self.after
+            .map_or(Ok(x.clone()), |after| after.forward(&x, time))
     }
 }
 
@@ -83,10 +107,9 @@ impl DownLevel {
 
     /// Every plane waits for the way up.
     pub(super) fn parts(&self) -> impl Iterator<Item = Part<'_>> {
-        let steps = self.steps.iter().map(Work::Step);
-        steps
-            .chain(self.halve.as_ref().map(Work::Conv))
-            .map(|work| Part::new(work).leaving_skip())
+        let halve = self.halve.as_ref().map(Blind::Conv).map(Work::Blind);
+        let steps = self.steps.iter().map(Step::part);
+        steps.chain(halve.map(Part::new)).map(Part::leaving_skip)
     }
 }
 
@@ -114,10 +137,12 @@ impl Middle {
         })
     }
 
-    pub(super) fn forward(&self, x: &Tensor, time: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
-        let x = self.first.forward(x, time)?;
-        let x = self.transformer.forward(&x, pass)?;
-        self.second.forward(&x, time)
+    pub(super) fn part(&self) -> Part<'_> {
+        Part::new(Work::Looking(Looking {
+            before: &self.first,
+            transformer: &self.transformer,
+            after: Some(&self.second),
+        }))
     }
 }
 
@@ -171,20 +196,15 @@ impl UpLevel {
     /// Every step sees a plane that waited. The last is enlarged to the size of the one that waits next, not to twice its
     /// own: odd sides were rounded on the way down.
     pub(super) fn parts(&self) -> impl Iterator<Item = Part<'_>> {
-        let steps = self.steps.iter();
-        steps
-            .map(|step| Part::new(Work::Step(step)).taking_skip())
-            .chain(
-                self.enlarge
-                    .as_ref()
-                    .map(|conv| Part::new(Work::Enlarge(conv))),
-            )
+        let enlarge = self.enlarge.as_ref().map(Blind::Enlarge).map(Work::Blind);
+        let steps = self.steps.iter().map(|step| step.part().taking_skip());
+        steps.chain(enlarge.map(Part::new))
     }
 }
 
 /// x + conv(silu(norm(conv(silu(norm(x))) + projection of the time))), the sum's x projected if widths differ.
 #[derive(Debug)]
-struct Residual {
+pub(super) struct Residual {
     norm_1: GroupNorm,
     conv_1: Conv3x3,
     time: Linear,
@@ -212,7 +232,7 @@ impl Residual {
     }
 
     /// x `[B, C, h, w]`; `time` `[B, 4·first width]`, activated.
-    fn forward(&self, x: &Tensor, time: &Tensor) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor, time: &Tensor) -> Result<Tensor> {
         let h = self.norm_1.forward_silu(x)?;
         let h = self.conv_1.forward_shifted(&h, &self.time.forward(time)?)?;
         let h = self.conv_2.forward(&self.norm_2.forward_silu(&h)?)?;

@@ -9,6 +9,7 @@ mod blocks;
 mod builder;
 mod observation;
 mod parts;
+mod stem;
 mod transformer;
 
 use candle_core::{DType, Device, Tensor};
@@ -17,7 +18,7 @@ use self::{
     blocks::{DownLevel, Middle, UpLevel},
     builder::Builder,
     observation::Pass,
-    parts::{Part, Planes, Work, size, through},
+    parts::{Blind, Part, Trail, Work, walked},
 };
 use crate::{
     Error, Result,
@@ -31,6 +32,7 @@ use crate::{
 
 pub use backward::Backward;
 pub use observation::{CrossAttentionLayer, LayerAttention, Observed, Stage, Watch};
+pub use stem::Stem;
 
 /// The network with its weights.
 #[derive(Debug)]
@@ -178,7 +180,8 @@ impl UNet {
     /// The prediction `[B, 4, h, w]`.
     ///
     /// # Shapes
-    /// latents `[B, 4, h, w]`; one timestep per sample, in [0, T); context `[B, N, D]`, or `[1, N, D]` for all.
+    /// latents `[B, 4, h, w]`; one timestep per sample, in [0, T); context `[B, N, D]`, or `[1, N, D]` for all. Of one latent
+    /// there may be M contexts, `[M, N, D]`, and then M predictions: what they share is computed once.
     ///
     /// # Errors
     /// [`Error::Argument`] when the sizes do not fit.
@@ -199,23 +202,7 @@ impl UNet {
         context: &Tensor,
         watch: Watch<'_>,
     ) -> Result<Observed> {
-        self.check(latents, timesteps, context, watch)?;
-        let [latents, context] = self.as_activations([latents, context])?;
-        let mut pass = Pass {
-            context: &context,
-            watch,
-            attention: Vec::new(),
-        };
-        let forward = || {
-            let parts = self.network.parts();
-            self.network
-                .forward(&parts, &self.config, &latents, timesteps, &mut pass)
-        };
-        let prediction = self.compute(latents.device(), forward)?;
-        Ok(Observed {
-            prediction: prediction.to_dtype(DType::F32)?,
-            attention: pass.attention,
-        })
+        self.go_on(self.stem(latents, timesteps, watch)?, context, watch)
     }
 
     /// [`Self::forward_observed`], and the way to the gradients of what is computed from it. They are the same bits, whatever
@@ -230,7 +217,8 @@ impl UNet {
         context: &Tensor,
         watch: Watch<'_>,
     ) -> Result<(Observed, Backward<'_>)> {
-        self.check(latents, timesteps, context, watch)?;
+        self.check_latents(latents, timesteps)?;
+        self.check_context(latents.dim(0)?, context, watch)?;
         let is_again = self.computes_again(latents)?;
         let [latents, context] = self.as_activations([latents, context])?;
         let (observed, backward) = self.compute(latents.device(), || {
@@ -257,7 +245,8 @@ impl UNet {
         n_up: usize,
     ) -> Result<Tensor> {
         let watch = Watch::NOTHING;
-        self.check(latents, timesteps, context, watch)?;
+        self.check_latents(latents, timesteps)?;
+        self.check_context(latents.dim(0)?, context, watch)?;
         let n_levels = self.network.up.len();
         if n_up == 0 || n_up > n_levels {
             return Err(Error::argument(
@@ -273,10 +262,13 @@ impl UNet {
         };
         let rise = || {
             let parts = self.network.parts_up_to(n_up);
-            self.network
-                .forward(&parts, &self.config, &latents, timesteps, &mut pass)
+            let time = self.network.time(&self.config, &latents, timesteps)?;
+            walked(&parts, Trail::new(latents.clone()), &time, &mut pass)
         };
-        Ok(self.compute(latents.device(), rise)?.to_dtype(DType::F32)?)
+        Ok(self
+            .compute(latents.device(), rise)?
+            .x
+            .to_dtype(DType::F32)?)
     }
 
     /// A part of a pass, at the precision of this network.
@@ -337,13 +329,7 @@ impl UNet {
         })
     }
 
-    fn check(
-        &self,
-        latents: &Tensor,
-        timesteps: &[f32],
-        context: &Tensor,
-        watch: Watch<'_>,
-    ) -> Result<()> {
+    fn check_latents(&self, latents: &Tensor, timesteps: &[f32]) -> Result<()> {
         let (n_samples, n_channels, height, width) = latents.dims4()?;
         if n_channels != self.config.in_channels || height == 0 || width == 0 {
             let reason = format!(
@@ -357,6 +343,18 @@ impl UNet {
             let reason = format!("{} for {n_samples} samples", timesteps.len());
             return Err(Error::argument("timesteps", reason));
         }
+        // The planes of the finest level that wait for the way up, and two at work.
+        let widths = &self.config.block_out_channels;
+        let n_planes = 2 + self.config.layers_per_block.first().unwrap_or(&0);
+        let plane = bytes_of(&[n_samples, widths[0], height, width]);
+        let least = plane.saturating_mul(n_planes as u64);
+        foresee(latents.device(), least, || {
+            format!("a pass through the U-Net with {n_samples} latents of {width} x {height}")
+        })
+    }
+
+    /// A context of `n_samples` latents.
+    fn check_context(&self, n_samples: usize, context: &Tensor, watch: Watch<'_>) -> Result<()> {
         let (n_contexts, n_tokens, width) = context.dims3()?;
         let expected = self.config.cross_attention_dim;
         if width != expected || (n_contexts != 1 && n_contexts != n_samples) {
@@ -384,14 +382,7 @@ impl UNet {
                 format!("{layer} of {}", self.layers.len()),
             ));
         }
-        // The planes of the finest level that wait for the way up, and two at work.
-        let widths = &self.config.block_out_channels;
-        let n_planes = 2 + self.config.layers_per_block.first().unwrap_or(&0);
-        let plane = bytes_of(&[n_samples, widths[0], height, width]);
-        let least = plane.saturating_mul(n_planes as u64);
-        foresee(latents.device(), least, || {
-            format!("a pass through the U-Net with {n_samples} latents of {width} x {height}")
-        })
+        Ok(())
     }
 }
 
@@ -460,7 +451,7 @@ impl Network {
 
     /// From the latents to the prediction.
     fn parts(&self) -> Vec<Part<'_>> {
-        let out = Part::new(Work::Out(&self.norm_out, &self.conv_out));
+        let out = Part::new(Work::Blind(Blind::Out(&self.norm_out, &self.conv_out)));
         let mut parts = self.parts_up_to(self.up.len());
         parts.push(out);
         parts
@@ -468,12 +459,12 @@ impl Network {
 
     /// From the latents through all levels down, the middle and `n_up` levels up.
     fn parts_up_to(&self, n_up: usize) -> Vec<Part<'_>> {
-        let first = Part::new(Work::Conv(&self.conv_in)).leaving_skip();
+        let first = Part::new(Work::Blind(Blind::Conv(&self.conv_in))).leaving_skip();
         let down = self.down.iter().flat_map(DownLevel::parts);
         let up = self.up[..n_up].iter().flat_map(UpLevel::parts);
         std::iter::once(first)
             .chain(down)
-            .chain([Part::new(Work::Middle(&self.middle))])
+            .chain([self.middle.part()])
             .chain(up)
             .collect()
     }
@@ -484,22 +475,6 @@ impl Network {
         let time = ops::silu(&self.time_1.forward(&time.to_dtype(latents.dtype())?)?)?;
         // Every residual block starts from the same activation.
         ops::silu(&self.time_2.forward(&time)?)
-    }
-
-    /// The plane that the last of these parts gives.
-    fn forward(
-        &self,
-        parts: &[Part<'_>],
-        config: &UNetConfig,
-        latents: &Tensor,
-        timesteps: &[f32],
-        pass: &mut Pass<'_>,
-    ) -> Result<Tensor> {
-        let time = self.time(config, latents, timesteps)?;
-        through(parts, latents.clone(), |part, x, skip, next| {
-            let target = next.map(size).transpose()?;
-            part.forward(Planes { x, skip, target }, &time, pass)
-        })
     }
 }
 

@@ -79,7 +79,8 @@ pub enum Watch<'a> {
 }
 
 impl<'a> Watch<'a> {
-    pub(super) const NOTHING: Self = Self::Layers(&[], &[]);
+    /// Nothing is watched.
+    pub const NOTHING: Self = Self::Layers(&[], &[]);
 
     /// The watched positions of the prompt.
     pub(super) fn all_positions(self) -> &'a [usize] {

@@ -4,7 +4,7 @@
 use candle_core::Tensor;
 
 use super::{
-    blocks::{Middle, Step},
+    blocks::{Looking, Residual},
     observation::Pass,
 };
 use crate::{
@@ -26,16 +26,46 @@ pub(super) struct Part<'a> {
 /// What a part does.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Work<'a> {
+    /// It does not look at the context.
+    Blind(Blind<'a>),
+    /// It does.
+    Looking(Looking<'a>),
+}
+
+/// What needs no context.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Blind<'a> {
     /// The first plane, or one of half the size.
     Conv(&'a Conv3x3),
-    /// A residual block, and a transformer if its level has them.
-    Step(&'a Step),
-    /// The coarsest level once more.
-    Middle(&'a Middle),
+    /// A residual block of a level without transformers.
+    Residual(&'a Residual),
     /// A plane of the size of the one that waits.
     Enlarge(&'a Conv3x3),
     /// The prediction.
     Out(&'a GroupNorm, &'a Conv3x3),
+}
+
+impl Blind<'_> {
+    /// Height and width to which [`Blind::Enlarge`] enlarges are `target`, or twice those of x.
+    pub(super) fn forward(
+        self,
+        x: &Tensor,
+        target: Option<[usize; 2]>,
+        time: &Tensor,
+    ) -> Result<Tensor> {
+        match self {
+            Self::Conv(conv) => conv.forward(x),
+            Self::Residual(residual) => residual.forward(x, time),
+            Self::Enlarge(conv) => {
+                let [height, width] = match target {
+                    Some(target) => target,
+                    None => [2 * x.dim(2)?, 2 * x.dim(3)?],
+                };
+                conv.forward(&ops::upsample_nearest(x, height, width)?)
+            }
+            Self::Out(norm, conv) => conv.forward(&norm.forward_silu(x)?),
+        }
+    }
 }
 
 /// The planes that a part works on.
@@ -45,7 +75,7 @@ pub(super) struct Planes<'a> {
     pub(super) x: &'a Tensor,
     /// What it sees beside it.
     pub(super) skip: Option<&'a Tensor>,
-    /// Height and width to which [`Work::Enlarge`] enlarges; twice those of x where nothing waits.
+    /// Height and width to which [`Blind::Enlarge`] enlarges; twice those of x where nothing waits.
     pub(super) target: Option<[usize; 2]>,
 }
 
@@ -74,16 +104,15 @@ impl<'a> Part<'a> {
 
     /// Whether it attends to the context.
     pub(super) fn reads_context(&self) -> bool {
-        match self.work {
-            Work::Step(step) => step.has_transformer(),
-            Work::Middle(_) => true,
-            Work::Conv(_) | Work::Enlarge(_) | Work::Out(..) => false,
-        }
+        matches!(self.work, Work::Looking(_))
     }
 
     /// Whether it is told the time.
     pub(super) fn reads_time(&self) -> bool {
-        matches!(self.work, Work::Step(_) | Work::Middle(_))
+        matches!(
+            self.work,
+            Work::Looking(_) | Work::Blind(Blind::Residual(_))
+        )
     }
 
     /// Its plane; what is watched in it is added to `pass`.
@@ -99,38 +128,65 @@ impl<'a> Part<'a> {
             .transpose()?;
         let x = joined.as_ref().unwrap_or(planes.x);
         match self.work {
-            Work::Conv(conv) => conv.forward(x),
-            Work::Step(step) => step.forward(x, time, pass),
-            Work::Middle(middle) => middle.forward(x, time, pass),
-            Work::Enlarge(conv) => {
-                let [height, width] = match planes.target {
-                    Some(target) => target,
-                    None => [2 * x.dim(2)?, 2 * x.dim(3)?],
-                };
-                conv.forward(&ops::upsample_nearest(x, height, width)?)
-            }
-            Work::Out(norm, conv) => conv.forward(&norm.forward_silu(x)?),
+            Work::Blind(work) => work.forward(x, planes.target, time),
+            Work::Looking(work) => work.finish(work.begin(x, time, pass.watch)?, time, pass),
         }
     }
 }
 
-/// Goes through `parts` from the plane `first`. `run` makes a part's plane of its own, the one that it takes, and the one
-/// that waits for whoever is next.
-pub(super) fn through<P: Clone>(
-    parts: &[Part<'_>],
-    first: P,
-    mut run: impl FnMut(&Part<'_>, &P, Option<&P>, Option<&P>) -> Result<P>,
-) -> Result<P> {
-    let mut x = first;
-    let mut waiting: Vec<P> = Vec::new();
-    for part in parts {
-        let skip = if part.takes_skip { waiting.pop() } else { None };
-        x = run(part, &x, skip.as_ref(), waiting.last())?;
-        if part.leaves_skip {
-            waiting.push(x.clone());
+/// Where a pass is.
+#[derive(Debug, Clone)]
+pub(super) struct Trail<P> {
+    /// The plane of the part before.
+    pub(super) x: P,
+    /// Planes that wait for the way up, the last first.
+    pub(super) waiting: Vec<P>,
+}
+
+impl<P: Clone> Trail<P> {
+    pub(super) fn new(first: P) -> Self {
+        Self {
+            x: first,
+            waiting: Vec::new(),
         }
     }
-    Ok(x)
+
+    /// Behind the part that made x.
+    pub(super) fn after(mut self, part: &Part<'_>) -> Self {
+        if part.leaves_skip {
+            self.waiting.push(self.x.clone());
+        }
+        self
+    }
+}
+
+/// Goes through `parts`. `run` makes a part's plane of its own, the one that it takes, and the one that waits for whoever is
+/// next.
+pub(super) fn through<P: Clone>(
+    parts: &[Part<'_>],
+    from: Trail<P>,
+    mut run: impl FnMut(&Part<'_>, &P, Option<&P>, Option<&P>) -> Result<P>,
+) -> Result<Trail<P>> {
+    let mut trail = from;
+    for part in parts {
+        let skip = part.takes_skip.then(|| trail.waiting.pop()).flatten();
+        trail.x = run(part, &trail.x, skip.as_ref(), trail.waiting.last())?;
+        trail = trail.after(part);
+    }
+    Ok(trail)
+}
+
+/// [`through`] with planes at hand.
+pub(super) fn walked(
+    parts: &[Part<'_>],
+    from: Trail<Tensor>,
+    time: &Tensor,
+    pass: &mut Pass<'_>,
+) -> Result<Trail<Tensor>> {
+    through(parts, from, |part, x, skip, next| {
+        let target = next.map(size).transpose()?;
+        part.forward(Planes { x, skip, target }, time, pass)
+    })
 }
 
 /// Height and width of a plane `[B, C, h, w]`.

@@ -4,10 +4,10 @@ use candle_core::Tensor;
 
 use super::{
     builder::{Builder, Place},
-    observation::{LayerAttention, Pass},
+    observation::{LayerAttention, Pass, Watch},
 };
 use crate::{
-    Result,
+    Error, Result,
     layers::{GroupNorm, LayerNorm, Linear},
     lora::LoraAdapter,
     ops::{self, Mask},
@@ -56,17 +56,66 @@ impl Transformer {
         })
     }
 
-    /// x `[B, C, h, w]`.
-    pub(super) fn forward(&self, x: &Tensor, pass: &mut Pass<'_>) -> Result<Tensor> {
+    /// Up to where the context is first looked at; x `[B, C, h, w]`.
+    pub(super) fn begin(&self, x: Tensor, watch: Watch<'_>) -> Result<Begun> {
+        let tokens = self.proj_in.forward_to_tokens(&self.norm.forward(&x)?)?;
+        let (tokens, self_attention) = match self.blocks.first() {
+            Some(block) => block.attend_to_itself(&tokens, watch)?,
+            None => (tokens, None),
+        };
+        Ok(Begun {
+            x,
+            tokens,
+            self_attention,
+        })
+    }
+
+    /// From there on.
+    pub(super) fn finish(&self, begun: Begun, pass: &mut Pass<'_>) -> Result<Tensor> {
+        let Begun {
+            x,
+            mut tokens,
+            mut self_attention,
+        } = begun;
         let (_, _, height, width) = x.dims4()?;
-        let mut tokens = self.proj_in.forward_to_tokens(&self.norm.forward(x)?)?;
-        for block in &self.blocks {
-            tokens = block.forward(&tokens, [height, width], pass)?;
+        for (index, block) in self.blocks.iter().enumerate() {
+            if index > 0 {
+                (tokens, self_attention) = block.attend_to_itself(&tokens, pass.watch)?;
+            } else if !pass.watch.sees_self_attention(block.layer) {
+                self_attention = None;
+            } else if self_attention.is_none() {
+                let reason = "the stem did not watch the self-attention that its pass should tell";
+                return Err(Error::argument("watch", reason));
+            }
+            tokens = block.finish(&tokens, [height, width], self_attention.take(), pass)?;
         }
         ops::add(
-            x,
+            &x,
             &self.proj_out.forward_to_plane(&tokens, [height, width])?,
         )
+    }
+}
+
+/// A transformer before it looks at the context.
+#[derive(Debug, Clone)]
+pub(super) struct Begun {
+    /// Its plane, `[B, C, h, w]`.
+    x: Tensor,
+    /// The plane's pixels after the first self-attention, `[B, h·w, C]`.
+    tokens: Tensor,
+    /// See [`LayerAttention::self_attention`].
+    self_attention: Option<Tensor>,
+}
+
+impl Begun {
+    /// For as many samples.
+    pub(super) fn for_samples(self, n_samples: usize) -> Result<Self> {
+        let repeated = |x: &Tensor| ops::for_samples(x, n_samples);
+        Ok(Self {
+            x: repeated(&self.x)?,
+            tokens: repeated(&self.tokens)?,
+            self_attention: self.self_attention.as_ref().map(repeated).transpose()?,
+        })
     }
 }
 
@@ -105,28 +154,33 @@ impl Block {
         })
     }
 
-    /// x `[B, h·w, C]`.
-    fn forward(
-        &self,
-        x: &Tensor,
-        [height, width]: [usize; 2],
-        pass: &mut Pass<'_>,
-    ) -> Result<Tensor> {
+    /// The first of the sums, and what was watched in it; x `[B, h·w, C]`.
+    fn attend_to_itself(&self, x: &Tensor, watch: Watch<'_>) -> Result<(Tensor, Option<Tensor>)> {
         let h = self.norm_1.forward(x)?;
         let [q, k, v] = self.self_attention.project(&h, &h)?;
         let n_heads = self.self_attention.n_heads;
-        let (attended, self_attention) = if pass.watch.sees_self_attention(self.layer) {
-            let all: Vec<usize> = (0..height * width).collect();
+        let (attended, self_attention) = if watch.sees_self_attention(self.layer) {
+            let all: Vec<usize> = (0..x.dim(1)?).collect();
             let (attended, seen) = ops::observed_attention(&q, &k, &v, n_heads, &all)?;
             (attended, Some(ops::mean_of_heads(&seen)?))
         } else {
             (ops::attention(&q, &k, &v, n_heads, Mask::None)?, None)
         };
         let x = ops::add(x, &self.self_attention.out.forward(&attended)?)?;
+        Ok((x, self_attention))
+    }
 
-        let h = self.norm_2.forward(&x)?;
+    /// The others.
+    fn finish(
+        &self,
+        x: &Tensor,
+        [height, width]: [usize; 2],
+        self_attention: Option<Tensor>,
+        pass: &mut Pass<'_>,
+    ) -> Result<Tensor> {
+        let h = self.norm_2.forward(x)?;
         let attended = self.attend_to_context(&h, [height, width], self_attention, pass)?;
-        let x = ops::add(&x, &attended)?;
+        let x = ops::add(x, &attended)?;
 
         let h = self.widen.forward_gated(&self.norm_3.forward(&x)?)?;
         ops::add(&x, &self.narrow.forward(&h)?)

@@ -31,7 +31,7 @@ use self::{
 };
 use super::{Activation, After, Mask, Padding, function};
 
-pub(super) use sum::{add_to, rounded, sum, widened};
+pub(super) use sum::{add_to, mean_of_heads, rounded, sum, widened};
 
 pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     layer::apply(Projection::tokens(x, weight)?, x, weight, bias)

@@ -7,7 +7,7 @@ use super::{
     memory::{Values, tensor},
     numbers::{self, Numbers},
     projection::add_to as add_slice,
-    simd::{CHUNK, zip_map},
+    simd::{CHUNK, vectorize, zip_map},
 };
 
 /// x + scale·y of two tensors of one shape.
@@ -24,6 +24,40 @@ pub(in crate::ops) fn sum(x: &Tensor, y: &Tensor, scale: f64) -> Result<Tensor> 
         |x, y| x + scale * y,
     );
     tensor(sums, x.shape(), x.device())
+}
+
+/// The mean of x `[B, heads, ..]` over its heads, `[B, ..]`.
+pub(in crate::ops) fn mean_of_heads(x: &Tensor) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    let [n_samples, n_heads, rest @ ..] = x.dims() else {
+        candle_core::bail!("heads are the second dimension, not {:?}", x.shape())
+    };
+    let (shape, n) = (
+        [&[*n_samples], rest].concat(),
+        rest.iter().product::<usize>(),
+    );
+    let (values, share) = (Values::of(&x)?, 1.0 / *n_heads as f32);
+    let values = values.as_slice()?;
+    let mut means = vec![0.0; n_samples * n];
+    let samples = means
+        .chunks_mut(n.max(1))
+        .zip(values.chunks((n_heads * n).max(1)));
+    let pieces: Vec<_> = samples
+        .flat_map(|(means, heads)| {
+            let pieces = means.chunks_mut(CHUNK).enumerate();
+            pieces.map(move |(piece, means)| (piece * CHUNK, means, heads))
+        })
+        .collect();
+    pieces.into_par_iter().for_each(|(start, means, heads)| {
+        for head in heads.chunks(n) {
+            add_slice(means, &head[start..][..means.len()]);
+        }
+        vectorize(
+            #[inline(always)]
+            || means.iter_mut().for_each(|mean| *mean *= share),
+        );
+    });
+    tensor(means, shape, x.device())
 }
 
 /// Adds to the numbers of a tensor where they are; false, and nothing is done, unless both are f32 in memory and of one shape.

@@ -37,7 +37,7 @@ use rayon::prelude::*;
 use super::{
     gemm::{Matrix, MatrixMut, Tile},
     memory::{Values, tensor, unwritten},
-    simd::{exp, items_per_thread, sum_zip_by},
+    simd::{exp, items_per_thread, sum_zip_by, vectorize},
     tiles::{Factors, Means, Tiles},
 };
 use crate::ops::{
@@ -382,9 +382,16 @@ impl Softmax {
             for (dst, value) in written.out.row_mut(row).iter_mut().zip(column) {
                 *dst = weight * value;
             }
-            for score in &mut written.columns[row * n_watched..][..n_watched] {
-                *score = exp(self.scale * *score - *log_sum);
-            }
+            let scores = &mut written.columns[row * n_watched..][..n_watched];
+            let (scale, log_sum) = (self.scale, *log_sum);
+            vectorize(
+                #[inline(always)]
+                || {
+                    for score in scores {
+                        *score = exp(scale * *score - log_sum);
+                    }
+                },
+            );
         }
     }
 }
