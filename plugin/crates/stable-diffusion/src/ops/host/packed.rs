@@ -6,7 +6,8 @@
 //!
 //! | product | left | right |
 //! |---|---|---|
-//! | `Y = X·W`, many rows of X | X | W, in panels |
+//! | `Y = X·W`, many rows of X | X, in a few parts | some columns of W, in panels |
+//! | the same, few columns of W | X, in more parts | all of W, in panels |
 //! | the same, few rows: `Yᵀ = Wᵀ·Xᵀ` | Wᵀ, which has contiguous rows | Xᵀ, in panels |
 
 use std::ops::Range;
@@ -29,9 +30,11 @@ const ITEMS: usize = 8;
 const DEPTH: usize = 512;
 /// Rows of the right factor that are copied at a time: with the columns of an item, a part of the second-level cache.
 const ROWS_COPIED: usize = 3 * DEPTH;
-/// Rows of the left factor that meet all panels one after the other, and of an item of a transposed product: whole sixes and
-/// sixteens.
-const ROWS: usize = 6 * SIDE;
+/// Rows of the left factor that meet all panels one after the other, and of an item of a transposed product, or half of them:
+/// whole sixes and sixteens.
+const ROWS: usize = SIX * SIDE;
+/// Rows that are multiplied at once.
+const SIX: usize = 6;
 /// Products that are too few for anything to be copied.
 const FEW: usize = 1 << 18;
 
@@ -101,6 +104,12 @@ fn parts(n: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
         .map(move |start| start..n.min(start + len))
 }
 
+/// In how many parts `n` rows are multiplied, at most: two threads, or four, take as many each.
+fn row_parts(n: usize) -> usize {
+    let parts = (n / ROWS_OF_ITEM).max(1);
+    1 << parts.ilog2()
+}
+
 fn straight(
     dst: MatrixMut<'_>,
     write: Write,
@@ -110,9 +119,12 @@ fn straight(
 ) {
     let [m, n] = dst.dims();
     let n_parts = n.div_ceil(COLUMNS);
+    let n_row_parts = row_parts(m).min(ITEMS.div_ceil(n_parts));
+    if n_parts * n_row_parts < ITEMS / 2 && rhs.dims()[0] <= ROWS_COPIED {
+        return shared(dst, write, lhs, rhs, finish);
+    }
     let n_columns = n.div_ceil(n_parts).next_multiple_of(PANEL);
-    let n_rows = m.div_ceil(ITEMS.div_ceil(n_parts)).max(ROWS_OF_ITEM);
-    let tiles = dst.tiles([n_rows, n_columns]);
+    let tiles = dst.tiles([m.div_ceil(n_row_parts), n_columns]);
     tiles.into_par_iter().for_each(|mut tile| {
         let (lhs, rhs) = (lhs.rows(tile.rows.clone()), rhs.cols(tile.cols.clone()));
         let mut write = write;
@@ -134,6 +146,37 @@ fn straight(
     });
 }
 
+/// [`straight`] for a right factor that is small: all of it is copied once, and items are some rows of the left one.
+fn shared(
+    dst: MatrixMut<'_>,
+    write: Write,
+    lhs: Matrix<'_>,
+    rhs: Matrix<'_>,
+    finish: &(impl Fn(&mut Tile<'_>) + Sync),
+) {
+    let [m, n] = dst.dims();
+    with_panels(rhs, |panels| {
+        let n_rows = m.div_ceil(ITEMS).next_multiple_of(SIX).min(ROWS);
+        let tiles = dst.tiles([n_rows, n]);
+        tiles.into_par_iter().for_each(|mut tile| {
+            panels.multiply(&mut tile.values, write, lhs.rows(tile.rows.clone()));
+            finish(&mut tile);
+        });
+    });
+}
+
+/// Lends all panels of a right factor.
+fn with_panels(rhs: Matrix<'_>, work: impl FnOnce(&Panels<'_>)) {
+    with_scratch(Panels::len(rhs.dims()), |panels| {
+        let mut panels = Panels::of(panels, rhs.dims());
+        let places: Vec<_> = panels.each().collect();
+        places
+            .into_par_iter()
+            .for_each(|(panel, place)| copy(rhs.cols(panel), place));
+        work(&panels);
+    });
+}
+
 /// dst = (rhsᵀ·lhsᵀ)ᵀ
 fn transposed(
     dst: MatrixMut<'_>,
@@ -142,16 +185,10 @@ fn transposed(
     finish: &(impl Fn(&mut Tile<'_>) + Sync),
 ) {
     let (left, right) = (rhs.t(), lhs.t());
-    let [m, _] = dst.dims();
-    let dims = right.dims();
-    with_scratch(Panels::len(dims), |panels| {
-        let mut panels = Panels::of(panels, dims);
-        let places: Vec<_> = panels.each().collect();
-        places
-            .into_par_iter()
-            .for_each(|(panel, place)| copy(right.cols(panel), place));
-        let panels = &panels;
-        let tiles = dst.tiles([m, ROWS]);
+    let [m, n] = dst.dims();
+    with_panels(right, |panels| {
+        let n_columns = if n < ITEMS * ROWS { ROWS / 2 } else { ROWS };
+        let tiles = dst.tiles([m, n_columns]);
         tiles.into_par_iter().for_each(|mut tile| {
             let (n_rows, len) = (tile.cols.len(), m.next_multiple_of(SIDE));
             // Whole squares are turned.

@@ -258,8 +258,10 @@ impl Planes {
 
     fn blocks(&self, n_samples: usize) -> Vec<Block> {
         let (across, down) = (self.tiles_across(), self.size[0].div_ceil(M));
-        let at_once = (MOST_TILES / across).max(1);
         let n_rows = n_samples * down;
+        // Blocks of one size: threads that take them end together.
+        let n_blocks = n_rows.div_ceil((MOST_TILES / across).max(1)).max(1);
+        let at_once = n_rows.div_ceil(n_blocks).max(1);
         let block = |start: usize| {
             let end = n_rows.min(start + at_once);
             let span = |sample: usize| {
