@@ -56,8 +56,10 @@ impl Looking<'_> {
         pass: &mut Pass<'_>,
     ) -> Result<Tensor> {
         let x = self.transformer.finish(begun, pass)?;
-        self.after
-            .map_or(Ok(x.clone()), |after| after.forward(&x, time))
+        match self.after {
+            Some(after) => after.forward(&x, time),
+            None => Ok(x),
+        }
     }
 }
 

@@ -19,6 +19,7 @@ use self::{
     builder::Builder,
     observation::Pass,
     parts::{Blind, Part, Trail, Work, walked},
+    stem::n_predictions,
 };
 use crate::{
     Error, Result,
@@ -202,6 +203,10 @@ impl UNet {
         context: &Tensor,
         watch: Watch<'_>,
     ) -> Result<Observed> {
+        // Before anything is computed.
+        self.check_latents(latents, timesteps)?;
+        let n_samples = n_predictions(latents.dim(0)?, context)?;
+        self.check_context(n_samples, context, watch)?;
         self.go_on(self.stem(latents, timesteps, watch)?, context, watch)
     }
 
@@ -343,12 +348,21 @@ impl UNet {
             let reason = format!("{} for {n_samples} samples", timesteps.len());
             return Err(Error::argument("timesteps", reason));
         }
+        self.foresee_pass(latents.device(), n_samples, [height, width])
+    }
+
+    fn foresee_pass(
+        &self,
+        device: &Device,
+        n_samples: usize,
+        [height, width]: [usize; 2],
+    ) -> Result<()> {
         // The planes of the finest level that wait for the way up, and two at work.
         let widths = &self.config.block_out_channels;
         let n_planes = 2 + self.config.layers_per_block.first().unwrap_or(&0);
         let plane = bytes_of(&[n_samples, widths[0], height, width]);
         let least = plane.saturating_mul(n_planes as u64);
-        foresee(latents.device(), least, || {
+        foresee(device, least, || {
             format!("a pass through the U-Net with {n_samples} latents of {width} x {height}")
         })
     }

@@ -139,7 +139,7 @@ impl<'a> Part<'a> {
 pub(super) struct Trail<P> {
     /// The plane of the part before.
     pub(super) x: P,
-    /// Planes that wait for the way up, the last first.
+    /// Planes that wait for the way up; the last is wanted next.
     pub(super) waiting: Vec<P>,
 }
 

@@ -5,7 +5,7 @@ use candle_core::{DType, Tensor};
 use super::{
     UNet,
     observation::{Observed, Pass, Watch},
-    parts::{Part, Trail, Work, walked},
+    parts::{Part, Trail, Work, size, walked},
     transformer::Begun,
 };
 use crate::{Error, Result, ops};
@@ -36,6 +36,14 @@ impl Stem {
             ..self
         })
     }
+}
+
+/// One for each sample, or of the only one with each context.
+pub(super) fn n_predictions(n_samples: usize, context: &Tensor) -> Result<usize> {
+    Ok(match n_samples {
+        1 => context.dim(0)?,
+        n_samples => n_samples,
+    })
 }
 
 impl UNet {
@@ -108,11 +116,11 @@ impl UNet {
     }
 
     pub(super) fn go_on(&self, stem: Stem, context: &Tensor, watch: Watch<'_>) -> Result<Observed> {
-        let n_samples = match stem.n_samples {
-            1 => context.dim(0)?,
-            n_samples => n_samples,
-        };
+        let n_samples = n_predictions(stem.n_samples, context)?;
         self.check_context(n_samples, context, watch)?;
+        if let Some(finest) = stem.waiting.first() {
+            self.foresee_pass(context.device(), n_samples, size(finest)?)?;
+        }
         let context = context.to_dtype(self.activations)?;
         let mut pass = Pass {
             context: &context,
