@@ -204,10 +204,11 @@ impl UNet {
         watch: Watch<'_>,
     ) -> Result<Observed> {
         // Before anything is computed.
-        self.check_latents(latents, timesteps)?;
-        let n_samples = n_predictions(latents.dim(0)?, context)?;
+        let size = self.check_latents(latents, timesteps)?;
+        let n_samples = n_predictions(timesteps.len(), context)?;
         self.check_context(n_samples, context, watch)?;
-        self.go_on(self.stem(latents, timesteps, watch)?, context, watch)
+        self.foresee_pass(latents.device(), n_samples, size)?;
+        self.go_on(self.begin(latents, timesteps, watch)?, context, watch)
     }
 
     /// [`Self::forward_observed`], and the way to the gradients of what is computed from it. They are the same bits, whatever
@@ -222,8 +223,9 @@ impl UNet {
         context: &Tensor,
         watch: Watch<'_>,
     ) -> Result<(Observed, Backward<'_>)> {
-        self.check_latents(latents, timesteps)?;
-        self.check_context(latents.dim(0)?, context, watch)?;
+        let size = self.check_latents(latents, timesteps)?;
+        self.check_context(timesteps.len(), context, watch)?;
+        self.foresee_pass(latents.device(), timesteps.len(), size)?;
         let is_again = self.computes_again(latents)?;
         let [latents, context] = self.as_activations([latents, context])?;
         let (observed, backward) = self.compute(latents.device(), || {
@@ -250,8 +252,9 @@ impl UNet {
         n_up: usize,
     ) -> Result<Tensor> {
         let watch = Watch::NOTHING;
-        self.check_latents(latents, timesteps)?;
-        self.check_context(latents.dim(0)?, context, watch)?;
+        let size = self.check_latents(latents, timesteps)?;
+        self.check_context(timesteps.len(), context, watch)?;
+        self.foresee_pass(latents.device(), timesteps.len(), size)?;
         let n_levels = self.network.up.len();
         if n_up == 0 || n_up > n_levels {
             return Err(Error::argument(
@@ -334,7 +337,8 @@ impl UNet {
         })
     }
 
-    fn check_latents(&self, latents: &Tensor, timesteps: &[f32]) -> Result<()> {
+    /// Height and width of latents that fit.
+    fn check_latents(&self, latents: &Tensor, timesteps: &[f32]) -> Result<[usize; 2]> {
         let (n_samples, n_channels, height, width) = latents.dims4()?;
         if n_channels != self.config.in_channels || height == 0 || width == 0 {
             let reason = format!(
@@ -348,7 +352,7 @@ impl UNet {
             let reason = format!("{} for {n_samples} samples", timesteps.len());
             return Err(Error::argument("timesteps", reason));
         }
-        self.foresee_pass(latents.device(), n_samples, [height, width])
+        Ok([height, width])
     }
 
     fn foresee_pass(

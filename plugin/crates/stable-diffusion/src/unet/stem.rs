@@ -56,7 +56,18 @@ impl UNet {
     /// # Errors
     /// [`Error::Argument`] when the sizes do not fit.
     pub fn stem(&self, latents: &Tensor, timesteps: &[f32], watch: Watch<'_>) -> Result<Stem> {
-        self.check_latents(latents, timesteps)?;
+        let size = self.check_latents(latents, timesteps)?;
+        self.foresee_pass(latents.device(), timesteps.len(), size)?;
+        self.begin(latents, timesteps, watch)
+    }
+
+    /// [`Self::stem`] of latents that were checked.
+    pub(super) fn begin(
+        &self,
+        latents: &Tensor,
+        timesteps: &[f32],
+        watch: Watch<'_>,
+    ) -> Result<Stem> {
         let x = latents.to_dtype(self.activations)?;
         self.compute(latents.device(), || {
             let time = self.network.time(&self.config, &x, timesteps)?;
@@ -94,6 +105,11 @@ impl UNet {
         context: &Tensor,
         watch: Watch<'_>,
     ) -> Result<Observed> {
+        let n_samples = n_predictions(stem.n_samples, context)?;
+        self.check_context(n_samples, context, watch)?;
+        if let Some(finest) = stem.waiting.first() {
+            self.foresee_pass(context.device(), n_samples, size(finest)?)?;
+        }
         self.go_on(stem.clone(), context, watch)
     }
 
@@ -115,12 +131,9 @@ impl UNet {
         contexts.into_iter().map(one).collect()
     }
 
+    /// [`Self::forward_from`] with a context that was checked.
     pub(super) fn go_on(&self, stem: Stem, context: &Tensor, watch: Watch<'_>) -> Result<Observed> {
         let n_samples = n_predictions(stem.n_samples, context)?;
-        self.check_context(n_samples, context, watch)?;
-        if let Some(finest) = stem.waiting.first() {
-            self.foresee_pass(context.device(), n_samples, size(finest)?)?;
-        }
         let context = context.to_dtype(self.activations)?;
         let mut pass = Pass {
             context: &context,

@@ -119,7 +119,7 @@ fn straight(
 ) {
     let [m, n] = dst.dims();
     let n_parts = n.div_ceil(COLUMNS);
-    let n_row_parts = row_parts(m).min(ITEMS.div_ceil(n_parts));
+    let n_row_parts = row_parts(m).min(ITEMS.div_ceil(n_parts).next_power_of_two());
     if n_parts * n_row_parts < ITEMS / 2 && rhs.dims()[0] <= ROWS_COPIED {
         return shared(dst, write, lhs, rhs, finish);
     }
