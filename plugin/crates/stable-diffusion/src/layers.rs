@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use crate::{
     Result,
     lora::{LoraAdapter, LoraFactors},
-    ops::{self, Padding},
+    ops::{self, Padding, dims_of},
     weights::Weights,
 };
 
@@ -19,17 +19,17 @@ pub(crate) struct Linear {
 
 impl Linear {
     pub(crate) fn new(w: &Weights, n_in: usize, n_out: usize) -> Result<Self> {
-        let weight = w.get("weight", &[n_out, n_in])?;
-        Ok(Self {
-            weight,
-            bias: Some(w.get("bias", &[n_out])?),
-            lora: None,
-        })
+        Self::with_bias(w, w.factor("weight", &[n_out, n_in])?)
+    }
+
+    /// Of a few rows at a time, as timesteps are.
+    pub(crate) fn of_few(w: &Weights, n_in: usize, n_out: usize) -> Result<Self> {
+        Self::with_bias(w, w.get("weight", &[n_out, n_in])?)
     }
 
     pub(crate) fn without_bias(w: &Weights, n_in: usize, n_out: usize) -> Result<Self> {
         Ok(Self {
-            weight: w.get("weight", &[n_out, n_in])?,
+            weight: w.factor("weight", &[n_out, n_in])?,
             bias: None,
             lora: None,
         })
@@ -37,7 +37,11 @@ impl Linear {
 
     /// A 1x1 convolution, used as the linear layer of every pixel that it is.
     pub(crate) fn pointwise(w: &Weights, n_in: usize, n_out: usize) -> Result<Self> {
-        let weight = w.get("weight", &[n_out, n_in, 1, 1])?;
+        Self::with_bias(w, w.factor("weight", &[n_out, n_in, 1, 1])?)
+    }
+
+    fn with_bias(w: &Weights, weight: Tensor) -> Result<Self> {
+        let n_out = dims_of(&weight)[0];
         Ok(Self {
             weight,
             bias: Some(w.get("bias", &[n_out])?),
@@ -96,37 +100,34 @@ pub(crate) struct Conv3x3 {
 
 impl Conv3x3 {
     pub(crate) fn new(w: &Weights, n_in: usize, n_out: usize) -> Result<Self> {
-        let (weight, bias) = (
-            w.get("weight", &[n_out, n_in, 3, 3])?,
-            w.get("bias", &[n_out])?,
-        );
+        let weight = w.factor("weight", &[n_out, n_in, 3, 3])?;
         Ok(Self {
             weight,
-            bias,
+            bias: w.get("bias", &[n_out])?,
             stride: 1,
             padding: Padding::around(1),
         })
     }
 
     pub(crate) fn halving(w: &Weights, n_channels: usize, padding: usize) -> Result<Self> {
-        let conv = Self::new(w, n_channels, n_channels)?;
-        Ok(Self {
-            stride: 2,
-            padding: Padding::around(padding),
-            ..conv
-        })
+        Self::halving_with(w, n_channels, Padding::around(padding))
     }
 
     /// Halves with zeros below and to the right only, as the VAE's encoder does.
     pub(crate) fn halving_after(w: &Weights, n_channels: usize) -> Result<Self> {
-        let conv = Self::new(w, n_channels, n_channels)?;
+        let padding = Padding {
+            before: 0,
+            after: 1,
+        };
+        Self::halving_with(w, n_channels, padding)
+    }
+
+    fn halving_with(w: &Weights, n_channels: usize, padding: Padding) -> Result<Self> {
         Ok(Self {
+            weight: w.get("weight", &[n_channels, n_channels, 3, 3])?,
+            bias: w.get("bias", &[n_channels])?,
             stride: 2,
-            padding: Padding {
-                before: 0,
-                after: 1,
-            },
-            ..conv
+            padding,
         })
     }
 

@@ -10,6 +10,7 @@ use candle_core::{DType, Tensor, Var};
 use crate::{
     Error, Result,
     lora_file::CONFIGURATION,
+    ops::{dims_of, in_rows},
     rng::Rng,
     weights::{WeightMap, save_tensors},
 };
@@ -63,7 +64,10 @@ impl LoraAdapter {
             let Some(path) = name.strip_suffix(".weight").filter(|path| is_adapted(path)) else {
                 continue;
             };
-            let (n_out, n_in) = weight.dims2()?;
+            let [n_out, n_in] = dims_of(weight)[..] else {
+                let reason = format!("{name} is {:?}, no matrix", weight.shape());
+                return Err(Error::argument("weights", reason));
+            };
             let device = weight.device();
             // The stream is named by the path, so an adapter's start does not depend on the other layers.
             let noise = Rng::new(seed, &format!("lora {path}"), 0).normal(&[rank, n_in], device)?;
@@ -189,16 +193,9 @@ impl LoraAdapter {
                 ));
             };
             let (down, up) = (factors.down.dims(), factors.up.dims());
-            if [up, down]
-                != [
-                    &[weight.dims()[0], self.rank][..],
-                    &[self.rank, weight.dims()[1]],
-                ]
-            {
-                let reason = format!(
-                    "{path}: {up:?} x {down:?} for a weight {:?}",
-                    weight.shape()
-                );
+            let dims = dims_of(weight);
+            if [up, down] != [&[dims[0], self.rank][..], &[self.rank, dims[1]]] {
+                let reason = format!("{path}: {up:?} x {down:?} for a weight {dims:?}");
                 return Err(Error::argument("adapter", reason));
             }
         }
@@ -216,6 +213,7 @@ fn is_adapted(path: &str) -> bool {
 
 /// A weight and a change of it, in f32, as the weight's type.
 pub(crate) fn added(weight: &Tensor, change: &Tensor) -> Result<Tensor> {
+    let weight = in_rows(weight)?;
     let sum = (weight.detach().to_dtype(DType::F32)? + change.to_dtype(DType::F32)?)?;
     Ok(sum.to_dtype(weight.dtype())?)
 }

@@ -28,6 +28,7 @@ use crate::config::UNetConfig;
 use crate::error::{Error, Result};
 use crate::lora::added;
 use crate::model::read_optional;
+use crate::ops::dims_of;
 use crate::single_file::unet_name;
 use crate::weights::{TensorFile, WeightMap};
 
@@ -239,15 +240,16 @@ impl LoraFile {
         let device = weight.device();
         let (down, up) = (self.file.read(down, device)?, self.file.read(up, device)?);
         let rank = down.dims().first().copied().unwrap_or(0).max(1);
+        let dims = dims_of(weight);
+        let n_numbers: usize = dims.iter().product();
         let fits = up.dims().get(1) == Some(&rank)
-            && up.elem_count() / rank * (down.elem_count() / rank) == weight.elem_count()
-            && up.dims()[0] == weight.dims()[0];
+            && up.elem_count() / rank * (down.elem_count() / rank) == n_numbers
+            && up.dims()[0] == dims[0];
         if !fits {
             let reason = format!(
-                "{module}: {:?} x {:?} for a weight {:?}; it was made for another model",
+                "{module}: {:?} x {:?} for a weight {dims:?}; it was made for another model",
                 up.dims(),
-                down.dims(),
-                weight.dims()
+                down.dims()
             );
             return Err(Error::unreadable(self.file.name(), reason));
         }
@@ -299,7 +301,7 @@ impl LoraFile {
         let Some(weight) = weights
             .0
             .get_mut(name)
-            .filter(|w| w.dims() == change.dims())
+            .filter(|w| dims_of(w) == change.dims())
         else {
             let reason = format!("a change {:?} does not fit {name}", change.dims());
             return Err(Error::unreadable(self.file.name(), reason));

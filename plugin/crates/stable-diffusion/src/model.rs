@@ -165,7 +165,7 @@ impl DiffusionModel {
             "random model",
             config.clone(),
             tokenizer,
-            &components,
+            components,
             device,
             format!("random-{seed}"),
         )
@@ -176,12 +176,12 @@ impl DiffusionModel {
         name: &str,
         mut config: ModelConfig,
         tokenizer: Tokenizer,
-        components: &Components,
+        components: Components,
         device: &Device,
         fingerprint: String,
     ) -> Result<Self> {
         config.check(name)?;
-        let mut text_encoder_weights = components.text_encoder.clone();
+        let mut text_encoder_weights = components.text_encoder;
         let (ids, rows) = (tokenizer.base_vocab_size(), config.text_encoder.vocab_size);
         if ids > rows {
             let reason = format!(
@@ -219,7 +219,7 @@ impl DiffusionModel {
             text_encoder_weights,
             unet: Arc::new(unet),
             vae: Arc::new(vae),
-            vae_weights: components.vae.clone(),
+            vae_weights: components.vae,
             device: device.clone(),
             fingerprint,
             lora: None,
@@ -564,7 +564,7 @@ fn load_folder(
         Folder::Embedded { name, .. } => (*name).to_owned(),
     };
     let fingerprint = hasher.finalize().to_hex().to_string();
-    DiffusionModel::assemble(&name, config, tokenizer, &components, device, fingerprint)?
+    DiffusionModel::assemble(&name, config, tokenizer, components, device, fingerprint)?
         .with_precision(precision)
 }
 
@@ -620,7 +620,7 @@ fn load_single_file(
         file.name(),
         config,
         tokenizer,
-        &components,
+        components,
         device,
         fingerprint,
     )?

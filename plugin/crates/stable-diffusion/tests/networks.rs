@@ -4,17 +4,20 @@
 
 mod small;
 
+use std::collections::BTreeMap;
+
 use candle_core::{DType, Device, Tensor, Var};
 use small::{distance, random};
 use stable_diffusion::{
     Error,
     config::VaeConfig,
+    lora::LoraAdapter,
     memory::Memory,
     ops::{Backend, Precision},
     text_encoder::TextEncoder,
     unet::{Stage, UNet, Watch},
     vae::Vae,
-    weights::WeightMap,
+    weights::{WeightMap, encode_tensors},
 };
 
 /// Both have to keep what they promise, wherever the tensors are.
@@ -363,6 +366,75 @@ fn half_precision_is_near_here(backend: Backend, precision: Precision, tolerance
             assert!(error < tolerance, "{precision:?} on {backend:?}: {error}");
         }
     }
+}
+
+fn bits(x: &Tensor) -> Vec<u32> {
+    let values = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    values.into_iter().map(f32::to_bits).collect()
+}
+
+/// Where a processor multiplies bf16, weights lie in another order in memory: nobody else may see it.
+#[test]
+fn the_order_of_weights_in_memory_changes_nothing() {
+    let mut config = small::config().unet;
+    config.block_out_channels = vec![64, 128, 128];
+    config.cross_attention_dim = 64;
+    let weights = WeightMap::random(3, |w| UNet::build(&config, w)).unwrap();
+    let unet = UNet::new(&config, &weights, None).unwrap();
+    let unet = unet.with_precision(Precision::Bf16).unwrap();
+    let in_rows = unet.weights().in_rows().unwrap();
+    let shape = |(name, weight): (&String, &Tensor)| (name.clone(), weight.dims().to_vec());
+    assert!(in_rows.0.iter().map(shape).eq(weights.0.iter().map(shape)));
+    let plain = UNet::new(&config, &in_rows, None).unwrap().like(&unet);
+
+    let latents = random(&[1, 4, 16, 16], 1);
+    let run = |unet: &UNet| {
+        let context = Var::from_tensor(&random(&[1, 77, 64], 2)).unwrap();
+        let (observed, backward) = unet
+            .forward_for_gradients(&latents, &[700.0], &context, Watch::NOTHING)
+            .unwrap();
+        let loss = observed.prediction.sqr().unwrap().sum_all().unwrap();
+        let gradients = backward.gradients(&loss, &[&context]).unwrap();
+        let gradient = gradients.into_iter().next().unwrap().unwrap();
+        [observed.prediction.detach(), gradient].map(|x| bits(&x))
+    };
+    assert!(run(&unet) == run(&plain), "a step");
+    Backend::Device.within(|| assert!(run(&unet) == run(&plain), "on a device"));
+
+    let same = |what: &str, [a, b]: [WeightMap; 2]| {
+        let [a, b] = [a, b].map(|weights| weights.in_rows().unwrap().0);
+        assert_eq!(a.len(), b.len());
+        for ((name, a), b) in a.iter().zip(b.values()) {
+            assert_eq!(a.dims(), b.dims(), "{what}: {name}");
+            let [a, b] = [a, b].map(|x| bits(&x.to_dtype(DType::F32).unwrap()));
+            assert!(a == b, "{what}: {name}");
+        }
+    };
+    let both = [&unet, &plain];
+    let is_trained = |name: &str| name.contains("attn2");
+    same(
+        "trained",
+        both.map(|unet| unet.weights().trainable(is_trained).unwrap().0),
+    );
+    let mut adapter = LoraAdapter::new(unet.weights(), 4, 4.0, 5).unwrap();
+    for factors in adapter.factors.values_mut() {
+        factors.up = random(factors.up.dims(), 6);
+    }
+    same(
+        "merged",
+        both.map(|unet| adapter.merged(unet.weights()).unwrap()),
+    );
+    let adapted = both.map(|unet| {
+        let adapted = UNet::new(&config, unet.weights(), Some(&adapter)).unwrap();
+        run(&adapted.like(unet))
+    });
+    assert!(adapted[0] == adapted[1], "with an adapter");
+    let files = both.map(|unet| encode_tensors(&unet.weights().0, &BTreeMap::new()).unwrap());
+    assert!(files[0] == files[1], "a file");
+    let again = unet.with_precision(Precision::F32).unwrap();
+    same("f32", [again.weights().clone(), in_rows]);
+    let is_words = |weight: &Tensor| weight.dtype() == DType::U32;
+    assert!(!again.weights().0.values().any(is_words));
 }
 
 #[test]

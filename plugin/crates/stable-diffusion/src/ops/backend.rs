@@ -5,6 +5,8 @@ use std::thread::LocalKey;
 
 use candle_core::{DType, Tensor};
 
+use super::is_ordered;
+
 /// An implementation of all operations.
 ///
 /// | invariant | tested for both by |
@@ -40,7 +42,7 @@ impl Backend {
     /// As [`Self::of`]; the weight of a product may be bf16 in memory.
     pub(crate) fn of_product(x: &Tensor, weight: &Tensor) -> Self {
         match Self::of([x]) {
-            Self::Host if weight.device().is_cpu() && weight.dtype() == DType::BF16 => Self::Host,
+            Self::Host if weight.device().is_cpu() && is_half(weight) => Self::Host,
             Self::Host => Self::of([weight]),
             Self::Device => Self::Device,
         }
@@ -61,6 +63,10 @@ impl Backend {
     pub(super) fn choose<R>(backend: Option<Self>, work: impl FnOnce() -> R) -> R {
         within(&CHOSEN, backend, work)
     }
+}
+
+fn is_half(weight: &Tensor) -> bool {
+    weight.dtype() == DType::BF16 || is_ordered(weight)
 }
 
 /// Does some work with another value of this thread's cell, and puts back the one before, after a panic too.

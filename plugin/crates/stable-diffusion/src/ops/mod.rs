@@ -19,6 +19,7 @@ use candle_core::{Result as TensorResult, Tensor, bail};
 
 pub use backend::Backend;
 pub use device::kernels;
+pub(crate) use host::{dims_of, in_order_of_tiles, in_rows, is_ordered};
 pub(crate) use pass::as_one;
 pub use precision::Precision;
 pub(crate) use tape::{Gradients, Tape};
@@ -89,7 +90,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     expect_width("linear", x.dims().last().copied().unwrap_or(0), n_in)?;
     Ok(match Backend::of_product(x, weight) {
         Backend::Host => host::linear(x, weight, bias),
-        Backend::Device => device::linear(x, weight, bias),
+        Backend::Device => device::linear(x, &in_rows(weight)?, bias),
     }?)
 }
 
@@ -102,7 +103,7 @@ pub fn linear_from_channels(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) 
     expect_width("1x1 convolution", x.dims4()?.1, n_in)?;
     Ok(match Backend::of_product(x, weight) {
         Backend::Host => host::linear_from_channels(x, weight, bias),
-        Backend::Device => device::linear_from_channels(x, weight, bias),
+        Backend::Device => device::linear_from_channels(x, &in_rows(weight)?, bias),
     }?)
 }
 
@@ -120,7 +121,7 @@ pub fn linear_to_channels(
     expect_width("linear", x.dims3()?.2, n_in)?;
     Ok(match Backend::of_product(x, weight) {
         Backend::Host => host::linear_to_channels(x, weight, bias, size),
-        Backend::Device => device::linear_to_channels(x, weight, bias, size),
+        Backend::Device => device::linear_to_channels(x, &in_rows(weight)?, bias, size),
     }?)
 }
 
@@ -139,18 +140,18 @@ pub fn conv2d(
     stride: usize,
     padding: Padding,
 ) -> Result<Tensor> {
-    let (n_out, n_samples) = (weight.dim(0)?, x.dim(0)?);
+    let dims = dims_of(weight);
+    let (n_out, n_samples) = (dims.first().copied().unwrap_or(0), x.dim(0)?);
     if let Some(bias) = bias.filter(|b| ![&[n_out][..], &[n_samples, n_out]].contains(&b.dims())) {
         let reason = format!(
-            "{:?} for {n_samples} samples and weight {:?}",
-            bias.shape(),
-            weight.shape()
+            "{:?} for {n_samples} samples and weight {dims:?}",
+            bias.shape()
         );
         return Err(crate::Error::argument("bias", reason));
     }
     Ok(match Backend::of_product(x, weight) {
         Backend::Host => host::conv2d(x, weight, bias, stride, padding),
-        Backend::Device => device::conv2d(x, weight, bias, stride, padding),
+        Backend::Device => device::conv2d(x, &in_rows(weight)?, bias, stride, padding),
     }?)
 }
 
@@ -377,9 +378,9 @@ pub fn mean_of_heads(x: &Tensor) -> Result<Tensor> {
 
 /// `[out, in]` of a linear or 1x1 convolution weight.
 fn weight_dims(weight: &Tensor) -> TensorResult<(usize, usize)> {
-    match weight.dims() {
-        [out, n_in] | [out, n_in, 1, 1] => Ok((*out, *n_in)),
-        dims => bail!("a projection weight is [out, in] or [out, in, 1, 1], not {dims:?}"),
+    match dims_of(weight)[..] {
+        [out, n_in] | [out, n_in, 1, 1] => Ok((out, n_in)),
+        ref dims => bail!("a projection weight is [out, in] or [out, in, 1, 1], not {dims:?}"),
     }
 }
 

@@ -224,7 +224,7 @@ impl Residual {
         Ok(Self {
             norm_1: norm("norm1", n_in)?,
             conv_1: Conv3x3::new(&w.pp("conv1"), n_in, n_out)?,
-            time: Linear::new(&w.pp("time_emb_proj"), n_time, n_out)?,
+            time: Linear::of_few(&w.pp("time_emb_proj"), n_time, n_out)?,
             norm_2: norm("norm2", n_out)?,
             conv_2: Conv3x3::new(&w.pp("conv2"), n_out, n_out)?,
             shortcut: (n_in != n_out)

@@ -76,7 +76,8 @@ impl UNet {
         })
     }
 
-    /// In this precision, f32 at first: frozen weights are converted, variables are not; what was rounded stays so.
+    /// In this precision, f32 at first: frozen weights are converted, variables are not; what was rounded stays so. Where a CPU
+    /// multiplies bf16, weights are kept in the order in which it does.
     ///
     /// # Errors
     /// [`Error::Argument`] for f16 on a CPU, [`Error::Tensor`] when the tensor library fails.
@@ -94,7 +95,15 @@ impl UNet {
         } = self;
         // It holds the same tensors: a weight that is converted is freed.
         drop(network);
-        let weights = weights.in_precision(precision)?;
+        let weights = match precision {
+            Precision::Bf16 => {
+                let factors = WeightMap::factors(|w| Self::build(&config, w))?;
+                weights
+                    .in_precision(precision)?
+                    .in_order_of_tiles(&factors)?
+            }
+            _ => weights.in_precision(precision)?,
+        };
         let rebuilt = Self::new(&config, &weights, lora.as_ref())?;
         Ok(rebuilt.computing_in(precision).with_memory(memory))
     }
@@ -447,8 +456,8 @@ impl Network {
         let mut b = Builder::new(config, w.clone(), lora);
         let network = Self {
             conv_in: Conv3x3::new(&w.pp("conv_in"), config.in_channels, first)?,
-            time_1: Linear::new(&time.pp("linear_1"), first, 4 * first)?,
-            time_2: Linear::new(&time.pp("linear_2"), 4 * first, 4 * first)?,
+            time_1: Linear::of_few(&time.pp("linear_1"), first, 4 * first)?,
+            time_2: Linear::of_few(&time.pp("linear_2"), 4 * first, 4 * first)?,
             down: (0..n_levels)
                 .map(|level| DownLevel::new(&mut b, level))
                 .collect::<Result<_>>()?,

@@ -17,7 +17,7 @@ pub(crate) use tensor_file::refuse_pickle;
 pub use tensor_writer::{encode_tensors, save_tensors, write_tensors};
 
 use crate::error::{CheckpointError, Error, Misshapen, Result};
-use crate::ops::{Backend, Precision};
+use crate::ops::{Backend, Precision, dims_of, in_order_of_tiles, in_rows, is_ordered};
 use crate::rng::Rng;
 
 /// Prefix that the text encoder's tensors have in Stable Diffusion's files and in transformers
@@ -39,7 +39,8 @@ pub(crate) fn is_unused(name: &str) -> bool {
 }
 
 /// The tensors of one component (U-Net, VAE, text encoder) by their name in diffusers' layout; f32, or of the type of a
-/// [`Precision`].
+/// [`Precision`]. Those of a network that computes in bf16 on a CPU may be words in the order in which the processor multiplies
+/// them; [`Self::in_rows`] has numbers for all.
 #[derive(Debug, Clone, Default)]
 pub struct WeightMap(pub BTreeMap<String, Tensor>);
 
@@ -78,6 +79,30 @@ impl WeightMap {
         Ok(Self(converted.collect::<Result<_>>()?))
     }
 
+    /// The same weights, `factors` of them in the order in which this processor multiplies them, where it has one.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] when the tensor library fails.
+    pub(crate) fn in_order_of_tiles(mut self, factors: &BTreeSet<String>) -> Result<Self> {
+        for (name, weight) in &mut self.0 {
+            if factors.contains(name) {
+                // One at a time, as in `in_precision`.
+                *weight = in_order_of_tiles(std::mem::replace(weight, zero(&[], &Device::Cpu)?))?;
+            }
+        }
+        Ok(self)
+    }
+
+    /// The same weights with their rows one after the other, as files have them.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] when the tensor library fails.
+    pub fn in_rows(&self) -> Result<Self> {
+        let weights = self.0.iter();
+        let in_rows = weights.map(|(name, weight)| Ok((name.clone(), in_rows(weight)?)));
+        Ok(Self(in_rows.collect::<Result<_>>()?))
+    }
+
     /// (1 - strength) · these + strength · `other`, for networks of one shape.
     ///
     /// # Errors
@@ -87,10 +112,11 @@ impl WeightMap {
             let Some(goal) = other
                 .0
                 .get(name)
-                .filter(|goal| goal.dims() == weight.dims())
+                .filter(|goal| dims_of(goal) == dims_of(weight))
             else {
                 return Ok((name.clone(), weight.clone()));
             };
+            let (weight, goal) = (in_rows(weight)?, in_rows(goal)?);
             let [from, to] = [weight.to_dtype(DType::F32)?, goal.to_dtype(DType::F32)?];
             let step = ((to - &from)? * strength)?;
             let between = (from + step)?.to_dtype(weight.dtype())?;
@@ -140,7 +166,7 @@ impl WeightMap {
         for (name, weight) in &mut weights.0 {
             if is_trained(name) {
                 // Detached, because a variable made from a variable is the same one.
-                let variable = Var::from_tensor(&weight.detach().to_dtype(DType::F32)?)?;
+                let variable = Var::from_tensor(&in_rows(weight)?.detach().to_dtype(DType::F32)?)?;
                 *weight = variable.as_tensor().clone();
                 variables.push((name.clone(), variable));
             }
@@ -161,7 +187,19 @@ impl WeightMap {
     /// # Errors
     /// Those of `build`.
     pub fn shapes(build: impl Fn(Weights) -> Result<()>) -> Result<BTreeMap<String, Vec<usize>>> {
-        let asked = Arc::new(Mutex::new(BTreeMap::new()));
+        Ok(Self::asked(build)?.shapes)
+    }
+
+    /// The names of what `build` asks for by [`Weights::factor`].
+    ///
+    /// # Errors
+    /// Those of `build`.
+    pub(crate) fn factors(build: impl Fn(Weights) -> Result<()>) -> Result<BTreeSet<String>> {
+        Ok(Self::asked(build)?.factors)
+    }
+
+    fn asked(build: impl Fn(Weights) -> Result<()>) -> Result<Asked> {
+        let asked = Arc::new(Mutex::new(Asked::default()));
         build(Weights::new(Source::Shapes {
             asked: Arc::clone(&asked),
         }))?;
@@ -211,7 +249,11 @@ impl WeightMap {
 
 /// A weight of [`WeightMap::in_precision`].
 pub(crate) fn in_precision(precision: Precision, weight: Tensor) -> Result<Tensor> {
-    if precision == Precision::F32 || weight.is_variable() {
+    if weight.is_variable() || is_ordered(&weight) && precision == Precision::Bf16 {
+        return Ok(weight);
+    }
+    let weight = in_rows(&weight)?;
+    if precision == Precision::F32 {
         return Ok(weight);
     }
     let on_host = Backend::of_product(&weight, &weight) == Backend::Host;
@@ -229,9 +271,14 @@ pub(crate) fn in_precision(precision: Precision, weight: Tensor) -> Result<Tenso
 #[derive(Clone)]
 enum Source {
     Map(Arc<BTreeMap<String, Tensor>>),
-    Shapes {
-        asked: Arc<Mutex<BTreeMap<String, Vec<usize>>>>,
-    },
+    Shapes { asked: Arc<Mutex<Asked>> },
+}
+
+/// What was asked for.
+#[derive(Debug, Default)]
+struct Asked {
+    shapes: BTreeMap<String, Vec<usize>>,
+    factors: BTreeSet<String>,
 }
 
 #[derive(Default)]
@@ -309,10 +356,22 @@ impl Weights {
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let name = self.join(name);
         match &self.source {
-            Source::Map(map) => self.take(map, name, shape),
+            Source::Map(map) => Ok(in_rows(&self.take(map, name, shape)?)?),
             Source::Shapes { asked } => {
-                lock(asked).insert(name, shape.to_vec());
+                lock(asked).shapes.insert(name, shape.to_vec());
                 zero(shape, &Device::Cpu)
+            }
+        }
+    }
+
+    /// [`Self::get`] of a weight that multiplies many rows at a time, for operations of products: it may be in the order of
+    /// tiles.
+    pub(crate) fn factor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        match &self.source {
+            Source::Map(map) => self.take(map, self.join(name), shape),
+            Source::Shapes { asked } => {
+                lock(asked).factors.insert(self.join(name));
+                self.get(name, shape)
             }
         }
     }
@@ -331,13 +390,14 @@ impl Weights {
             return zero(shape, &self.device());
         };
         report.taken.insert(found.clone());
-        if tensor.dims() == shape {
+        let dims = dims_of(tensor);
+        if dims == shape {
             return Ok(tensor.clone());
         }
         let misshapen = Misshapen {
             name,
             expected: shape.to_vec(),
-            found: tensor.dims().to_vec(),
+            found: dims,
         };
         if !report.misshapen.contains(&misshapen) {
             report.misshapen.push(misshapen);

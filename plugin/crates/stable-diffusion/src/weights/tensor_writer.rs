@@ -10,6 +10,7 @@ use candle_core::{DType, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::ops::{dims_of, in_rows};
 
 /// The header's length is padded to this, so that tensors are aligned.
 const ALIGNMENT: usize = 8;
@@ -86,8 +87,9 @@ fn header(
     let mut at = 0;
     for (key, tensor) in tensors {
         let (dtype, name) = stored(tensor, dtype);
-        let end = at + tensor.elem_count() * dtype.size_in_bytes();
-        let entry = json!({"dtype": name, "shape": tensor.dims(), "data_offsets": [at, end]});
+        let dims = dims_of(tensor);
+        let end = at + dims.iter().product::<usize>() * dtype.size_in_bytes();
+        let entry = json!({"dtype": name, "shape": dims, "data_offsets": [at, end]});
         entries.insert(key.clone(), entry);
         at = end;
     }
@@ -101,7 +103,7 @@ fn header(
 }
 
 fn bytes_of(tensor: &Tensor, dtype: DType) -> Result<Vec<u8>> {
-    let flat = tensor.flatten_all()?;
+    let flat = in_rows(tensor)?.flatten_all()?;
     Ok(match stored(tensor, dtype).0 {
         DType::U8 => flat.to_vec1::<u8>()?,
         DType::F16 => little_endian(

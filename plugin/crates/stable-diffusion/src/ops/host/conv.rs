@@ -9,6 +9,7 @@ use super::{
     layer::Layer,
     memory::{unwritten, with_scratch},
     numbers::Numbers,
+    ordered::dims_of,
     projection::{channel_sums, shift},
     simd::items_per_thread,
     tiles::{Convolution3x3, Means},
@@ -53,7 +54,9 @@ impl Conv {
         padding: Padding,
     ) -> Result<Self> {
         let (n_samples, n_in, height, width) = x.dims4()?;
-        let (n_out, weight_in, kernel_height, kernel_width) = weight.dims4()?;
+        let [n_out, weight_in, kernel_height, kernel_width] = dims_of(weight)[..] else {
+            bail!("a convolution of weight {:?}", weight.shape())
+        };
         if n_in != weight_in {
             bail!("conv2d: the weight takes {weight_in} channels, the input has {n_in}");
         }
@@ -277,6 +280,30 @@ impl Conv {
         y
     }
 
+    /// The convolution with the windows of a picture gathered once for all threads.
+    fn convolved_by_all_windows(&self, x: &[f32], weight: Numbers<'_>, bias: &[f32]) -> Vec<f32> {
+        let (n_pixels, window) = (self.n_outputs(), self.window());
+        let weight = weight.matrix([self.n_out, window]);
+        let mut y = unwritten(self.n_samples * self.n_out * n_pixels);
+        let samples = y
+            .chunks_exact_mut(self.n_out * n_pixels)
+            .zip(x.chunks_exact(self.n_in * self.n_inputs()))
+            .enumerate();
+        for (sample, (y, x)) in samples {
+            with_scratch(window * n_pixels, |columns| {
+                self.gather_shared(x, &(0..n_pixels), columns);
+                let columns = Matrix::new(columns, [window, n_pixels]);
+                let dst = MatrixMut::new(y, [self.n_out, n_pixels]);
+                parallel_gemm(self.means, dst, Write::Replace, weight, columns, |tile| {
+                    for (row, out) in tile.rows.clone().enumerate().filter(|_| !bias.is_empty()) {
+                        shift(tile.values.row_mut(row), self.bias_of(bias, sample, out));
+                    }
+                });
+            });
+        }
+        y
+    }
+
     /// The input's gradient, channel by channel.
     fn input_gradient_by_parts(&self, weight: &[f32], dy: &[f32]) -> Vec<f32> {
         let (n_pixels, area) = (self.n_outputs(), self.kernel_area());
@@ -331,29 +358,10 @@ impl Layer for Conv {
             Some(Way::Winograd(convolution)) => return convolution.forward(x, weight, shift_of),
             None => {}
         }
-        let (n_pixels, window) = (self.n_outputs(), self.window());
-        if n_pixels > SHARED_LIMIT {
+        if self.n_outputs() > SHARED_LIMIT {
             return weight.with_f32(|weight| self.convolved_by_parts(x, weight, bias));
         }
-        let weight = weight.matrix([self.n_out, window]);
-        let mut y = unwritten(self.n_samples * self.n_out * n_pixels);
-        let samples = y
-            .chunks_exact_mut(self.n_out * n_pixels)
-            .zip(x.chunks_exact(self.n_in * self.n_inputs()))
-            .enumerate();
-        for (sample, (y, x)) in samples {
-            with_scratch(window * n_pixels, |columns| {
-                self.gather_shared(x, &(0..n_pixels), columns);
-                let columns = Matrix::new(columns, [window, n_pixels]);
-                let dst = MatrixMut::new(y, [self.n_out, n_pixels]);
-                parallel_gemm(self.means, dst, Write::Replace, weight, columns, |tile| {
-                    for (row, out) in tile.rows.clone().enumerate().filter(|_| !bias.is_empty()) {
-                        shift(tile.values.row_mut(row), self.bias_of(bias, sample, out));
-                    }
-                });
-            });
-        }
-        y
+        weight.in_rows(|weight| self.convolved_by_all_windows(x, weight, bias))
     }
 
     fn input_gradient(

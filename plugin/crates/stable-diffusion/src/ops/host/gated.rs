@@ -20,7 +20,7 @@ use super::{
 };
 use crate::ops::{
     function::{Function, Reads, only},
-    tape,
+    tape, weight_dims,
 };
 
 /// Tokens that are taken at a time, so that what is eight times as wide is never whole in f32 and stays near the processor.
@@ -39,7 +39,7 @@ impl Gated {
     pub(crate) fn new(x: &Tensor, weight: &Tensor) -> Result<Self> {
         Ok(Self {
             n_in: x.dim(D::Minus1)?,
-            width: weight.dim(0)? / 2,
+            width: weight_dims(weight)?.0 / 2,
             projection: Projection::tokens(x, weight)?,
             kept: OnceLock::new(),
         })

@@ -3,9 +3,11 @@
 
 use std::{cell::RefCell, ops::Deref};
 
-use candle_core::{CpuStorage, Device, Error, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, Device, Error, Layout, Result, Shape, Storage, Tensor, bail};
 
 use super::numbers::Numbers;
+use super::ordered::{dims_of, is_ordered};
+use super::tiles::{Factors, Ordered, Tiles};
 
 /// The values of a contiguous tensor in memory, f32 but for some weights, locked for reading.
 pub(crate) struct Values<'a> {
@@ -13,6 +15,8 @@ pub(crate) struct Values<'a> {
     storage: Box<dyn Deref<Target = Storage> + 'a>,
     start: usize,
     len: usize,
+    /// As others know it, if it is a weight in the order of tiles.
+    weight_dims: Option<Vec<usize>>,
 }
 
 impl<'a> Values<'a> {
@@ -23,6 +27,7 @@ impl<'a> Values<'a> {
             storage: Box::new(storage),
             start,
             len: end - start,
+            weight_dims: is_ordered(tensor).then(|| dims_of(tensor)),
         })
     }
 
@@ -32,8 +37,23 @@ impl<'a> Values<'a> {
             Storage::Cpu(CpuStorage::BF16(values)) => {
                 Ok(Numbers::Bf16(&values[self.start..self.start + self.len]))
             }
+            Storage::Cpu(CpuStorage::U32(words)) => {
+                self.ordered(&words[self.start..self.start + self.len])
+            }
             _ => Ok(Numbers::F32(self.as_slice()?)),
         }
+    }
+
+    fn ordered<'w>(&self, words: &'w [u32]) -> Result<Numbers<'w>> {
+        let dims = self.weight_dims.as_deref();
+        let (Some([n_rows, n_columns, taps @ ..]), Some(tiles)) =
+            (dims, Tiles::get(Factors::Rounded))
+        else {
+            bail!("a kernel needs numbers in memory, not words");
+        };
+        let n_taps = taps.iter().product();
+        let dims = [*n_rows, *n_columns];
+        Ok(Numbers::Ordered(Ordered::new(tiles, dims, n_taps, words)))
     }
 
     pub(crate) fn as_slice(&self) -> Result<&[f32]> {

@@ -3,6 +3,7 @@
 mod gemm;
 mod memory;
 mod numbers;
+mod ordered;
 mod packed;
 mod simd;
 mod tiles;
@@ -31,6 +32,7 @@ use self::{
 };
 use super::{Activation, After, Mask, Padding, function};
 
+pub(crate) use ordered::{dims_of, in_order_of_tiles, in_rows, is_ordered};
 pub(super) use sum::{add_to, mean_of_heads, rounded, sum, widened};
 
 pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -63,7 +65,7 @@ pub(super) fn conv2d(
     padding: Padding,
 ) -> Result<Tensor> {
     let is_pointwise =
-        matches!(weight.dims(), [_, _, 1, 1]) && stride == 1 && padding == Padding::NONE;
+        matches!(dims_of(weight)[..], [_, _, 1, 1]) && stride == 1 && padding == Padding::NONE;
     if is_pointwise && bias.is_none_or(|bias| bias.rank() == 1) {
         let op = Projection::from_channels(x, weight, Arrangement::Channels)?;
         return layer::apply(op, x, weight, bias);

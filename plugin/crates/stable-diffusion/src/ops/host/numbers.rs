@@ -8,6 +8,7 @@ use super::{
     gemm::Matrix,
     memory::{unwritten, with_scratch},
     simd::{CHUNK, vectorize},
+    tiles::{Blocks, Ordered},
 };
 
 /// What products are computed of.
@@ -74,6 +75,8 @@ pub(crate) fn widened(halves: &[bf16]) -> Vec<f32> {
 pub(crate) enum Numbers<'a> {
     F32(&'a [f32]),
     Bf16(&'a [bf16]),
+    /// bf16 in the order of the processor's tiles.
+    Ordered(Ordered<'a>),
 }
 
 impl<'a> Numbers<'a> {
@@ -81,7 +84,9 @@ impl<'a> Numbers<'a> {
     pub(crate) fn f32(self) -> &'a [f32] {
         match self {
             Self::F32(values) => values,
-            Self::Bf16(_) => unreachable!("only factors of products have half precision in memory"),
+            Self::Bf16(_) | Self::Ordered(_) => {
+                unreachable!("only factors of products have half precision in memory")
+            }
         }
     }
 
@@ -93,6 +98,17 @@ impl<'a> Numbers<'a> {
                 widen(values, widened);
                 work(widened)
             }),
+            Self::Ordered(weight) => {
+                weight.with_numbers(|values| Numbers::Bf16(values).with_f32(work))
+            }
+        }
+    }
+
+    /// Lends the values one after the other, whatever their order.
+    pub(crate) fn in_rows<R>(self, work: impl FnOnce(Numbers<'_>) -> R) -> R {
+        match self {
+            Self::Ordered(weight) => weight.with_numbers(|values| work(Numbers::Bf16(values))),
+            _ => work(self),
         }
     }
 
@@ -101,6 +117,7 @@ impl<'a> Numbers<'a> {
         match self {
             Self::F32(values) => Operand::F32(Matrix::new(values, dims)),
             Self::Bf16(values) => Operand::Bf16(Matrix::new(values, dims)),
+            Self::Ordered(weight) => Operand::Ordered(weight.matrix(dims)),
         }
     }
 }
@@ -110,6 +127,8 @@ impl<'a> Numbers<'a> {
 pub(crate) enum Operand<'a> {
     F32(Matrix<'a>),
     Bf16(Matrix<'a, bf16>),
+    /// Parts of it are whole blocks.
+    Ordered(Blocks<'a>),
 }
 
 impl<'a> From<Matrix<'a>> for Operand<'a> {
@@ -123,6 +142,7 @@ impl Operand<'_> {
         match self {
             Self::F32(matrix) => matrix.dims(),
             Self::Bf16(matrix) => matrix.dims(),
+            Self::Ordered(matrix) => matrix.dims(),
         }
     }
 
@@ -131,6 +151,7 @@ impl Operand<'_> {
         match self {
             Self::F32(matrix) => Self::F32(matrix.t()),
             Self::Bf16(matrix) => Self::Bf16(matrix.t()),
+            Self::Ordered(matrix) => Self::Ordered(matrix.t()),
         }
     }
 
@@ -139,6 +160,7 @@ impl Operand<'_> {
         match self {
             Self::F32(matrix) => Self::F32(matrix.rows(range)),
             Self::Bf16(matrix) => Self::Bf16(matrix.rows(range)),
+            Self::Ordered(matrix) => Self::Ordered(matrix.rows(range)),
         }
     }
 
@@ -153,6 +175,9 @@ impl Operand<'_> {
             Self::F32(matrix) => work(matrix),
             Self::Bf16(matrix) => Numbers::Bf16(matrix.used())
                 .with_f32(|values| work(Matrix::strided(values, matrix.dims(), matrix.strides()))),
+            Self::Ordered(matrix) => {
+                matrix.with_numbers(|matrix| Operand::Bf16(matrix).with_f32(work))
+            }
         }
     }
 }

@@ -84,6 +84,9 @@ pub(in crate::ops) fn widened(x: &Tensor) -> Result<Tensor> {
     let values = match Values::of(x)?.numbers()? {
         Numbers::Bf16(halves) => numbers::widened(halves),
         Numbers::F32(values) => values.to_vec(),
+        Numbers::Ordered(_) => {
+            candle_core::bail!("numbers of the order of tiles are those of a weight")
+        }
     };
     tensor(values, x.shape(), x.device())
 }

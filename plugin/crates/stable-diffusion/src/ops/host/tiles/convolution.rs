@@ -15,6 +15,7 @@ use super::super::{
 use super::Factors;
 use super::block::{BLOCK, Left, STEP, Steps, TALL, TILE, TallSums};
 use super::kernel::Tiles;
+use super::order::Ordered;
 use super::pack::{LINES, Side, TAPS, pack_lines, step_words};
 use super::product::lines_per_item;
 use super::sheet::{PIXEL, Sheet};
@@ -123,8 +124,12 @@ impl Convolution3x3 {
         let n_together = most_steps(P).min(self.n_steps());
         let n_blocks = self.n_out.div_ceil(BLOCK);
         let rows_per_item = self.rows_per_item(n_samples);
+        let ready = match weight {
+            Numbers::Ordered(weight) if P == 1 && direction == Direction::Forward => Some(weight),
+            _ => None,
+        };
         // Else a block of the weight is multiplied once, and packed where that is done.
-        let packs_ahead = rows_per_item < n_samples * self.size[0];
+        let packs_ahead = ready.is_none() && rows_per_item < n_samples * self.size[0];
         let weight_words = match packs_ahead {
             true => n_blocks * block_words(P, n_together),
             false => 0,
@@ -143,6 +148,9 @@ impl Convolution3x3 {
                         }
                         Numbers::Bf16(weight) => {
                             self.pack_weight::<P, bf16>(direction, weight, steps, block, words);
+                        }
+                        Numbers::Ordered(weight) => {
+                            pack_ordered_weight::<P>(direction, weight, steps, block, words);
                         }
                     }
                 };
@@ -175,6 +183,9 @@ impl Convolution3x3 {
                     let mut multiply = |right: &[u32]| {
                         product.multiply::<P>(self.tiles, rows.clone(), right, &mut parts, shift);
                     };
+                    if let Some(weight) = ready {
+                        return multiply(weight.steps(block, steps.clone()));
+                    }
                     if packs_ahead {
                         return multiply(&right[block * len..][..len]);
                     }
@@ -405,6 +416,43 @@ impl Product<'_> {
                 tiles.put_turned(&sums[i], first_place, shifts, &mut part.values, at, dims);
             }
         }
+    }
+}
+
+/// A weight `[out, in, 3, 3]` in the order in which [`Convolution3x3::forward`] reads it.
+pub(super) fn pack_whole(tiles: Tiles, weight: &[bf16], dims: [usize; 2], words: &mut [u32]) {
+    let [n_out, n_in] = dims;
+    let convolution = Convolution3x3 {
+        tiles,
+        factors: Factors::Rounded,
+        size: [1, 1],
+        n_in,
+        n_out,
+    };
+    let steps = 0..convolution.n_steps();
+    let blocks = words.par_chunks_exact_mut(block_words(1, steps.len()));
+    blocks.enumerate().for_each(|(block, words)| {
+        let steps = steps.clone();
+        convolution.pack_weight::<1, bf16>(Direction::Forward, weight, steps, block, words);
+    });
+}
+
+/// [`Convolution3x3::pack_weight`] of one in the order of tiles.
+fn pack_ordered_weight<const P: usize>(
+    direction: Direction,
+    weight: Ordered<'_>,
+    steps: Range<usize>,
+    block: usize,
+    words: &mut [u32],
+) {
+    let taps = words.chunks_exact_mut(step_words(P)).enumerate();
+    for (i, words) in taps {
+        let (step, tap) = (steps.start + i / TAPS, i % TAPS);
+        let lines = match direction {
+            Direction::Forward => weight.tap(tap),
+            Direction::Backward => weight.tap(TAPS - 1 - tap).t(),
+        };
+        lines.pack::<P>(Side::Right, [block, step], words);
     }
 }
 

@@ -18,6 +18,7 @@
 //! | `vectors.rs` | the same by vectors of bf16; unsafe code |
 //! | `words.rs` | numbers and scores into tiles; unsafe code |
 //! | `pack.rs` | factors into tiles, whatever their strides |
+//! | `order.rs` | weights that are kept so |
 //! | `product.rs` | matrix products |
 //! | `convolution.rs` | 3x3 convolutions, without gathering windows |
 //! | `sheet.rs` | the pictures of these, packed |
@@ -30,6 +31,7 @@ mod kernel;
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 #[path = "no_kernel.rs"]
 mod kernel;
+mod order;
 mod pack;
 mod product;
 mod sheet;
@@ -43,6 +45,7 @@ pub(crate) use self::{
     convolution::{Convolution3x3, Direction},
     factors::{Factors, Means},
     kernel::{Configured, Tiles},
+    order::{Blocks, Ordered, in_order},
     pack::Side,
     product::{Both, Packed, block_product, columns_of_both, multiply, multiply_both},
 };

@@ -9,6 +9,7 @@ use super::super::gemm::Matrix;
 use super::super::numbers::Number;
 use super::block::{BLOCK, STEP, TILE};
 use super::kernel::Tiles;
+use super::order::Blocks;
 
 /// Rows, or columns, of a tile; also words of its rows.
 pub(super) const LINES: usize = 16;
@@ -62,6 +63,24 @@ pub(super) fn pack_alone<const P: usize, T: Number>(
     words: &mut [u32],
 ) {
     pack_blocks::<P, T>(tiles, side, lines, 0, words);
+}
+
+/// [`pack`] of a weight in the order of tiles.
+pub(super) fn pack_ordered<const P: usize>(side: Side, lines: Blocks<'_>, words: &mut [u32]) {
+    let block_words = lines.dims()[1] / STEP * step_words(P);
+    let blocks = words.par_chunks_mut(block_words).enumerate();
+    blocks.for_each(|(block, words)| {
+        let lines = lines.rows(block * BLOCK..(block + 1) * BLOCK);
+        pack_ordered_alone::<P>(side, lines, words);
+    });
+}
+
+/// [`pack_ordered`] on the calling thread.
+pub(super) fn pack_ordered_alone<const P: usize>(side: Side, lines: Blocks<'_>, words: &mut [u32]) {
+    let n_steps = lines.dims()[1] / STEP;
+    for (i, words) in words.chunks_exact_mut(step_words(P)).enumerate() {
+        lines.pack::<P>(side, [i / n_steps, i % n_steps], words);
+    }
 }
 
 /// Whether neighbors in memory are of different lines.

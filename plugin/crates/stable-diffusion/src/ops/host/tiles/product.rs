@@ -14,7 +14,9 @@ use super::super::{
 use super::Factors;
 use super::block::{BLOCK, STEP, Sums, Used};
 use super::kernel::{Configured, Tiles};
-use super::pack::{Side, pack, pack_alone, packed_len, step_words};
+use super::pack::{
+    Side, pack, pack_alone, pack_ordered, pack_ordered_alone, packed_len, step_words,
+};
 
 /// Words of both factors that a thread goes over again and again: together they fit a second-level cache.
 const LEFT_WORDS: usize = 3 << 16;
@@ -135,13 +137,23 @@ fn products<const P: usize, S: Send>(
         let left = &*left;
         items.into_par_iter().for_each(|(cols, mut state)| {
             let width = cols.len().next_multiple_of(BLOCK);
-            let [right_len, sums_len] = [packed_len(P, width, k), rows_at_once * width];
+            let lines = rhs.map(|rhs| rhs.t().rows(cols.clone()));
+            let are_ready = lines.iter().all(|lines| ready::<P>(*lines).is_some());
+            let right_len = if are_ready {
+                0
+            } else {
+                packed_len(P, width, k)
+            };
+            let sums_len = rows_at_once * width;
             with_words(2 * (right_len + sums_len), |words| {
-                let (right, sums) = words.split_at_mut(2 * right_len);
-                for (rhs, right) in rhs.iter().zip(right.chunks_exact_mut(right_len)) {
-                    let lines = rhs.t().rows(cols.clone());
-                    pack_operand_alone::<P>(tiles, Side::Right, lines, right);
-                }
+                let (words, sums) = words.split_at_mut(2 * right_len);
+                let (first, second) = words.split_at_mut(right_len);
+                let rights = [
+                    ready::<P>(lines[0])
+                        .unwrap_or_else(|| packed_alone::<P>(tiles, lines[0], first)),
+                    ready::<P>(lines[1])
+                        .unwrap_or_else(|| packed_alone::<P>(tiles, lines[1], second)),
+                ];
                 let (first, second) = bytemuck::cast_slice_mut(sums).split_at_mut(sums_len);
                 let mut sums = [first, second];
                 for start in (0..m).step_by(rows_at_once) {
@@ -149,7 +161,7 @@ fn products<const P: usize, S: Send>(
                     let left = &left[start / BLOCK * block_words..];
                     let n_rows = rows.len().next_multiple_of(BLOCK);
                     tiles.configured(|tiles| {
-                        for (sums, right) in sums.iter_mut().zip(right.chunks_exact(right_len)) {
+                        for (sums, right) in sums.iter_mut().zip(rights) {
                             let mut dst = MatrixMut::new(sums, [n_rows, width]);
                             blocks::<P>(tiles, left, right, n_steps, Write::Replace, &mut dst);
                         }
@@ -182,7 +194,7 @@ fn part_of_product<const P: usize>(
     let n_row_items = m.div_ceil(ITEM_ROWS);
     let columns = (RIGHT_WORDS / block_words).max(1) * BLOCK;
     let columns = columns.min(lines_per_item(n, n_row_items));
-    let run = |mut item: Tile<'_>, left: &[u32], right: &[u32]| {
+    let run = |mut item: Tile<'_>, left: &[u32], right: Right<'_>| {
         let left = &left[item.rows.start / BLOCK * block_words..];
         tiles.configured(|tiles| blocks::<P>(tiles, left, right, n_steps, write, &mut item.values));
         finish(&mut item);
@@ -191,36 +203,83 @@ fn part_of_product<const P: usize>(
         pack_operand::<P>(tiles, Side::Left, lhs, left);
         let left = &*left;
         let items = dst.tiles([ITEM_ROWS, columns]).into_par_iter();
+        if let Some(right) = ready::<P>(rhs.t()) {
+            return items.for_each(|item| {
+                let first = item.cols.start;
+                run(item, left, right.from(first));
+            });
+        }
         if m <= ITEM_ROWS {
             // Columns are multiplied once: where they are packed they are in the cache.
             return items.for_each(|item| {
                 with_words(packed_len(P, item.cols.len(), k), |right| {
                     let lines = rhs.t().rows(item.cols.clone());
-                    pack_operand_alone::<P>(tiles, Side::Right, lines, right);
-                    run(item, left, right);
+                    run(item, left, packed_alone::<P>(tiles, lines, right));
                 });
             });
         }
         with_words(packed_len(P, n, k), |right| {
             pack_operand::<P>(tiles, Side::Right, rhs.t(), right);
-            let right = &*right;
+            let right = Right {
+                words: right,
+                block_words,
+            };
             items.for_each(|item| {
-                let start = item.cols.start / BLOCK * block_words;
-                run(item, left, &right[start..]);
+                let first = item.cols.start;
+                run(item, left, right.from(first));
             });
         });
     });
 }
 
-/// [`pack`] of numbers of either kind.
+/// A packed right factor.
+#[derive(Debug, Clone, Copy)]
+struct Right<'a> {
+    words: &'a [u32],
+    /// From a block of columns to the next.
+    block_words: usize,
+}
+
+impl Right<'_> {
+    /// Columns from the first of a block on.
+    fn from(self, column: usize) -> Self {
+        Self {
+            words: &self.words[column / BLOCK * self.block_words..],
+            ..self
+        }
+    }
+}
+
+/// The right factor of these lines, if they are kept packed.
+fn ready<const P: usize>(lines: Operand<'_>) -> Option<Right<'_>> {
+    let Operand::Ordered(lines) = lines else {
+        return None;
+    };
+    let (words, block_words) = lines.as_right().filter(|_| P == 1)?;
+    Some(Right { words, block_words })
+}
+
+/// That factor, packed into these words.
+fn packed_alone<'w, const P: usize>(
+    tiles: Tiles,
+    lines: Operand<'_>,
+    words: &'w mut [u32],
+) -> Right<'w> {
+    pack_operand_alone::<P>(tiles, Side::Right, lines, words);
+    let block_words = lines.dims()[1].div_ceil(STEP) * step_words(P);
+    Right { words, block_words }
+}
+
+/// [`pack`] of numbers of any kind.
 fn pack_operand<const P: usize>(tiles: Tiles, side: Side, lines: Operand<'_>, words: &mut [u32]) {
     match lines {
         Operand::F32(lines) => pack::<P, f32>(tiles, side, lines, words),
         Operand::Bf16(lines) => pack::<P, bf16>(tiles, side, lines, words),
+        Operand::Ordered(lines) => pack_ordered::<P>(side, lines, words),
     }
 }
 
-/// [`pack_alone`] of numbers of either kind.
+/// [`pack_alone`] of numbers of any kind.
 fn pack_operand_alone<const P: usize>(
     tiles: Tiles,
     side: Side,
@@ -230,6 +289,7 @@ fn pack_operand_alone<const P: usize>(
     match lines {
         Operand::F32(lines) => pack_alone::<P, f32>(tiles, side, lines, words),
         Operand::Bf16(lines) => pack_alone::<P, bf16>(tiles, side, lines, words),
+        Operand::Ordered(lines) => pack_ordered_alone::<P>(side, lines, words),
     }
 }
 
@@ -371,7 +431,7 @@ pub(crate) fn block_product<const P: usize>(
 fn blocks<const P: usize>(
     tiles: &Configured,
     left: &[u32],
-    right: &[u32],
+    right: Right<'_>,
     n_steps: usize,
     write: Write,
     dst: &mut MatrixMut<'_>,
@@ -380,11 +440,10 @@ fn blocks<const P: usize>(
     for row in (0..n_rows).step_by(BLOCK) {
         let left = &left[row / BLOCK * block_words..];
         for column in (0..n_columns).step_by(BLOCK) {
-            let right = &right[column / BLOCK * block_words..];
             block::<P>(
                 tiles,
                 left,
-                right,
+                right.from(column).words,
                 n_steps,
                 write,
                 (&mut *dst, [row, column]),

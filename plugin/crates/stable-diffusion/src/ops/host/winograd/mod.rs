@@ -115,6 +115,9 @@ impl Winograd {
             size: self.size,
         };
         match weight {
+            Numbers::Ordered(_) => {
+                weight.in_rows(|weight| self.convolved(direction, x, weight, shift))
+            }
             Numbers::F32(weight) => planes.convolved(
                 x,
                 &Kernels {
