@@ -348,15 +348,12 @@ fn half_precision_is_near_here(backend: Backend, precision: Precision, tolerance
     for memory in [Memory::Fast, Memory::Lean] {
         let unet = small::unet().with_precision(precision).unwrap();
         let unet = unet.with_memory(memory);
-        let halves = unet
-            .weights()
-            .0
-            .iter()
-            .filter(|(_, w)| w.dtype() == precision.dtype());
-        let n_matrices = unet.weights().0.values().filter(|w| w.rank() >= 2).count();
+        let weights = unet.weights().in_rows().unwrap().0;
+        let halves = weights.values().filter(|w| w.dtype() == precision.dtype());
+        let n_matrices = weights.values().filter(|w| w.rank() >= 2).count();
         match backend {
             Backend::Host => assert_eq!(halves.count(), n_matrices),
-            Backend::Device => assert_eq!(halves.count(), unet.weights().0.len()),
+            Backend::Device => assert_eq!(halves.count(), weights.len()),
         }
         for (found, expected) in run(&unet).iter().zip(&expected) {
             assert_eq!(found.dtype(), DType::F32);
