@@ -2,7 +2,6 @@
 //! [`super::tiles::Ordered`]. No other weight is of words.
 
 use candle_core::{DType, Result, Tensor, bail};
-use half::bf16;
 
 use super::memory::Values;
 use super::numbers::Numbers;
@@ -16,7 +15,7 @@ const SIDE: usize = 32;
 /// Of a weight as others know it, whatever the order of its numbers: `[out, in, ..]`.
 pub(crate) fn dims_of(weight: &Tensor) -> Vec<usize> {
     match weight.dims().strip_suffix(&BLOCK) {
-        Some([rows, columns, taps @ ..]) if weight.dtype() == DType::U32 => {
+        Some([rows, columns, taps @ ..]) if is_ordered(weight) => {
             [&[SIDE * rows, SIDE * columns], taps].concat()
         }
         _ => weight.dims().to_vec(),
@@ -24,7 +23,7 @@ pub(crate) fn dims_of(weight: &Tensor) -> Vec<usize> {
 }
 
 pub(crate) fn is_ordered(weight: &Tensor) -> bool {
-    weight.dtype() == DType::U32
+    weight.dtype() == DType::U32 && weight.dims().ends_with(&BLOCK)
 }
 
 /// A frozen weight of a product of many rows, in the order of tiles if this processor multiplies it by tiles as it is;
@@ -78,18 +77,18 @@ pub(crate) fn in_rows(weight: &Tensor) -> Result<Tensor> {
         return Ok(weight.clone());
     }
     let weight = weight.contiguous()?;
-    let numbers = Values::of(&weight)?
-        .numbers()?
-        .in_rows(|numbers| match numbers {
-            Numbers::Bf16(numbers) => numbers.to_vec(),
-            _ => Vec::<bf16>::new(),
-        });
-    Tensor::from_vec(numbers, dims_of(&weight), weight.device())
+    let values = Values::of(&weight)?;
+    values.numbers()?.in_rows(|numbers| match numbers {
+        Numbers::Bf16(numbers) => Tensor::from_slice(numbers, dims_of(&weight), weight.device()),
+        _ => bail!("a weight {:?} in rows", weight.shape()),
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
+
+    use half::bf16;
 
     use super::*;
     use crate::rng::Rng;
