@@ -206,7 +206,7 @@ fn part_of_product<const P: usize>(
         if let Some(right) = ready::<P>(rhs.t()) {
             return items.for_each(|item| {
                 let first = item.cols.start;
-                run(item, left, right.from(first));
+                run(item, left, right.starting_at(first));
             });
         }
         if m <= ITEM_ROWS {
@@ -226,7 +226,7 @@ fn part_of_product<const P: usize>(
             };
             items.for_each(|item| {
                 let first = item.cols.start;
-                run(item, left, right.from(first));
+                run(item, left, right.starting_at(first));
             });
         });
     });
@@ -242,7 +242,7 @@ struct Right<'a> {
 
 impl Right<'_> {
     /// Columns from the first of a block on.
-    fn from(self, column: usize) -> Self {
+    fn starting_at(self, column: usize) -> Self {
         Self {
             words: &self.words[column / BLOCK * self.block_words..],
             ..self
@@ -443,7 +443,7 @@ fn blocks<const P: usize>(
             block::<P>(
                 tiles,
                 left,
-                right.from(column).words,
+                right.starting_at(column).words,
                 n_steps,
                 write,
                 (&mut *dst, [row, column]),
