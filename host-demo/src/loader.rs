@@ -1,6 +1,7 @@
 //! Finding and loading plugin libraries, and saying in one sentence why one cannot be loaded.
 
 use std::env::consts::{DLL_PREFIX, DLL_SUFFIX};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use abi_stable::library::{LibraryError, lib_header_from_path};
@@ -168,7 +169,12 @@ pub(crate) fn load(path: &Path) -> Result<Plugin, LoadError> {
         path: path.to_owned(),
         reason,
     };
-    let bytes = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
+    let bytes = std::fs::read(path).map_err(|error| {
+        failed(match error.kind() {
+            ErrorKind::NotFound => "it is not there; name a library that is".to_owned(),
+            _ => error.to_string(),
+        })
+    })?;
     let build = blake3::hash(&bytes).to_hex().to_string();
     if is_cut_short(&bytes) {
         return Err(failed(format!(
@@ -300,6 +306,8 @@ mod tests {
         std::fs::write(&text, "not a library").unwrap();
         let reason = |path: &Path| load(path).err().unwrap().reason;
         assert!(reason(&text).contains("cannot open it as a library"));
-        assert!(reason(&folder.path().join("gone.so")).contains("No such file") || cfg!(windows));
+        assert!(
+            reason(&folder.path().join("gone.so")).starts_with("it is not there; name a library")
+        );
     }
 }

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::env::consts::DLL_SUFFIX;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -93,7 +94,17 @@ fn found_in(folders: &[PathBuf]) -> anyhow::Result<BTreeSet<PathBuf>> {
     let mut found = BTreeSet::new();
     for folder in folders {
         let unreadable = || format!("cannot read the folder of plugins {}", folder.display());
-        for entry in std::fs::read_dir(folder).with_context(unreadable)? {
+        let entries = std::fs::read_dir(folder);
+        if entries
+            .as_ref()
+            .is_err_and(|error| error.kind() == ErrorKind::NotFound)
+        {
+            anyhow::bail!(
+                "there is no folder of plugins {}; name one that is there with --plugins or {FOLDERS_VARIABLE}",
+                folder.display()
+            );
+        }
+        for entry in entries.with_context(unreadable)? {
             let path = entry.with_context(unreadable)?.path();
             let is_library = path.to_string_lossy().ends_with(DLL_SUFFIX);
             if is_library && path.is_file() {

@@ -1,6 +1,7 @@
 //! The list of what to run: a file of JSON lines.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -33,6 +34,8 @@ pub(crate) struct Entry {
 /// A manifest that cannot be read, with everything that is wrong.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ManifestError {
+    #[error("there is no manifest {}; name a file with one entry a line", .0.display())]
+    Missing(PathBuf),
     #[error("cannot read the manifest {}: {error}", path.display())]
     Unreadable {
         path: PathBuf,
@@ -53,9 +56,12 @@ pub(crate) enum ManifestError {
 /// See [`ManifestError`].
 pub(crate) fn read(path: &Path) -> Result<Vec<Entry>, ManifestError> {
     let path = path.to_owned();
-    let unreadable = |error| ManifestError::Unreadable {
-        path: path.clone(),
-        error,
+    let unreadable = |error: std::io::Error| match error.kind() {
+        ErrorKind::NotFound => ManifestError::Missing(path.clone()),
+        _ => ManifestError::Unreadable {
+            path: path.clone(),
+            error,
+        },
     };
     let bytes = std::fs::metadata(&path).map_err(unreadable)?.len();
     if bytes > MAX_BYTES {

@@ -13,6 +13,7 @@ mod editor;
 mod flatten;
 mod widgets;
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use plugin_api::{Widget, WidgetKind};
@@ -32,6 +33,8 @@ pub(crate) const MAX_NODES: usize = 4096;
 /// Why a workflow file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum WorkflowError {
+    #[error("there is no workflow {}; name a file that ComfyUI saved, .json or .png", .0.display())]
+    Missing(PathBuf),
     #[error("cannot read the workflow {}: {error}", path.display())]
     Unreadable {
         path: PathBuf,
@@ -83,13 +86,18 @@ impl Workflow {
     /// # Errors
     /// See [`WorkflowError`].
     pub(crate) fn read(path: &Path, catalog: &Catalog) -> Result<Self, WorkflowError> {
-        let unreadable = |error| WorkflowError::Unreadable {
-            path: path.to_owned(),
-            error,
+        let unreadable = |error: std::io::Error| match error.kind() {
+            ErrorKind::NotFound => WorkflowError::Missing(path.to_owned()),
+            _ => WorkflowError::Unreadable {
+                path: path.to_owned(),
+                error,
+            },
         };
         let meta = std::fs::metadata(path).map_err(unreadable)?;
         if meta.is_dir() {
-            return Err(unreadable(std::io::Error::other("it is a directory")));
+            return Err(unreadable(std::io::Error::other(
+                "it is a directory; name a file in it",
+            )));
         }
         let is_png = path
             .extension()

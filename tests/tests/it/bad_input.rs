@@ -201,7 +201,12 @@ fn a_file_that_is_no_workflow() {
     refused(
         &place,
         place.host(&["run", "gone.json"]),
-        &["cannot read the workflow gone.json"],
+        &["there is no workflow gone.json; name a file"],
+    );
+    refused(
+        &place,
+        place.host(&["batch", "gone.jsonl", "--out", "all"]),
+        &["there is no manifest gone.jsonl; name a file"],
     );
     refused(&place, place.host(&["run", "."]), &["it is a directory"]);
     let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));

@@ -29,7 +29,10 @@ fn other_library() -> Option<PathBuf> {
 fn a_library_that_cannot_be_loaded_says_why() {
     let place = Place::with_faulty();
     place.write("text.so", "not a library");
-    load(&place, "gone.so").failed_with(&["cannot load the plugin gone.so", "No such file"]);
+    load(&place, "gone.so").failed_with(&[
+        "cannot load the plugin gone.so",
+        "it is not there; name a library",
+    ]);
     load(&place, ".").failed_with(&["cannot load the plugin ."]);
     load(&place, "text.so").failed_with(&["text.so", "the system cannot open it as a library"]);
     match other_library() {

@@ -83,5 +83,5 @@ fn a_library_that_crashes_is_remembered_until_it_changes() {
 fn a_folder_that_is_not_there_is_an_error() {
     let place = Place::with_conceptloom();
     let done = nodes(&place, "", false);
-    done.failed_with(&["cannot read the folder of plugins plugins"]);
+    done.failed_with(&["there is no folder of plugins plugins; name one"]);
 }

@@ -99,18 +99,16 @@ impl TensorFile {
             data_start: 8,
         };
         if len < 8 {
-            return Err(file.fault(format!("not a safetensors file: {len} bytes long")));
+            return Err(file.foreign(format!("{len} bytes long")));
         }
         let mut header_len = [0; 8];
         file.read_at(0, &mut header_len)?;
         let header_len = u64::from_le_bytes(header_len);
         if header_len > MAX_HEADER {
-            return Err(
-                file.fault("not a safetensors file: its first eight bytes are no header length")
-            );
+            return Err(file.foreign("its first eight bytes are no header length"));
         }
         if header_len > len - 8 {
-            return Err(file.fault(format!(
+            return Err(file.damaged(format!(
                 "truncated: {len} bytes long, its header alone has {header_len}"
             )));
         }
@@ -122,8 +120,8 @@ impl TensorFile {
     }
 
     fn read_header(&mut self, header: &[u8], data_len: u64) -> Result<()> {
-        let values: Map<String, Value> = serde_json::from_slice(header)
-            .map_err(|e| self.fault(format!("not a safetensors file: {e}")))?;
+        let values: Map<String, Value> =
+            serde_json::from_slice(header).map_err(|e| self.foreign(e))?;
         let mut end = 0;
         for (key, value) in values {
             if key == "__metadata__" {
@@ -135,12 +133,12 @@ impl TensorFile {
                 serde_json::from_value(value).map_err(|e| self.fault(format!("{key}: {e}")))?;
             let [from, to] = entry.data_offsets;
             if from > to {
-                return Err(self.fault(format!("{key} ends before it starts")));
+                return Err(self.damaged(format!("{key} ends before it starts")));
             }
             // Also where a 0 makes the product small: strides and parts of the shape are computed later.
             let mut sides = entry.shape.iter().map(|&side| side.max(1));
             if sides.try_fold(8, usize::checked_mul).is_none() {
-                return Err(self.fault(format!("{key} of shape {:?} is too large", entry.shape)));
+                return Err(self.damaged(format!("{key} of shape {:?} is too large", entry.shape)));
             }
             if let Some(width) = width(&entry.dtype) {
                 let n = entry
@@ -148,7 +146,7 @@ impl TensorFile {
                     .iter()
                     .try_fold(width, |n, &d| n.checked_mul(d as u64));
                 if n != Some(to - from) {
-                    return Err(self.fault(format!(
+                    return Err(self.damaged(format!(
                         "{key} of shape {:?} has {} bytes",
                         entry.shape,
                         to - from
@@ -159,7 +157,7 @@ impl TensorFile {
             self.entries.insert(key, entry);
         }
         if end > data_len {
-            return Err(self.fault(format!(
+            return Err(self.damaged(format!(
                 "truncated: {end} bytes of tensors announced, {data_len} there"
             )));
         }
@@ -272,6 +270,16 @@ impl TensorFile {
                 read.map_err(|e| self.fault(e))
             }
         }
+    }
+
+    fn foreign(&self, reason: impl std::fmt::Display) -> Error {
+        self.fault(format!(
+            "not a safetensors file: {reason}; name a .safetensors file"
+        ))
+    }
+
+    fn damaged(&self, reason: impl std::fmt::Display) -> Error {
+        self.fault(format!("{reason}; copy or download it again"))
     }
 
     fn fault(&self, reason: impl std::fmt::Display) -> Error {

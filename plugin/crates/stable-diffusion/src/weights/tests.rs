@@ -101,14 +101,18 @@ fn damaged_files_are_refused_with_one_sentence() {
     check(
         &entry("F32", "[2,3]", 0, 24),
         20,
-        "truncated: 24 bytes of tensors announced, 20 there",
+        "truncated: 24 bytes of tensors announced, 20 there; copy or download it again",
     );
     check(
         &entry("F32", "[2,3]", 0, 20),
         24,
-        "w of shape [2, 3] has 20 bytes",
+        "w of shape [2, 3] has 20 bytes; copy or download it again",
     );
-    check(&entry("F32", "[2,3]", 24, 0), 24, "w ends before it starts");
+    check(
+        &entry("F32", "[2,3]", 24, 0),
+        24,
+        "w ends before it starts; copy or download it again",
+    );
     check(
         &entry("I32", "[6]", 0, 24),
         24,
@@ -118,12 +122,12 @@ fn damaged_files_are_refused_with_one_sentence() {
     check(
         &huge,
         24,
-        "w of shape [4294967296, 4294967296, 4] is too large",
+        "w of shape [4294967296, 4294967296, 4] is too large; copy or download it again",
     );
     check(
         "[]",
         0,
-        "not a safetensors file: invalid type: sequence, expected a map at line 1 column 0",
+        "not a safetensors file: invalid type: sequence, expected a map at line 1 column 0; name a .safetensors file",
     );
 }
 
@@ -141,20 +145,20 @@ fn foreign_and_missing_files_are_refused() {
     };
     assert_eq!(
         open("a.safetensors", b"PK"),
-        "not a safetensors file: 2 bytes long"
+        "not a safetensors file: 2 bytes long; name a .safetensors file"
     );
     assert_eq!(
         open(
             "b.safetensors",
             b"PK\x03\x04 a zip archive, that is a pickle"
         ),
-        "not a safetensors file: its first eight bytes are no header length"
+        "not a safetensors file: its first eight bytes are no header length; name a .safetensors file"
     );
     let mut short = 100_u64.to_le_bytes().to_vec();
     short.push(b'{');
     assert_eq!(
         open("c.safetensors", &short),
-        "truncated: 9 bytes long, its header alone has 100"
+        "truncated: 9 bytes long, its header alone has 100; copy or download it again"
     );
     assert_eq!(
         open("model.ckpt", b""),
