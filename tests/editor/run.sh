@@ -36,11 +36,13 @@ prepare_python() {
 }
 
 prepare_npm() {
-    if ! cmp -s "$here/packages/package-lock.json" "$work/packages/package-lock.json"; then
+    if ! cmp -s "$here/packages/package-lock.json" "$work/packages/installed"; then
         rm -rf "$work/packages"
         mkdir -p "$work/packages"
         cp "$here/packages/package.json" "$here/packages/package-lock.json" "$work/packages"
-        npm ci --silent --ignore-scripts --no-audit --no-fund --prefix "$work/packages"
+        # From there: by --prefix npm finds another package behind a linked folder.
+        (cd "$work/packages" && npm ci --silent --ignore-scripts --no-audit --no-fund)
+        cp "$here/packages/package-lock.json" "$work/packages/installed"
     fi
 }
 
