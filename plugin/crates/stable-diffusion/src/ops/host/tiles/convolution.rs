@@ -463,13 +463,8 @@ fn block_words(n_parts: usize, n_steps: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::numbers;
     use super::*;
-
-    fn numbers(n: usize, step: usize) -> Vec<f32> {
-        (0..n)
-            .map(|i| ((i * step) % 97) as f32 / 48.0 - 1.0)
-            .collect()
-    }
 
     /// By its definition; `[B, in, H, W]` to `[B, out, H, W]`.
     fn naive(x: &[f32], weight: &[f32], [height, width]: [usize; 2], n_in: usize) -> Vec<f32> {

@@ -49,3 +49,11 @@ pub(crate) use self::{
     pack::Side,
     product::{Both, Packed, block_product, columns_of_both, multiply, multiply_both},
 };
+
+/// For tests: numbers from -1 to 1.
+#[cfg(test)]
+fn numbers(n: usize, step: usize) -> Vec<f32> {
+    (0..n)
+        .map(|i| ((i * step) % 97) as f32 / 48.0 - 1.0)
+        .collect()
+}

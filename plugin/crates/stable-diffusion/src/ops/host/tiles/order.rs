@@ -228,14 +228,10 @@ impl<'a> Blocks<'a> {
 mod tests {
     use super::super::super::gemm::{MatrixMut, Write};
     use super::super::super::numbers::Numbers;
-    use super::super::{Convolution3x3, Factors, columns_of_both, multiply, multiply_both};
+    use super::super::{
+        Convolution3x3, Factors, columns_of_both, multiply, multiply_both, numbers,
+    };
     use super::*;
-
-    fn numbers(n: usize, step: usize) -> Vec<f32> {
-        (0..n)
-            .map(|i| ((i * step) % 97) as f32 / 48.0 - 1.0)
-            .collect()
-    }
 
     fn weight(n: usize) -> Vec<bf16> {
         numbers(n, 43).into_iter().map(bf16::from_f32).collect()

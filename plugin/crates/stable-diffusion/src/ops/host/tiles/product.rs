@@ -138,21 +138,18 @@ fn products<const P: usize, S: Send>(
         items.into_par_iter().for_each(|(cols, mut state)| {
             let width = cols.len().next_multiple_of(BLOCK);
             let lines = rhs.map(|rhs| rhs.t().rows(cols.clone()));
-            let are_ready = lines.iter().all(|lines| ready::<P>(*lines).is_some());
-            let right_len = if are_ready {
-                0
-            } else {
-                packed_len(P, width, k)
+            let ready = lines.map(ready::<P>);
+            let right_len = match ready {
+                [Some(_), Some(_)] => 0,
+                _ => packed_len(P, width, k),
             };
             let sums_len = rows_at_once * width;
             with_words(2 * (right_len + sums_len), |words| {
                 let (words, sums) = words.split_at_mut(2 * right_len);
                 let (first, second) = words.split_at_mut(right_len);
                 let rights = [
-                    ready::<P>(lines[0])
-                        .unwrap_or_else(|| packed_alone::<P>(tiles, lines[0], first)),
-                    ready::<P>(lines[1])
-                        .unwrap_or_else(|| packed_alone::<P>(tiles, lines[1], second)),
+                    ready[0].unwrap_or_else(|| packed_alone::<P>(tiles, lines[0], first)),
+                    ready[1].unwrap_or_else(|| packed_alone::<P>(tiles, lines[1], second)),
                 ];
                 let (first, second) = bytemuck::cast_slice_mut(sums).split_at_mut(sums_len);
                 let mut sums = [first, second];
