@@ -4,9 +4,12 @@
 
 Clients queue small graphs, wait for them over HTTP and a websocket, cancel, reconnect, upload, save, delete, and break off in
 the middle of requests. In the middle of it the disk fills up and the folder of outputs becomes read-only (both need the right to
-mount a small disk), then the server's clock is set back by two days, and later forward by three (Debian's libfaketime); what
-cannot be done here is left out, in a sentence. At the end the server is killed with a full disk behind it and jobs before it.
-Needs what `run.sh` prepares; `test_long_service.py` is the short form.
+mount a small disk), the server's clock is set back by two days, and later forward by three (Debian's libfaketime), and the machine
+sleeps for a moment; what cannot be done here is left out, in a sentence. At the end the server is killed with a full disk behind it
+and jobs before it. Needs what `run.sh` prepares; `test_long_service.py` is the short form.
+
+Ctrl-Z (`kill -TSTP`) pauses it between two jobs, server and all, until it is continued (`fg`, `kill -CONT`); the pause is not
+counted as running.
 """
 import argparse
 import collections
@@ -17,6 +20,7 @@ import os
 import pathlib
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -113,6 +117,7 @@ class Client(threading.Thread):
         self.dice = random.Random(service.seed * 1000 + number)
         self.name = f"client-{number}"
         self.socket = self.server.socket(self.name)
+        self.pauses = service.pauses
         self.error = None
 
     def run(self):
@@ -120,6 +125,10 @@ class Client(threading.Thread):
             self.upload()
             while self.service.take(jobs := self.dice.randint(1, 4)):
                 with self.service.turn():
+                    if self.pauses != self.service.pauses:
+                        # Whoever was away for hours connects anew.
+                        self.pauses = self.service.pauses
+                        self.reconnect()
                     self.work(jobs)
                 self.socket.events.clear()
                 self.socket.binary.clear()
@@ -138,6 +147,10 @@ class Client(threading.Thread):
         self.socket.thread.join(JOB_SECONDS)
         assert not self.socket.thread.is_alive(), "the server holds a connection that its client closed"
         self.socket.socket.shutdown()
+
+    def reconnect(self):
+        self.leave()
+        self.socket = self.server.socket(self.name)
 
     def work(self, n_jobs):
         waiting = {}
@@ -209,8 +222,7 @@ class Client(threading.Thread):
             self.cancel(prompt_id)
             return {prompt_id}
         if what == "reconnect":
-            self.leave()
-            self.socket = self.server.socket(self.name)
+            self.reconnect()
         elif what == "upload":
             self.upload()
         elif what == "save":
@@ -258,6 +270,7 @@ class Service:
         self.began, self.seconds = time.monotonic(), seconds
         self.samples = []
         self.gate, self.working, self.is_paused = threading.Condition(), 0, False
+        self.pauses, self.pause_is_asked = 0, False
         self.clients = [Client(self, i) for i in range(clients)]
 
     def take(self, jobs):
@@ -296,6 +309,30 @@ class Service:
                 self.is_paused = False
                 self.gate.notify_all()
 
+    def ask_for_a_pause(self, *_):
+        # A terminal stops the server too, and the clients have to come to an end.
+        self.server.process.send_signal(signal.SIGCONT)
+        self.pause_is_asked = True
+
+    def pause(self):
+        """Nothing runs until this process is continued."""
+        self.pause_is_asked = False
+        with self.alone():
+            print(f"paused, {self.so_far()}", flush=True)
+            stopped = time.monotonic()
+            self.server.process.send_signal(signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            self.server.process.send_signal(signal.SIGCONT)
+            away = time.monotonic() - stopped
+            self.began += away
+            self.pauses += 1
+            print(f"continued after {away / 60:.1f} min", flush=True)
+
+    def so_far(self):
+        last = self.samples[-1]
+        return f"{last['jobs']} jobs in {last['seconds'] / 60:.1f} min: " + ", ".join(
+            f"{what} {last[what]:.0f}" for what in ("memory", "files", "sockets", "threads", "disk", "journal"))
+
     def count(self, outcome):
         with self.lock:
             self.outcomes[outcome] += 1
@@ -324,19 +361,29 @@ class Service:
                 "journal": (self.server.data / "queue.jsonl").stat().st_size / 2**20,
             })
 
-    def run(self, meanwhile):
+    def run(self, meanwhile, picture=None):
         """Until all jobs are done; of `meanwhile` each is called once, while no client works, when its part of the jobs is done."""
         for client in self.clients:
             client.start()
+        signal.signal(signal.SIGTSTP, self.ask_for_a_pause)
         every = 0.25 if self.jobs < 1000 else 2
         left = dict(meanwhile)
+        told = 0
         while any(client.is_alive() for client in self.clients):
             time.sleep(every)
             self.sample()
+            if self.pause_is_asked:
+                self.pause()
+            if self.done >= told + 1000:
+                told = self.done // 1000 * 1000
+                print(self.so_far(), flush=True)
+                if picture:
+                    curves(self.samples, picture)
             for part in [part for part in left if self.done >= part * self.jobs]:
                 with self.alone():
                     left.pop(part)()
         assert not left, f"not done: {list(left)}"
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         for client in self.clients:
             if client.error:
                 raise client.error
@@ -396,6 +443,24 @@ def disturb_the_disk(service, disk):
     assert not torn, f"half-written: {torn}"
 
 
+def sleep(service, seconds):
+    """The machine sleeps while a job runs and others wait, with clients connected; nobody has to begin again."""
+    server = service.server
+    listener = server.socket("sleeper")
+    ids = [server.queue_prompt(service.long, "sleeper")]
+    ids += [service.probe().json["prompt_id"] for _ in range(2)]
+    wait_until(lambda: server.get("/queue").json["queue_running"])
+    server.process.send_signal(signal.SIGSTOP)
+    time.sleep(seconds)
+    server.process.send_signal(signal.SIGCONT)
+    assert server.post(f"/api/jobs/{ids[0]}/cancel").status == 200
+    ended = [server.finished(prompt_id, JOB_SECONDS)["status"]["messages"][-1][0] for prompt_id in ids]
+    assert ended == ["execution_interrupted", "execution_success", "execution_success"], ended
+    wait_until(lambda: listener.of("execution_interrupted"))
+    listener.close()
+    server.post("/history", {"delete": ids})
+
+
 def set_the_clock(service, clock, days):
     """What was accepted before and after is done, and stands in the history in this order, whatever time it is."""
     if not clock.environment:
@@ -453,8 +518,9 @@ def serve(folder, jobs, clients, seed=1, seconds=0, picture=None):
             service.run({
                 0.3: lambda: set_the_clock(service, clock, -2),
                 0.5: lambda: disturb_the_disk(service, disk),
+                0.6: lambda: sleep(service, 5),
                 0.7: lambda: set_the_clock(service, clock, 3),
-            })
+            }, picture)
             wait_until(lambda: server.get("/prompt").json["exec_info"]["queue_remaining"] == 0)
             print(f"{service.done} jobs of {clients} clients in {service.samples[-1]['seconds'] / 60:.1f} min:", dict(service.outcomes))
             for what in ("memory", "files", "sockets", "threads", "disk", "journal"):
