@@ -12,6 +12,7 @@ use plugin_api::{DeviceDescriptor, PluginDescriptor};
 use serde_json::{Map, Value, json};
 use tokio::runtime::Runtime;
 
+use crate::batch;
 use crate::builtin_nodes::Places;
 use crate::catalog::Catalog;
 use crate::confined::Root;
@@ -21,6 +22,7 @@ use crate::loader;
 use crate::object_info;
 use crate::pictures::LoadedPicture;
 use crate::png_text;
+use crate::serve::fuzzed::Talk;
 use crate::serve::{Folders, fuzzed};
 use crate::validate::judge;
 use crate::workflow_file::Workflow;
@@ -141,19 +143,53 @@ impl Surfaces {
     /// # Errors
     /// A connection that does not end, an answer that is no HTTP, or a server that cannot start on what this one left.
     pub fn connection(&self, bytes: &[u8]) -> Result<(), Broken> {
-        let answer = fuzzed::talk(&self.runtime, &self.catalog, &self.data, bytes);
+        match self.talk(bytes)? {
+            Talk::Refused(why) => Err(format!("the server cannot start: {why}")),
+            Talk::Answered(answer) => is_http(&answer),
+        }
+    }
+
+    /// Where a server keeps its files, for [`left_behind`](Self::left_behind).
+    #[must_use]
+    pub fn data(&self) -> &Path {
+        &self.data
+    }
+
+    /// A server on a folder that another one, or anybody, left; and what came over one connection to it.
+    ///
+    /// # Errors
+    /// Those of [`connection`](Self::connection); a server that does not start without saying which file is at fault.
+    pub fn left_behind(&self, bytes: &[u8]) -> Result<(), Broken> {
+        match self.talk(bytes)? {
+            Talk::Refused(why) if why.contains(&*self.data.to_string_lossy()) => Ok(()),
+            Talk::Refused(why) => Err(format!("no file is named: {why}")),
+            Talk::Answered(answer) => is_http(&answer),
+        }
+    }
+
+    fn talk(&self, bytes: &[u8]) -> Result<Talk, Broken> {
+        let talk = fuzzed::talk(&self.runtime, &self.catalog, &self.data, bytes);
         // What was uploaded and saved.
         let removed = std::fs::remove_dir_all(&self.data);
-        let answer = answer.map_err(|error| format!("{error:#}"))?;
+        let talk = talk.map_err(|error| format!("{error:#}"))?;
         removed.map_err(|error| error.to_string())?;
-        if answer.is_empty() || answer.starts_with(b"HTTP/1.") {
-            Ok(())
-        } else {
-            Err(format!(
-                "the answer is {:?}",
-                String::from_utf8_lossy(&answer)
-            ))
-        }
+        Ok(talk)
+    }
+
+    /// A folder with the list of a batch, and with what says that an entry is done. Its workflows are not read.
+    pub fn batch(&self, folder: &Path) {
+        batch::fuzzed(folder, &self.catalog);
+    }
+}
+
+fn is_http(answer: &[u8]) -> Result<(), Broken> {
+    if answer.is_empty() || answer.starts_with(b"HTTP/1.") {
+        Ok(())
+    } else {
+        Err(format!(
+            "the answer is {:?}",
+            String::from_utf8_lossy(answer)
+        ))
     }
 }
 
@@ -186,6 +222,14 @@ pub fn picture(bytes: &[u8]) {
     let _ = picture.mask(0);
     let _ = picture.only_transparency();
     let _ = picture.with_transparency_of(&picture);
+}
+
+/// What the process of `--isolate` tells: frames, one behind the other.
+pub fn frames(bytes: &[u8]) {
+    #[cfg(unix)]
+    crate::isolated::fuzzed(bytes);
+    #[cfg(not(unix))]
+    let _ = bytes;
 }
 
 /// What a plugin says of itself, as JSON; and of its devices.

@@ -176,17 +176,7 @@ fn prepare(
         None => Workflow::parse(demo::NAME, demo::WORKFLOW.as_bytes(), catalog),
     };
     let mut workflow = workflow.map_err(|error| one(error.to_string()))?;
-    if let Some(seed) = entry.seed {
-        workflow.set_seeds(seed, catalog);
-    }
-    let mut problems = Vec::new();
-    for (target, value) in &entry.set {
-        let text = value
-            .as_str()
-            .map_or_else(|| value.to_string(), str::to_owned);
-        let set = workflow.set(&format!("{target}={text}"), catalog);
-        problems.extend(set.err().map(|problem| problem.to_string()));
-    }
+    let mut problems = change(&mut workflow, &entry, catalog);
     let plan = validate(&workflow.graph, catalog).unwrap_or_else(|found| {
         problems.extend(found.iter().map(ToString::to_string));
         Plan::new()
@@ -209,6 +199,21 @@ fn prepare(
     } else {
         Err(problems)
     }
+}
+
+/// Makes the entry's changes; returns what is wrong with them.
+fn change(workflow: &mut Workflow, entry: &Entry, catalog: &Catalog) -> Vec<String> {
+    if let Some(seed) = entry.seed {
+        workflow.set_seeds(seed, catalog);
+    }
+    let set = |(target, value): (&String, &Value)| {
+        let text = value
+            .as_str()
+            .map_or_else(|| value.to_string(), str::to_owned);
+        let set = workflow.set(&format!("{target}={text}"), catalog);
+        set.err().map(|problem| problem.to_string())
+    };
+    entry.set.iter().filter_map(set).collect()
 }
 
 fn catalog(libraries: &Libraries, dir: &Path) -> anyhow::Result<Catalog> {
@@ -284,4 +289,17 @@ fn run_one(
     folder.commit()?;
     work_dirs.finish();
     Ok(())
+}
+
+/// For [`fuzzing`](crate::fuzzing): the list and the `done.json` of a folder, with the bundled workflow for every entry.
+pub(crate) fn fuzzed(folder: &Path, catalog: &Catalog) {
+    let _ = is_done(folder, "", true);
+    let entries = manifest::read(&folder.join("manifest.jsonl")).unwrap_or_default();
+    for entry in &entries {
+        let workflow = Workflow::parse(demo::NAME, demo::WORKFLOW.as_bytes(), catalog);
+        if let Ok(mut workflow) = workflow {
+            let _ = change(&mut workflow, entry, catalog);
+            let _ = validate(&workflow.graph, catalog);
+        }
+    }
 }

@@ -350,11 +350,20 @@ pub(crate) fn read<T: DeserializeOwned>(from: &mut impl Read) -> io::Result<Opti
     if n_head > MAX_HEAD || n_bytes > MAX_BYTES {
         return Err(torn("a frame"));
     }
-    let mut head = vec![0; n_head as usize];
-    from.read_exact(&mut head)?;
-    let mut bytes = vec![0; n_bytes as usize];
-    from.read_exact(&mut bytes)?;
+    let head = read_part(from, n_head.into())?;
+    let bytes = read_part(from, n_bytes)?;
     Ok(Some((serde_json::from_slice(&head)?, bytes)))
+}
+
+/// As much as was announced; memory is taken for what comes.
+fn read_part(from: &mut impl Read, n: u64) -> io::Result<Vec<u8>> {
+    let mut part = Vec::new();
+    from.take(n).read_to_end(&mut part)?;
+    if part.len() as u64 == n {
+        Ok(part)
+    } else {
+        Err(torn("a frame"))
+    }
 }
 
 #[cfg(test)]

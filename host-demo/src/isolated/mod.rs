@@ -218,3 +218,17 @@ pub(crate) fn answer_questions(path: &Path) -> anyhow::Result<()> {
 pub(crate) fn answer_questions(_: &Path) -> anyhow::Result<()> {
     anyhow::bail!("this needs a Unix system")
 }
+
+/// For [`fuzzing`](crate::fuzzing): what the process tells, as the host hears it.
+#[cfg(unix)]
+pub(crate) fn fuzzed(mut bytes: &[u8]) {
+    let recorder = crate::recorder::Recorder::new(Path::new(""));
+    while let Ok(Some((reply, pictures))) = frame::read::<frame::Reply>(&mut bytes) {
+        if let frame::Reply::Event(label, event) = reply
+            && event.tell(&label, pictures, &recorder).is_err()
+        {
+            return;
+        }
+    }
+    let _ = recorder.record();
+}

@@ -28,6 +28,14 @@ const PIPE: usize = 64 << 10;
 /// Nothing that is small takes so long.
 const LIMIT: Duration = Duration::from_secs(120);
 
+/// How [`talk`] went.
+pub(crate) enum Talk {
+    /// No server starts on this folder, for this reason.
+    Refused(String),
+    /// What the server said.
+    Answered(Vec<u8>),
+}
+
 /// A runtime for [`talk`].
 ///
 /// # Errors
@@ -44,19 +52,22 @@ pub(crate) fn runtime() -> anyhow::Result<Runtime> {
 /// left. Bytes that hold [`TOKEN`] meet a server that asks for it.
 ///
 /// # Errors
-/// A server that cannot be started, does not end the connection, or cannot be started again.
+/// A server that does not end the connection, or cannot be started again.
 pub(crate) fn talk(
     runtime: &Runtime,
     catalog: &Arc<Catalog>,
     data: &Path,
     sent: &[u8],
-) -> anyhow::Result<Vec<u8>> {
+) -> anyhow::Result<Talk> {
     let token = sent
         .windows(TOKEN.len())
         .any(|part| part == TOKEN.as_bytes())
         .then_some(TOKEN);
     let open = || open(catalog, data, token);
-    let server = open()?;
+    let server = match open() {
+        Ok(server) => server,
+        Err(error) => return Ok(Talk::Refused(format!("{error:#}"))),
+    };
     let answer = runtime.block_on(async {
         let (client, stream) = duplex(PIPE);
         let (mut reader, mut writer) = split(client);
@@ -86,7 +97,7 @@ pub(crate) fn talk(
         again.queue.remaining()
     );
     again.queue.remove_waiting(|_| true);
-    Ok(answer)
+    Ok(Talk::Answered(answer))
 }
 
 fn open(catalog: &Arc<Catalog>, data: &Path, token: Option<&str>) -> anyhow::Result<Arc<Server>> {

@@ -9,6 +9,8 @@ use durable_files::disk;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::confined::Root;
+
 /// What a client asked to be run.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Job {
@@ -77,10 +79,16 @@ impl SavedFile {
             .find(|path| Self::of(path).is_ok_and(|other| other.blake3 == self.blake3))
     }
 
-    /// Removes the file if nobody has changed it: the job writes it again.
-    pub(crate) fn take_back(&self) {
-        if Self::of(&self.path).is_ok_and(|now| now == *self) {
-            let _ = disk::remove_file(&self.path);
+    /// Removes the file if nobody has changed it: the job writes it again. Only beneath `output`: the journal may come with a
+    /// folder that was copied, and the file belongs to the one that it was copied from.
+    pub(crate) fn take_back(&self, output: &Root) {
+        let inside = output
+            .name_of(&self.path)
+            .and_then(|name| output.existing(&name).ok());
+        if let Some(path) = inside
+            && Self::of(&self.path).is_ok_and(|now| now == *self)
+        {
+            let _ = disk::remove_file(&path);
         }
     }
 }

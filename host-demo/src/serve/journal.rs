@@ -184,6 +184,7 @@ fn rewrite(path: &Path, waiting: &[Job]) -> io::Result<(disk::File, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::confined::Root;
 
     fn job(id: &str) -> Job {
         Job {
@@ -221,7 +222,7 @@ mod tests {
     fn what_a_job_saved_is_known_until_it_ends() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("queue.jsonl");
-        let picture = folder.path().join("a.png");
+        let picture = folder.path().canonicalize().unwrap().join("a.png");
         std::fs::write(&picture, "a").unwrap();
         let (mut journal, _) = Journal::open(&path).unwrap();
         for id in ["a", "b"] {
@@ -248,11 +249,15 @@ mod tests {
             std::fs::write(&twin, "b").unwrap();
             assert_eq!(saved.twin_since(begun, &[]), None);
         }
+        let output = Root::create(folder.path()).unwrap();
+        let of_another = Root::create(&folder.path().join("copy")).unwrap();
         std::fs::write(&picture, "of somebody").unwrap();
-        saved.take_back();
+        saved.take_back(&output);
         assert!(picture.exists());
         std::fs::write(&picture, "a").unwrap();
-        saved.take_back();
+        saved.take_back(&of_another);
+        assert!(picture.exists());
+        saved.take_back(&output);
         assert!(!picture.exists());
     }
 }

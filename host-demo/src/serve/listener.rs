@@ -48,7 +48,9 @@ where
     let mut builder = Builder::new();
     builder
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT);
+        .header_read_timeout(HEAD_TIMEOUT)
+        // Who has said all that he has to say still listens.
+        .half_close(true);
     // How a connection ended is its client's affair.
     let _ = builder
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))

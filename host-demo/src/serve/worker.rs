@@ -191,7 +191,7 @@ fn execute(
 ) -> Result<(), Failure> {
     let job = &running.job;
     for file in &job.saved {
-        file.take_back();
+        file.take_back(&server.folders.output);
     }
     server.queue.begin(&job.id);
     let saves = Saves {

@@ -6,7 +6,7 @@ use plugin_api::host::LogLevel;
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs, SharedTensor, Value};
 use schemars::JsonSchema;
 use serde::Deserialize;
-use stable_diffusion::prompt::check_length;
+use stable_diffusion::prompt;
 use stable_diffusion::{DiffusionModel, GenerateConfig, Sampler, Schedule, Start};
 
 use crate::failure::{from_method, from_model};
@@ -131,7 +131,7 @@ impl Node for PersonalizedSampler {
         let negative = ("negative_prompt", parameters.negative_prompt.as_str());
         prompts
             .chain([negative])
-            .try_for_each(|(name, prompt)| check_length(prompt).map_err(|e| from_model(name, &e)))
+            .try_for_each(|(name, prompt)| prompt::check(prompt).map_err(|e| from_model(name, &e)))
     }
 
     fn run(

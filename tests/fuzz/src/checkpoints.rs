@@ -1,16 +1,17 @@
 //! Files of weights and what comes with them.
 
-use std::fs;
 use std::path::Path;
 
 use candle_core::Device;
 use personalization::concept_file::load_concepts;
-use personalization::{EmState, JointState};
 use stable_diffusion::config::{DownBlock, ModelConfig, UpBlock};
+use stable_diffusion::ops::Precision;
 use stable_diffusion::single_file;
 use stable_diffusion::tokenizer::Tokenizer;
 use stable_diffusion::weights::TensorFile;
 use stable_diffusion::{CheckpointSource, DiffusionModel};
+
+use crate::files::{HEAD, files, in_file, in_folder, write};
 
 /// Files of a tokenizer.
 const TOKENIZER: [&str; 6] = [
@@ -35,60 +36,12 @@ const MODEL: [&str; 11] = [
     "vae/diffusion_pytorch_model.safetensors",
     "vae/diffusion_pytorch_model.bin",
 ];
-/// Starts the line before a file.
-const HEAD: &[u8] = b"=== ";
+/// A VAE in the place of the model's own.
+const OTHER_VAE: &str = "other_vae.safetensors";
 
-/// The files in one input.
-fn files(bytes: &[u8]) -> Vec<(&str, &[u8])> {
-    let mut files = Vec::new();
-    let starts: Vec<usize> = (0..bytes.len())
-        .filter(|&at| bytes[at..].starts_with(HEAD) && (at == 0 || bytes[at - 1] == b'\n'))
-        .collect();
-    for (i, &start) in starts.iter().enumerate() {
-        let end = starts.get(i + 1).map_or(bytes.len(), |next| next - 1);
-        let part = bytes.get(start + HEAD.len()..end).unwrap_or_default();
-        let line = part.iter().position(|&byte| byte == b'\n');
-        let (name, content) = line.map_or((part, &[][..]), |at| (&part[..at], &part[at + 1..]));
-        files.extend(std::str::from_utf8(name).map(|name| (name, content)));
-    }
-    files
-}
-
-/// Writes those files that are `known`, each in its folder.
-fn write(folder: &Path, bytes: &[u8], known: &[&str]) -> Result<(), String> {
-    let failed = |error: std::io::Error| error.to_string();
-    for (name, content) in files(bytes) {
-        if known.contains(&name) {
-            let path = folder.join(name);
-            fs::create_dir_all(path.parent().unwrap_or(folder)).map_err(failed)?;
-            fs::write(path, content).map_err(failed)?;
-        }
-    }
-    Ok(())
-}
-
-/// Runs `read` in a new folder below `folder`.
-fn in_folder(folder: &Path, read: impl FnOnce(&Path) -> Result<(), String>) -> Result<(), String> {
-    let folder = tempfile::tempdir_in(folder).map_err(|error| error.to_string())?;
-    read(folder.path())
-}
-
-/// Runs `read` on a new file below `folder`.
-fn in_file(
-    folder: &Path,
-    bytes: &[u8],
-    read: impl FnOnce(&Path) -> Result<(), String>,
-) -> Result<(), String> {
-    let path = folder.join("fuzzed.safetensors");
-    fs::write(&path, bytes).map_err(|error| error.to_string())?;
-    read(&path)
-}
-
-/// A file of tensors: every one of them; also as what an interrupted run left.
+/// A file of tensors: every one of them.
 pub(crate) fn tensors(folder: &Path, bytes: &[u8]) -> Result<(), String> {
     in_file(folder, bytes, |path| {
-        let _ = EmState::load(path, &Device::Cpu);
-        let _ = JointState::load(path, &Device::Cpu);
         let Ok(file) = TensorFile::open(path) else {
             return Ok(());
         };
@@ -129,7 +82,7 @@ pub(crate) fn embedding(folder: &Path, bytes: &[u8]) -> Result<(), String> {
 pub(crate) fn lora(folder: &Path, model: &DiffusionModel, bytes: &[u8]) -> Result<(), String> {
     if !bytes.starts_with(HEAD) {
         return in_file(folder, bytes, |path| {
-            let _ = model.with_tuned_weights(path, 0.7);
+            tuned(model, path);
             Ok(())
         });
     }
@@ -141,9 +94,17 @@ pub(crate) fn lora(folder: &Path, model: &DiffusionModel, bytes: &[u8]) -> Resul
             "unet/diffusion_pytorch_model.safetensors",
         ];
         write(folder, bytes, &known)?;
-        let _ = model.with_tuned_weights(folder, 0.7);
+        tuned(model, folder);
         Ok(())
     })
+}
+
+/// As a part of the way, and as it is.
+fn tuned(model: &DiffusionModel, path: &Path) {
+    let _ = model.with_tuned_weights(path, 0.7);
+    if let Ok((tuned, _)) = model.with_tuned_weights(path, 1.0) {
+        let _ = tuned.unet_weights();
+    }
 }
 
 /// The files of a tokenizer, and a prompt for it in the file `prompt`.
@@ -176,9 +137,9 @@ pub(crate) fn tokenizer(bytes: &[u8]) -> Result<(), String> {
 pub(crate) fn single_file(folder: &Path, bytes: &[u8]) -> Result<(), String> {
     in_folder(folder, |folder| {
         let mut known = TOKENIZER.to_vec();
-        known.extend(["model.safetensors", "scheduler_config.json"]);
+        known.extend(["model.safetensors", "scheduler_config.json", OTHER_VAE]);
         write(folder, bytes, &known)?;
-        load(folder.join("model.safetensors").as_path());
+        load(&folder.join("model.safetensors"), &folder.join(OTHER_VAE));
         Ok(())
     })
 }
@@ -189,15 +150,18 @@ pub(crate) fn model_folder(folder: &Path, bytes: &[u8]) -> Result<(), String> {
         let tokenizer = TOKENIZER.map(|name| format!("tokenizer/{name}"));
         let mut known: Vec<&str> = tokenizer.iter().map(String::as_str).collect();
         known.extend(MODEL);
+        known.push(OTHER_VAE);
         write(folder, bytes, &known)?;
-        load(folder);
+        load(folder, &folder.join(OTHER_VAE));
         Ok(())
     })
 }
 
-fn load(path: &Path) {
+/// In half precision: what is done to weights is done there.
+fn load(path: &Path, other_vae: &Path) {
     let source = CheckpointSource::Path(path.to_owned());
-    let _ = DiffusionModel::load(&source, &Device::Cpu);
+    let vae = other_vae.is_file().then_some(other_vae);
+    let _ = DiffusionModel::load_with(&source, vae, Precision::Bf16, &Device::Cpu);
 }
 
 /// A model of few weights, which adapters are put on.

@@ -9,10 +9,12 @@
 //! | `tests/tests/fuzz` | all seeds and a fixed number of mutations of them, with every `cargo test` |
 //! | `run.sh` | the same targets under libFuzzer, guided by coverage, for as long as one likes |
 //!
-//! Targets that read several files take them as one input: a line `=== NAME` before each. Names that the target does not know
-//! are passed over, so no file is written anywhere else.
+//! Targets that read several files take them as one input, see `files`. Names that the target does not know are passed over, so
+//! no file is written anywhere else.
 
 mod checkpoints;
+mod files;
+mod learning;
 
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
@@ -31,7 +33,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub static TARGETS: [Target; 12] = [
+pub static TARGETS: [Target; 17] = [
     Target {
         name: "workflow",
         mutations: 20000,
@@ -84,10 +86,7 @@ pub static TARGETS: [Target; 12] = [
     Target {
         name: "lora",
         mutations: 10000,
-        run: |bench, bytes| {
-            let model = bench.model.get_or_init(checkpoints::small_model);
-            checkpoints::lora(bench.folder.path(), model.as_ref()?, bytes)
-        },
+        run: |bench, bytes| checkpoints::lora(bench.folder.path(), &bench.work()?.model, bytes),
     },
     Target {
         name: "tokenizer",
@@ -104,6 +103,60 @@ pub static TARGETS: [Target; 12] = [
         mutations: 6000,
         run: |bench, bytes| checkpoints::model_folder(bench.folder.path(), bytes),
     },
+    Target {
+        name: "prompt",
+        mutations: 2000,
+        run: |bench, bytes| learning::prompt(bench.work()?, bytes),
+    },
+    Target {
+        name: "state",
+        mutations: 2000,
+        run: |bench, bytes| learning::state(bench.folder.path(), bench.work()?, bytes),
+    },
+    Target {
+        name: "data_folder",
+        mutations: 3000,
+        run: |bench, bytes| {
+            let surfaces = bench.surfaces()?;
+            files::write(surfaces.data(), bytes, &DATA)?;
+            surfaces.left_behind(&files::file(bytes, "requests"))
+        },
+    },
+    Target {
+        name: "batch",
+        mutations: 5000,
+        run: |bench, bytes| {
+            files::in_folder(bench.folder.path(), |folder| {
+                files::write(folder, bytes, &["manifest.jsonl", "done.json"])?;
+                bench.surfaces()?.batch(folder);
+                Ok(())
+            })
+        },
+    },
+    Target {
+        name: "frames",
+        mutations: 20000,
+        run: |_, bytes| {
+            fuzzing::frames(bytes);
+            Ok(())
+        },
+    },
+];
+
+/// Files of a server's data folder.
+const DATA: [&str; 12] = [
+    "queue.jsonl",
+    "user/settings.json",
+    "user/workflows/a.json",
+    "user/comfy.templates.json",
+    "models/checkpoints/a.safetensors",
+    "models/embeddings/a.safetensors",
+    "models/loras/a.safetensors",
+    "input/a.png",
+    "input/a.txt",
+    "output/a.png",
+    "output/a.svg",
+    "work/a/em-state.a.safetensors",
 ];
 
 /// Makes a connection a websocket: what follows are frames.
@@ -116,7 +169,7 @@ pub struct Bench {
     library: PathBuf,
     folder: TempDir,
     surfaces: OnceCell<Result<Surfaces, String>>,
-    model: OnceCell<Result<stable_diffusion::DiffusionModel, String>>,
+    work: OnceCell<Result<learning::SmallWork, String>>,
 }
 
 impl Bench {
@@ -129,7 +182,7 @@ impl Bench {
             library: library.to_owned(),
             folder: tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir())?,
             surfaces: OnceCell::new(),
-            model: OnceCell::new(),
+            work: OnceCell::new(),
         })
     }
 
@@ -139,6 +192,11 @@ impl Bench {
     /// What the program promises and did not keep, in words.
     pub fn run(&self, target: &Target, bytes: &[u8]) -> Result<(), String> {
         (target.run)(self, bytes)
+    }
+
+    fn work(&self) -> Result<&learning::SmallWork, String> {
+        let make = || learning::SmallWork::new(checkpoints::small_model()?);
+        self.work.get_or_init(make).as_ref().map_err(Clone::clone)
     }
 
     fn surfaces(&self) -> Result<&Surfaces, String> {

@@ -148,4 +148,9 @@ targets!(
     tokenizer,
     single_file,
     model_folder,
+    prompt,
+    state,
+    data_folder,
+    batch,
+    frames,
 );

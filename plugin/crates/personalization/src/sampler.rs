@@ -10,7 +10,7 @@ use stable_diffusion::DiffusionModel;
 use stable_diffusion::generate::{
     Contexts, GenerateConfig, GenerateProgress, GenerateStep, generate_from,
 };
-use stable_diffusion::prompt::{check_length, context};
+use stable_diffusion::prompt::{check, context};
 use stable_diffusion::weights::{TensorFile, write_tensors};
 
 use crate::checkpoint::Checkpoint;
@@ -68,7 +68,7 @@ pub fn sample_from(
     }
     let is_known = |token: &str| model.tokenizer.id_of(token).is_some();
     let text = |prompt: &&str| {
-        check_length(prompt)?;
+        check(prompt)?;
         expand(prompt, learned, is_known)
     };
     // What cannot be read is told before anything is painted.

@@ -146,6 +146,15 @@ pub enum PromptError {
         /// How long it may be.
         limit: usize,
     },
+    /// A weight that no embedding survives; see [`crate::prompt::MAX_WEIGHT`].
+    #[error(
+        "\"{begins}…\" weighs more than {} in the prompt, where brackets around brackets multiply: lower its weight",
+        crate::prompt::MAX_WEIGHT
+    )]
+    TooHeavy {
+        /// How the part begins.
+        begins: String,
+    },
     /// A word that yields no token at all.
     #[error("\"{word}\" has no token in this model's vocabulary")]
     NoToken {

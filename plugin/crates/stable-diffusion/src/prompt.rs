@@ -34,6 +34,9 @@ pub const MAX_CHARACTERS: usize = 20_000;
 /// in every step.
 pub const MAX_TOKENS: usize = 64 * 75;
 
+/// Largest weight, of either sign: far beyond what makes a picture better, and far from where numbers end.
+pub const MAX_WEIGHT: f64 = 100.0;
+
 /// What one pair of brackets multiplies by, or divides.
 const STEP: f64 = 1.1;
 
@@ -230,23 +233,36 @@ fn groups(tokenizer: &Tokenizer, ids: Vec<u32>) -> Vec<Group> {
 }
 
 fn too_much(begins: &str, length: usize, unit: &'static str, limit: usize) -> Error {
-    let begins = begins.trim().chars().take(30).collect();
     Error::Prompt(PromptError::TooMuch {
-        begins,
+        begins: beginning(begins),
         length,
         unit,
         limit,
     })
 }
 
+/// What a text is told by.
+fn beginning(text: &str) -> String {
+    text.trim().chars().take(30).collect()
+}
+
 /// Whether a prompt, as it is written, is one.
 ///
 /// # Errors
-/// It has more than [`MAX_CHARACTERS`].
-pub fn check_length(prompt: &str) -> Result<()> {
+/// It has more than [`MAX_CHARACTERS`], or a part that weighs more than [`MAX_WEIGHT`].
+pub fn check(prompt: &str) -> Result<()> {
     match prompt.chars().count() {
-        ..=MAX_CHARACTERS => Ok(()),
+        ..=MAX_CHARACTERS => check_weights(&weighted(prompt)),
         n => Err(too_much(prompt, n, "characters", MAX_CHARACTERS)),
+    }
+}
+
+fn check_weights(parts: &[Weighted]) -> Result<()> {
+    match parts.iter().find(|part| part.weight.abs() > MAX_WEIGHT) {
+        None => Ok(()),
+        Some(part) => Err(Error::Prompt(PromptError::TooHeavy {
+            begins: beginning(&part.text),
+        })),
     }
 }
 
@@ -255,7 +271,7 @@ pub fn check_length(prompt: &str) -> Result<()> {
 /// * `on_chunk`: called before each pass of the text encoder, with those that are done and those in all; `Break` stops
 ///
 /// # Errors
-/// A prompt of more than [`MAX_TOKENS`], [`Error::Canceled`] if `on_chunk` broke off, and those of the tokenizer and the text
+/// A prompt of more than [`MAX_TOKENS`], a weight beyond [`MAX_WEIGHT`], [`Error::Canceled`] if `on_chunk` broke off, and those of the tokenizer and the text
 /// encoder.
 pub fn context(
     text_encoder: &TextEncoder,
@@ -264,7 +280,9 @@ pub fn context(
     learned_rows: Option<&Tensor>,
     on_chunk: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
 ) -> Result<Tensor> {
-    let chunks = chunks(tokenizer, &weighted(prompt))?;
+    let parts = weighted(prompt);
+    check_weights(&parts)?;
+    let chunks = chunks(tokenizer, &parts)?;
     let is_weighted = chunks
         .iter()
         .flat_map(|chunk| &chunk.weights)
@@ -341,12 +359,32 @@ mod tests {
 
     #[test]
     fn prompts_have_a_length() {
-        check_length(&"é".repeat(MAX_CHARACTERS)).unwrap();
-        let error = check_length(&"lorem ".repeat(200_000)).unwrap_err();
+        check(&"é".repeat(MAX_CHARACTERS)).unwrap();
+        let error = check(&"lorem ".repeat(200_000)).unwrap_err();
         assert_eq!(
             error.to_string(),
             "the prompt \"lorem lorem lorem lorem lorem …\" has 1200000 characters, at most 20000 are taken: shorten it"
         );
+    }
+
+    #[test]
+    fn weights_have_a_limit() {
+        for fine in ["(a:100) (b:-100)", "a ((((b))))", "(a:1e400)"] {
+            check(fine).unwrap();
+        }
+        let deep = format!("{}a dog{}", "(".repeat(2000), ")".repeat(2000));
+        for heavy in [
+            "b (a dog:101)",
+            "(a dog:-1e300)",
+            &deep,
+            "((a dog:0.1):1e9) (a dog:1e9)",
+        ] {
+            let error = check(heavy).unwrap_err().to_string();
+            assert!(
+                error.starts_with("\"a dog…\" weighs more than 100 in the prompt"),
+                "{error}"
+            );
+        }
     }
 
     #[test]
