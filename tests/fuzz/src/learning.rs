@@ -32,7 +32,7 @@ fn config() -> EmConfig {
     let mut config = EmConfig::likelihood();
     config.extraction.n_timesteps_initial = 2;
     config.extraction.n_timesteps = 2;
-    (config.steps, config.e_step_every) = (2, 1);
+    (config.steps, config.e_step_every) = (4, 2);
     config
 }
 

@@ -12,6 +12,7 @@
 //! Targets that read several files take them as one input, see `files`. Names that the target does not know are passed over, so
 //! no file is written anywhere else.
 
+mod blocks;
 mod checkpoints;
 mod files;
 mod learning;
@@ -21,6 +22,8 @@ use std::path::{Path, PathBuf};
 
 use host_demo::fuzzing::{self, Surfaces};
 use tempfile::TempDir;
+
+pub use blocks::mutated;
 
 /// One place where bytes are read.
 #[derive(Debug, Clone, Copy)]

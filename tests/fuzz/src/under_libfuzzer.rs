@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use fuzz::{Bench, Target, target};
-use libfuzzer_sys::fuzz_target;
+use fuzz::{Bench, Target, mutated, target};
+use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
 
 const TARGET: &str = "CONCEPTLOOM_FUZZ_TARGET";
 const LIBRARY: &str = "CONCEPTLOOM_PLUGIN";
@@ -29,4 +29,28 @@ fuzz_target!(|bytes: &[u8]| {
             panic!("{}: {broken}", target.name);
         }
     });
+});
+
+// Every second mutation leaves the lengths of what is inside true.
+fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
+    let within = |content: &[u8]| {
+        let room = content.len() + max_size.saturating_sub(size);
+        let mut buffer = content.to_vec();
+        buffer.resize(room, 0);
+        let n = fuzzer_mutate(&mut buffer, content.len(), room);
+        buffer.truncate(n);
+        buffer
+    };
+    let changed = (seed % 2 == 0)
+        .then(|| mutated(&data[..size], seed / 2, within))
+        .flatten()
+        // The digits of a length may need one byte more.
+        .filter(|changed| changed.len() <= max_size);
+    match changed {
+        Some(changed) => {
+            data[..changed.len()].copy_from_slice(&changed);
+            changed.len()
+        }
+        None => fuzzer_mutate(data, size, max_size),
+    }
 });

@@ -100,14 +100,19 @@ fn try_target(name: &str) {
     };
     let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
     let mut runner = TestRunner::new_with_rng(config, rng);
-    let bytes_of = |(seed, mutations): &(usize, Vec<Mutation>)| {
-        let mut bytes = seeds[*seed].1.clone();
-        for mutation in mutations {
-            mutation.apply(&mut bytes, &seeds);
-        }
-        bytes
+    let bytes_of = |(seed, within, mutations): &(usize, Option<u32>, Vec<Mutation>)| {
+        let changed = |bytes: &[u8]| {
+            let mut bytes = bytes.to_vec();
+            for mutation in mutations {
+                mutation.apply(&mut bytes, &seeds);
+            }
+            bytes
+        };
+        let bytes = &seeds[*seed].1;
+        let within = within.and_then(|block| fuzz::mutated(bytes, block, changed));
+        within.unwrap_or_else(|| changed(bytes))
     };
-    let inputs = (0..seeds.len(), mutations());
+    let inputs = (0..seeds.len(), any::<Option<u32>>(), mutations());
     let ran = runner.run(&inputs, |input| {
         match found(&bench, target, &bytes_of(&input)) {
             None => Ok(()),
