@@ -45,7 +45,7 @@ pub(crate) fn from_method(input: &str, error: &personalization::Error) -> NodeEr
     let code = match error {
         Error::Model(error) => return from_model(input, error),
         Error::Canceled => return NodeError::canceled(),
-        Error::File { .. } | Error::StateOfOtherWeights => ErrorCode::InvalidFile,
+        Error::File { .. } | Error::StateOfOtherWork { .. } => ErrorCode::InvalidFile,
         Error::CannotWrite { .. } => ErrorCode::CannotWrite,
         Error::Tensor(error) if is_out_of_memory(error) => {
             return out_of_memory(&error.to_string(), true);
@@ -80,7 +80,6 @@ fn at_fault(error: &personalization::Error) -> Option<&'static str> {
         } => "joint_learning_rate",
         Error::NonFiniteLoss { .. } => "learning_rate",
         Error::ConceptWidth { .. } => "concepts",
-        Error::StateOfOtherWeights => "joint_scope",
         _ => return None,
     })
 }

@@ -216,9 +216,11 @@ impl Node for EmLoop {
                     .tokens
                     .stages(parameters.steps, parameters.joint_steps),
             );
-        let resumed = observer.keep(checkpoint::EM, |path| EmState::load(path, &model.device));
-        // Of another model it is not, unless files were changed under their names.
-        let resumed = resumed.filter(|state| state.learned.base_fingerprint == model.fingerprint);
+        let resumed = observer.keep(checkpoint::EM, |path| {
+            let state = EmState::load(path, &model.device)?;
+            state.check(model, &prepared, &config)?;
+            Ok(state)
+        });
         let start = match resumed {
             Some(state) => {
                 let text = format!("going on after step {}", state.learned.step);
@@ -257,17 +259,22 @@ impl Node for EmLoop {
                     let text = format!("going on after step {} of the joint stage", state.step);
                     host.log(LogLevel::Info, &text);
                 }
-                let (tuned, learned) = joint_stage(
-                    model,
-                    &prepared,
-                    &masks,
-                    &learned,
-                    joint,
-                    &config.m_step,
-                    resumed,
-                    &mut observer,
-                )
-                .map_err(failed)?;
+                let mut tune = |resume| {
+                    let m_step = &config.m_step;
+                    let observer = &mut observer;
+                    joint_stage(
+                        model, &prepared, &masks, &learned, joint, m_step, resume, observer,
+                    )
+                };
+                let tuned = match tune(resumed) {
+                    Err(error @ personalization::Error::StateOfOtherWork { .. }) => {
+                        let text = format!("a saved state cannot be used: {error}; starting anew");
+                        host.log(LogLevel::Warning, &text);
+                        tune(None)
+                    }
+                    tuned => tuned,
+                };
+                let (tuned, learned) = tuned.map_err(failed)?;
                 (base.tuned(tuned), learned)
             }
         };

@@ -186,7 +186,9 @@ impl Node for PersonalizedSampler {
         };
         let mut observer = HostObserver::new(host, model);
         let resumed = observer.keep(checkpoint::SAMPLING, |path| {
-            Sampled::load(path, &model.device)
+            let sampled = Sampled::load(path, &model.device)?;
+            sampled.check(model, &prompts, &config)?;
+            Ok(sampled)
         });
         let sampled = resumed.unwrap_or_default();
         let pictures = sample_from(model, learned, &prompts, &config, sampled, &mut observer)

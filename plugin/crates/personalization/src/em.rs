@@ -64,7 +64,7 @@ pub struct EmOutcome {
 /// bits as one that was never stopped.
 ///
 /// # Errors
-/// A configuration out of range, mode `Given` without masks, those of the steps, or a stop.
+/// A configuration out of range, mode `Given` without masks, a state of other work, those of the steps, or a stop.
 pub fn em(
     model: &DiffusionModel,
     scene: &PreparedScene<'_>,
@@ -185,9 +185,7 @@ fn begin(
 ) -> Result<EmState> {
     let masks = match start {
         EmStart::Resume(state) => {
-            if !state.masks.is_empty() {
-                check_masks(scene, &state.masks)?;
-            }
+            state.check(model, scene, config)?;
             return Ok(*state);
         }
         EmStart::Masks(masks) => masks,

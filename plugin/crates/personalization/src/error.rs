@@ -150,9 +150,12 @@ pub enum Error {
         /// The step, from 1.
         step: usize,
     },
-    /// A state that was saved while other weights were trained.
-    #[error("the saved state of the joint stage is of other weights; remove it to start anew")]
-    StateOfOtherWeights,
+    /// A saved state from which this work cannot go on.
+    #[error("the saved state is not one of this work: it has {other}")]
+    StateOfOtherWork {
+        /// What does not fit.
+        other: &'static str,
+    },
     /// A prompt in which a concept's token is missing.
     #[error("the prompt does not name {token}")]
     NotInPrompt {

@@ -33,7 +33,7 @@ const ROWS: &str = "rows";
 /// Trains weights and tokens for `config.steps` steps with a new optimizer, or goes on from a saved state.
 ///
 /// # Errors
-/// A configuration out of range, masks that do not fit, a state of other weights, a loss that is no longer finite, or a stop.
+/// A configuration out of range, masks that do not fit, a state of other work, a loss that is no longer finite, or a stop.
 #[expect(clippy::too_many_arguments, reason = "one value per noun of the stage")]
 pub fn joint_stage(
     model: &DiffusionModel,
@@ -133,11 +133,20 @@ pub fn joint_stage(
 
 /// Puts saved values into the variables; returns the steps done and the optimizer.
 fn restore(variables: &[(&str, &Var)], state: JointState) -> Result<(usize, AdamWState)> {
-    let fits = |((name, var), (saved, value)): (&(&str, &Var), &(String, Tensor))| {
-        name == saved && var.as_tensor().dims() == value.dims()
+    let AdamWState { m, v, t } = &state.optimizer;
+    let n = variables.len();
+    let fits = |i: usize| {
+        let ((name, var), (saved, value)) = (variables[i], &state.values[i]);
+        let own = var.as_tensor();
+        let is_like = |saved: &Tensor| own.dims() == saved.dims() && own.dtype() == saved.dtype();
+        name == saved && [value, &m[i], &v[i]].into_iter().all(is_like)
     };
-    if variables.len() != state.values.len() || !variables.iter().zip(&state.values).all(fits) {
-        return Err(Error::StateOfOtherWeights);
+    let is_one = [state.values.len(), m.len(), v.len()] == [n; 3]
+        && (0..n).all(fits)
+        && state.step.max(*t) <= JointConfig::STEPS.most;
+    if !is_one {
+        let other = "other weights, or more steps than there are";
+        return Err(Error::StateOfOtherWork { other });
     }
     for ((_, var), (_, value)) in variables.iter().zip(&state.values) {
         var.set(value)?;

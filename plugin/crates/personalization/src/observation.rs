@@ -155,6 +155,21 @@ fn draw_timesteps(
     (0..n).map(in_part).collect()
 }
 
+/// Cells whose looking at each other is evidence: those of the level above the bottleneck.
+pub(crate) fn affinity_grid(
+    model: &DiffusionModel,
+    scene: &PreparedScene<'_>,
+    picture: usize,
+) -> Size {
+    let layers = model.unet.cross_attention_layers();
+    let level = LayerChoice::AboveBottleneck.of(layers);
+    let latent = scene.latent_size(model, picture);
+    level.first().map_or(Size::square(1), |&i| {
+        let [height, width] = layers[i].size_of([latent.height, latent.width]);
+        Size::new(width, height)
+    })
+}
+
 /// Who looks at which picture.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Eye<'a> {
@@ -295,13 +310,8 @@ impl Eye<'_> {
         if let Some(earlier) = earlier {
             return earlier.clone().faded(config.keep);
         }
-        let layers = self.model.unet.cross_attention_layers();
-        let level = LayerChoice::AboveBottleneck.of(layers);
         let latent = self.scene.latent_size(self.model, self.picture);
-        let grid = level.first().map_or(Size::square(1), |&i| {
-            let [height, width] = layers[i].size_of([latent.height, latent.width]);
-            Size::new(width, height)
-        });
+        let grid = affinity_grid(self.model, self.scene, self.picture);
         let n_concepts = self.scene.scene.pictures()[self.picture].concepts.len();
         Evidence::empty(latent, n_concepts, grid)
     }

@@ -8,7 +8,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use stable_diffusion::DiffusionModel;
 use stable_diffusion::generate::{
-    Contexts, GenerateConfig, GenerateProgress, GenerateStep, generate_from,
+    Contexts, GenerateConfig, GenerateProgress, GenerateStep, Start, generate_from,
 };
 use stable_diffusion::prompt::{check, context};
 use stable_diffusion::weights::{TensorFile, write_tensors};
@@ -48,7 +48,7 @@ pub fn sample(
 /// [`sample`] from where a call with the same arguments was stopped.
 ///
 /// # Errors
-/// As [`sample`].
+/// As [`sample`], and a state of another call.
 pub fn sample_from(
     model: &DiffusionModel,
     learned: Option<&LearnedConcepts>,
@@ -76,6 +76,7 @@ pub fn sample_from(
     let negative = text(&prompts.negative)?;
     let unconditional = encode(model, learned, &negative, observer)?;
     let n_prompts = texts.len();
+    sampled.check(model, prompts, config)?;
     let Sampled {
         prompts: mut pictures,
         mut begun,
@@ -162,6 +163,46 @@ const ANSWER: &str = "answer";
 const METADATA: &str = "sampling_state";
 
 impl Sampled {
+    /// Whether sampling with these arguments can go on from it.
+    ///
+    /// # Errors
+    /// [`Error::StateOfOtherWork`].
+    pub fn check(
+        &self,
+        model: &DiffusionModel,
+        prompts: &SamplePrompts<'_>,
+        config: &GenerateConfig,
+    ) -> Result<()> {
+        let factor = model.config.vae.downsampling();
+        let (n_starts, [height, width]) = match (config.start, prompts.latents) {
+            (Start::Latents { .. }, Some(latents)) => {
+                let (n, _, height, width) = latents.dims4()?;
+                (n, [height, width])
+            }
+            (Start::Noise([width, height]), _) => (1, [height / factor, width / factor]),
+            // Refused where it starts.
+            (Start::Latents { .. }, None) => return Ok(()),
+        };
+        let n_pictures = n_starts * config.n_pictures;
+        let picture = |n: usize| [n, 3, height * factor, width * factor];
+        let answer = [1, model.config.unet.in_channels, height, width];
+        let are = |tensors: &[Tensor], shape: [usize; 4]| {
+            let is = |tensor: &Tensor| tensor.dims() == shape && tensor.dtype() == DType::F32;
+            tensors.iter().all(is)
+        };
+        let GenerateProgress { pictures, answers } = &self.begun;
+        let is_one = self.prompts.len() <= prompts.prompts.len()
+            && pictures.len() <= n_pictures
+            && are(&self.prompts, picture(n_pictures))
+            && are(pictures, picture(1))
+            && are(answers, answer);
+        if is_one {
+            return Ok(());
+        }
+        let other = "other pictures, or pictures of another size";
+        Err(Error::StateOfOtherWork { other })
+    }
+
     /// Reads a state.
     ///
     /// # Errors

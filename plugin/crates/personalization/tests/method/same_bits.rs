@@ -205,6 +205,40 @@ fn a_run_that_was_stopped_anywhere_goes_on_with_the_same_bits() {
 }
 
 #[test]
+fn a_state_of_other_work_is_refused() {
+    let (model, config) = (model(), short());
+    let scene = scene(&model);
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
+    let mut states = States::new();
+    let mut save = |event: &Event<'_>| states.save(event);
+    em(&model, &prepared, EmStart::Fresh, &config, 7, &mut save).unwrap();
+    let load = || EmState::load(&states.file(states.n - 1), &Device::Cpu).unwrap();
+    load().check(&model, &prepared, &config).unwrap();
+    let changes: [fn(&mut EmState); 9] = [
+        |state| state.learned.base_fingerprint.push('x'),
+        |state| state.learned.concepts.reverse(),
+        |state| state.learned.vectors[0] = 0,
+        |state| state.learned.rows = state.learned.rows.t().unwrap(),
+        |state| state.learned.optimizer.m.clear(),
+        |state| state.round = usize::MAX,
+        |state| state.energies.clear(),
+        |state| drop(state.observations[1].maps.maps.pop()),
+        |state| drop(state.masks.pop()),
+    ];
+    for (n, change) in changes.iter().enumerate() {
+        let mut state = load();
+        change(&mut state);
+        let start = EmStart::Resume(Box::new(state));
+        let error = em(&model, &prepared, start, &config, 7, &mut Silent).unwrap_err();
+        let is_told = matches!(
+            error,
+            Error::StateOfOtherWork { .. } | Error::MasksDoNotFit { .. }
+        );
+        assert!(is_told, "{n}: {error}");
+    }
+}
+
+#[test]
 fn a_state_that_is_damaged_gives_way_to_the_one_before() {
     let (model, config) = (model(), short());
     let scene = scene(&model);
@@ -275,6 +309,13 @@ fn sampling_that_was_stopped_anywhere_goes_on_with_the_same_bits() {
     let whole = sample(&model, None, &prompts, &config, &mut save).unwrap();
     let saved = states.n;
     assert_eq!(saved, 12);
+    let sampled = Sampled::load(&states.file(saved - 1), &Device::Cpu).unwrap();
+    let larger = GenerateConfig {
+        start: Start::Noise([model.image_size() * 2; 2]),
+        ..config
+    };
+    let resumed = sample_from(&model, None, &prompts, &larger, sampled, &mut Silent);
+    assert!(matches!(resumed, Err(Error::StateOfOtherWork { .. })));
     for n in 0..saved {
         let sampled = Sampled::load(&states.file(n), &Device::Cpu).unwrap();
         let mut steps = 0;
@@ -350,6 +391,10 @@ fn a_joint_stage_that_was_stopped_goes_on_with_the_same_bits() {
     })
     .unwrap();
     assert_eq!(saved, joint.steps);
+    let mut other = JointState::load(&file(0), &Device::Cpu).unwrap();
+    other.optimizer.m[0] = other.optimizer.m[0].flatten_all().unwrap();
+    let resumed = stage(Some(other), &mut Silent).map(drop);
+    assert!(matches!(resumed, Err(Error::StateOfOtherWork { .. })));
     for n in 0..saved {
         let state = JointState::load(&file(n), &Device::Cpu).unwrap();
         assert_eq!(state.step, n + 1);

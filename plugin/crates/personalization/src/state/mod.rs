@@ -1,5 +1,7 @@
 //! Where a run stands, as one file: a run that is stopped loses nothing.
 
+mod fits;
+
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::Path;
@@ -390,6 +392,10 @@ impl Reader<'_> {
         let values = values.flatten_all()?.to_vec1::<f32>()?;
         if size.area() == 0 || values.len() != n * size.area() {
             let reason = format!("holds {name} of another size than it says");
+            return Err(Error::file(self.path, reason));
+        }
+        if !values.iter().all(|value| value.is_finite()) {
+            let reason = format!("holds values in {name} that are no numbers");
             return Err(Error::file(self.path, reason));
         }
         let planes = values.chunks_exact(size.area());
