@@ -182,6 +182,16 @@ def test_a_thousand_half_open_connections(server):
         connection.close()
 
 
+def test_who_has_said_everything_is_still_answered(server):
+    assert server.upload("a.png", png(), overwrite="true").status == 200
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        view = b"GET /view?filename=a.png&type=input HTTP/1.1\r\nhost: localhost\r\n\r\n"
+        connection.sendall(view * 5)
+        connection.shutdown(socket.SHUT_WR)
+        answers = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    assert answers.count(b"HTTP/1.1 200 OK") == answers.count(png()) == 5
+
+
 def test_other_machines_need_a_token(tmp_path, server):
     def start(*arguments):
         return subprocess.run([HOST_DEMO, "serve", "--port", "0", "--data", str(tmp_path / "d"), *arguments],
