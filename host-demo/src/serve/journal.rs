@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use super::folders::write_over;
 use super::job::{Job, SavedFile};
 
-/// The file is begun anew when nothing waits and it is longer than this.
-const COMPACT_AT: u64 = 4 << 20;
+/// A shorter file is not begun anew.
+const LEAST_COMPACTED: u64 = 4 << 20;
 
 /// The journal cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -38,11 +38,16 @@ enum Line {
 /// An open journal.
 pub(crate) struct Journal {
     path: PathBuf,
-    file: disk::File,
+    /// None once the file may be another one: it is opened with the next line.
+    file: Option<disk::File>,
     /// Of whole lines.
     bytes: u64,
     /// Behind them there may be a part of a line, or a line that was not confirmed.
     is_torn: bool,
+    /// From so many bytes on the file is begun anew: twice as many as it had when it was, so that ended jobs are never more of it
+    /// than those that are left, and every line is written anew about once.
+    compact_at: u64,
+    least_compacted: u64,
 }
 
 impl Journal {
@@ -51,6 +56,10 @@ impl Journal {
     /// # Errors
     /// See [`JournalError`].
     pub(crate) fn open(path: &Path) -> Result<(Self, Vec<Job>), JournalError> {
+        Self::with_least(path, LEAST_COMPACTED)
+    }
+
+    fn with_least(path: &Path, least_compacted: u64) -> Result<(Self, Vec<Job>), JournalError> {
         let failed = |error| JournalError {
             path: path.to_owned(),
             error,
@@ -60,13 +69,16 @@ impl Journal {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(failed(error)),
         };
-        let (file, bytes) = rewrite(path, &waiting).map_err(failed)?;
-        let journal = Self {
+        let bytes = rewrite(path, &waiting).map_err(failed)?;
+        let mut journal = Self {
             path: path.to_owned(),
-            file,
+            file: None,
             bytes,
             is_torn: false,
+            compact_at: least_compacted.max(2 * bytes),
+            least_compacted,
         };
+        journal.file().map_err(failed)?;
         Ok((journal, waiting))
     }
 
@@ -85,9 +97,8 @@ impl Journal {
     pub(crate) fn begun(&mut self, id: &str) -> Result<(), JournalError> {
         // The clock of the disk, whose ticks are coarser: files that the job saves are not older than the line before this.
         let at = self
-            .file
-            .inner()
-            .metadata()
+            .file()
+            .and_then(|file| file.inner().metadata())
             .and_then(|meta| meta.modified());
         let (id, at) = (id.to_owned(), at.map_err(|error| self.failed(error))?);
         self.append(&Line::Begun { id, at })
@@ -102,26 +113,53 @@ impl Journal {
         self.append(&Line::Saved { id, file })
     }
 
-    /// Writes down that jobs ended; `is_idle` if none is left.
+    /// Writes down that jobs ended.
     ///
     /// # Errors
     /// See [`JournalError`]; the jobs then run again after a crash.
-    pub(crate) fn ended(&mut self, ids: &[String], is_idle: bool) -> Result<(), JournalError> {
+    pub(crate) fn ended(&mut self, ids: &[String]) -> Result<(), JournalError> {
         for id in ids {
             self.append(&Line::Ended(id.clone()))?;
         }
-        if is_idle && self.bytes > COMPACT_AT {
-            let (file, bytes) = rewrite(&self.path, &[]).map_err(|error| self.failed(error))?;
-            (self.file, self.bytes, self.is_torn) = (file, bytes, false);
+        if self.bytes > self.compact_at {
+            self.compact();
         }
         Ok(())
+    }
+
+    /// Begins the file anew with what has not ended. Where that fails it only stays long.
+    fn compact(&mut self) {
+        // By what is written: what is accepted meanwhile is in the file, wherever else it is not yet.
+        let waiting = File::open(&self.path).and_then(read);
+        let left = waiting.and_then(|waiting| {
+            // From here on the name may be another file's.
+            self.file = None;
+            rewrite(&self.path, &waiting)
+        });
+        let bytes = left.unwrap_or(self.bytes);
+        self.compact_at = self.least_compacted.max(2 * bytes);
+    }
+
+    /// The file, opened if it is not.
+    fn file(&mut self) -> io::Result<&mut disk::File> {
+        match &mut self.file {
+            Some(file) => Ok(file),
+            none => {
+                let file = disk::File::append(&self.path)?;
+                self.bytes = file.inner().metadata()?.len();
+                Ok(none.insert(file))
+            }
+        }
     }
 
     fn append(&mut self, line: &Line) -> Result<(), JournalError> {
         let mut text = serde_json::to_vec(line).map_err(|error| self.failed(error.into()))?;
         text.push(b'\n');
         self.mend().map_err(|error| self.failed(error))?;
-        let written = self.file.write_all(&text).and_then(|()| self.file.sync());
+        let written = self.file().and_then(|file| {
+            file.write_all(&text)?;
+            file.sync()
+        });
         if let Err(error) = written {
             self.is_torn = true;
             // Else the next line would be torn too, or a job run that was refused.
@@ -135,7 +173,10 @@ impl Journal {
     /// Cuts off what a line that failed has left.
     fn mend(&mut self) -> io::Result<()> {
         if self.is_torn {
-            self.file.set_len(self.bytes)?;
+            // Opened first: then it is known how long it is.
+            self.file()?;
+            let bytes = self.bytes;
+            self.file()?.set_len(bytes)?;
             self.is_torn = false;
         }
         Ok(())
@@ -171,14 +212,15 @@ fn read(file: File) -> io::Result<Vec<Job>> {
     Ok(waiting)
 }
 
-fn rewrite(path: &Path, waiting: &[Job]) -> io::Result<(disk::File, u64)> {
+/// Begins the file anew; returns its bytes.
+fn rewrite(path: &Path, waiting: &[Job]) -> io::Result<u64> {
     let mut text = Vec::new();
     for job in waiting {
         serde_json::to_writer(&mut text, &Line::Accepted(Box::new(job.clone())))?;
         text.push(b'\n');
     }
     write_over(path, &text)?;
-    Ok((disk::File::append(path)?, text.len() as u64))
+    Ok(text.len() as u64)
 }
 
 #[cfg(test)]
@@ -202,7 +244,7 @@ mod tests {
         for id in ["a", "b", "c"] {
             journal.accepted(&job(id)).unwrap();
         }
-        journal.ended(&["b".to_owned()], false).unwrap();
+        journal.ended(&["b".to_owned()]).unwrap();
         drop(journal);
         // A crash in the middle of a line.
         let mut file = File::options().append(true).open(&path).unwrap();
@@ -211,11 +253,46 @@ mod tests {
         let (mut journal, waiting) = Journal::open(&path).unwrap();
         let ids: Vec<_> = waiting.iter().map(|job| job.id.as_str()).collect();
         assert_eq!(ids, ["a", "c"]);
-        journal
-            .ended(&["a".to_owned(), "c".to_owned()], true)
-            .unwrap();
+        journal.ended(&["a".to_owned(), "c".to_owned()]).unwrap();
         drop(journal);
         assert!(Journal::open(&path).unwrap().1.is_empty());
+    }
+
+    #[test]
+    fn a_journal_of_a_server_that_is_never_idle_stays_short_and_whole() {
+        const LEAST: u64 = 2000;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("queue.jsonl");
+        let (mut journal, _) = Journal::with_least(&path, LEAST).unwrap();
+        let ids = |journal: &Path| -> Vec<String> {
+            let (_, waiting) = Journal::open(journal).unwrap();
+            waiting.into_iter().map(|job| job.id).collect()
+        };
+        journal.accepted(&job("held")).unwrap();
+        journal.begun("held").unwrap();
+        for n in 0..500 {
+            journal.accepted(&job(&format!("{n} next"))).unwrap();
+            if n > 0 {
+                journal.ended(&[format!("{} next", n - 1)]).unwrap();
+            }
+            let bytes = path.metadata().unwrap().len();
+            assert!(bytes < LEAST + 1000, "{bytes} after {n}");
+        }
+        let copy = folder.path().join("copy.jsonl");
+        std::fs::copy(&path, &copy).unwrap();
+        assert_eq!(ids(&copy), ["held", "499 next"]);
+        assert!(Journal::open(&copy).unwrap().1[0].begun.is_some());
+        // Begun anew, and then not to be opened: what cannot be written down is not accepted.
+        while journal.file.is_some() {
+            journal.ended(&["nobody".to_owned()]).unwrap();
+        }
+        let aside = folder.path().join("aside.jsonl");
+        std::fs::rename(&path, &aside).unwrap();
+        assert!(journal.accepted(&job("refused")).is_err());
+        std::fs::rename(&aside, &path).unwrap();
+        journal.accepted(&job("last")).unwrap();
+        drop(journal);
+        assert_eq!(ids(&path), ["held", "499 next", "last"]);
     }
 
     #[test]

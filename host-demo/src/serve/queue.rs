@@ -177,10 +177,9 @@ impl Queue {
         let is_left = state.is_closed && ended.outcome == Outcome::Canceled;
         state.running = None;
         state.remember(ended);
-        let is_idle = state.waiting.is_empty();
         drop(state);
         if !is_left {
-            self.write_ended(&[id], is_idle);
+            self.write_ended(&[id]);
         }
     }
 
@@ -220,8 +219,8 @@ impl Queue {
         path
     }
 
-    fn write_ended(&self, ids: &[String], is_idle: bool) {
-        if let Err(error) = self.journal.lock().ended(ids, is_idle) {
+    fn write_ended(&self, ids: &[String]) {
+        if let Err(error) = self.journal.lock().ended(ids) {
             complain(&format!(
                 "warning: {error}; after a crash the job would run again"
             ));
@@ -239,7 +238,6 @@ impl Queue {
             }
             !goes
         });
-        let is_idle = state.waiting.is_empty() && state.running.is_none();
         let now = now_ms();
         let ids: Vec<_> = removed.iter().map(|job| job.id.clone()).collect();
         for job in removed {
@@ -251,7 +249,7 @@ impl Queue {
             state.remember(Ended::new(&job, Outcome::Canceled, &results));
         }
         drop(state);
-        self.write_ended(&ids, is_idle);
+        self.write_ended(&ids);
         ids.len()
     }
 

@@ -145,6 +145,13 @@ fn counted() -> Value {
     })
 }
 
+/// The same, of so many bytes that the journal is begun anew behind it.
+fn long() -> Value {
+    let mut job = counted();
+    job["1"]["_meta"] = json!({"title": "x".repeat(5 << 20)});
+    job
+}
+
 /// Runs into `out` with every fault; `prepare` makes what is there before.
 fn every_fault_of_a_run(
     place: &Place,
@@ -290,7 +297,7 @@ fn ask_for_everything(server: &Server, picture: &[u8]) -> Confirmed {
             b"{\"a\": 1}",
         )),
         upload: is_done(server.send("POST", "/api/upload/image", &form_type, &form)),
-        job: server.submit(&counted()).ok().flatten(),
+        job: server.submit(&long()).ok().flatten(),
     }
 }
 
