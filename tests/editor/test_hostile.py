@@ -1,5 +1,7 @@
 """Requests that mean harm: a clear refusal, and the server goes on serving."""
 import base64
+import concurrent.futures
+import io
 import json
 import os
 import socket
@@ -9,6 +11,7 @@ import urllib.parse
 import zlib
 
 import pytest
+from PIL import Image
 from support import HOST_DEMO, Server, png, quick
 
 
@@ -240,3 +243,22 @@ def test_two_servers_do_not_share_a_folder(server):
     done = subprocess.run([HOST_DEMO, "serve", "--port", "0", "--data", str(server.data)], capture_output=True,
                           text=True, timeout=60)
     assert done.returncode == 1 and "another server" in done.stderr
+
+
+def test_pictures_of_one_name_at_one_time_are_all_kept(server):
+    """As an editor sends several that were pasted: each is called image.png."""
+    def picture(shade):
+        content = io.BytesIO()
+        Image.new("RGB", (2, 2), (shade, 0, 0)).save(content, "PNG")
+        return content.getvalue()
+
+    pictures = [picture(shade) for shade in range(64)]
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+        replies = list(threads.map(lambda content: server.upload("pasted.png", content), pictures))
+    names = [reply.json["name"] for reply in replies]
+    assert len(set(names)) == len(pictures), sorted(names)
+    for name, content in zip(names, pictures):
+        assert server.view({"filename": name, "type": "input"}) == content, name
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+        saved = list(threads.map(lambda n: server.request("POST", "/userdata/one.json?overwrite=false", b"%d" % n).status, range(16)))
+    assert sorted(saved) == [200] + 15 * [409]

@@ -92,6 +92,16 @@ pub(crate) fn write_over(path: &Path, bytes: &[u8]) -> io::Result<()> {
     durable_files::write_over(path, |file| file.write_all(bytes))
 }
 
+/// Writes a file, complete or not at all, under a name that nobody has; it lasts once this returns.
+///
+/// # Errors
+/// [`io::ErrorKind::AlreadyExists`] if somebody has the name, or takes it meanwhile.
+pub(crate) fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    durable_files::write_new(path, |file| file.write_all(bytes))?;
+    path.parent().into_iter().for_each(disk::sync_dir);
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;

@@ -1,6 +1,7 @@
 //! Pictures that come in: by the upload button, and from the mask editor.
 
-use std::io::Cursor;
+use std::io::{self, Cursor};
+use std::path::Path;
 use std::sync::Arc;
 
 use axum::body::Bytes;
@@ -15,7 +16,7 @@ use serde_json::{Value, json};
 
 use super::super::Server;
 use super::super::answer::{bad_request, cannot_write, ok, refuse};
-use super::super::folders::write_over;
+use super::super::folders::{write_new, write_over};
 use super::files::{joined, media_type, root};
 use super::{blocking, either};
 use crate::pictures::{LoadedPicture, read_file};
@@ -156,17 +157,34 @@ fn keep(server: &Server, upload: &Upload, bytes: Vec<u8>) -> Result<Response, Re
         .unwrap_or((&upload.name, "png"));
     let mut name = upload.name.clone();
     let mut number = 1;
-    let path = loop {
+    loop {
         let place = root.place(&joined(&upload.subfolder, &name));
         let path = place.map_err(|error| bad_request(&error.to_string()))?;
         let is_same = || read_file(&path).is_ok_and(|there| there == bytes);
-        if !path.exists() || upload.overwrite || is_same() {
-            break path;
+        let written = if upload.overwrite {
+            write_over(&path, &bytes)
+        } else if path.exists() {
+            Err(io::ErrorKind::AlreadyExists.into())
+        } else {
+            write_new(&path, &bytes)
+        };
+        match written {
+            Ok(()) => break,
+            // Also where the folder is a file.
+            Err(error)
+                if error.kind() != io::ErrorKind::AlreadyExists
+                    || !path.parent().is_some_and(Path::is_dir) =>
+            {
+                return Err(cannot_write(&name, &error));
+            }
+            Err(_) if is_same() => break,
+            // Another picture has the name, or took it meanwhile.
+            Err(_) => {
+                name = format!("{stem} ({number}).{ending}");
+                number += 1;
+            }
         }
-        name = format!("{stem} ({number}).{ending}");
-        number += 1;
-    };
-    write_over(&path, &bytes).map_err(|error| cannot_write(&name, &error))?;
+    }
     Ok(ok(
         &json!({"name": name, "subfolder": upload.subfolder, "type": kind}),
     ))

@@ -1,6 +1,7 @@
 //! The user's own files, above all saved workflows.
 
 use std::collections::HashMap;
+use std::io;
 use std::path::Path as FilePath;
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::super::Server;
 use super::super::answer::{bad_request, cannot_write, not_found, ok, refuse};
-use super::super::folders::write_over;
+use super::super::folders::{write_new, write_over};
 use super::files::FileFacts;
 use super::{blocking, body, either};
 use crate::confined::{PathError, Root};
@@ -29,6 +30,18 @@ fn refuse_path(error: &PathError) -> Response {
         PathError::Outside(_) | PathError::Unreadable(..) => {
             refuse(StatusCode::FORBIDDEN, "forbidden", &error.to_string())
         }
+    }
+}
+
+fn taken(file: &str) -> Response {
+    let message = format!("there is a file \"{file}\" already");
+    refuse(StatusCode::CONFLICT, "exists", &message)
+}
+
+fn not_written(file: &str, error: &io::Error) -> Response {
+    match error.kind() {
+        io::ErrorKind::AlreadyExists => taken(file),
+        _ => cannot_write(file, error),
     }
 }
 
@@ -195,11 +208,15 @@ pub(crate) async fn write(
             .place(&file)
             .map_err(|error| refuse_path(&error))?;
         let may_overwrite = query.get("overwrite").is_none_or(|value| value != "false");
-        if path.is_dir() || path.exists() && !may_overwrite {
-            let message = format!("there is a file \"{file}\" already");
-            return Err(refuse(StatusCode::CONFLICT, "exists", &message));
+        if path.is_dir() {
+            return Err(taken(&file));
         }
-        write_over(&path, &bytes).map_err(|error| cannot_write(&file, &error))?;
+        let written = if may_overwrite {
+            write_over(&path, &bytes)
+        } else {
+            write_new(&path, &bytes)
+        };
+        written.map_err(|error| not_written(&file, &error))?;
         Ok(described(&path, &file, &query))
     });
     either(written.await.map(either))
@@ -240,14 +257,15 @@ pub(crate) async fn rename(
         let root = &server.folders.user;
         let from = root.existing(&file).map_err(|error| refuse_path(&error))?;
         let path = root.place(&to).map_err(|error| refuse_path(&error))?;
-        if path.exists() && !is_set(&query, "overwrite") {
-            let message = format!("there is a file \"{to}\" already");
-            return Err(refuse(StatusCode::CONFLICT, "exists", &message));
-        }
+        let name = if is_set(&query, "overwrite") {
+            disk::rename
+        } else {
+            durable_files::rename_new
+        };
         let parent = path.parent().map_or(Ok(()), disk::create_dir_all);
         parent
-            .and_then(|()| disk::rename(&from, &path))
-            .map_err(|error| cannot_write(&to, &error))?;
+            .and_then(|()| name(&from, &path))
+            .map_err(|error| not_written(&to, &error))?;
         Ok(described(&path, &to, &query))
     });
     either(renamed.await.map(either))

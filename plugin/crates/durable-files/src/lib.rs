@@ -20,4 +20,4 @@ mod whole;
 pub use claim::{Claim, ClaimError};
 pub use generations::{Generations, Torn};
 pub use pace::Pace;
-pub use whole::{is_torn, remove_torn, write_new, write_over, write_shown};
+pub use whole::{is_torn, remove_torn, rename_new, write_new, write_over, write_shown};

@@ -3,6 +3,7 @@
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use crate::disk::{self, File};
 
@@ -49,12 +50,21 @@ pub fn write_shown(path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 fn named_anew(path: &Path, unnamed: PathBuf) -> io::Result<()> {
-    // Nobody but this process writes into its folders, so nobody takes the name in between.
-    if path.exists() {
-        forget(&unnamed);
+    rename_new(&unnamed, path).inspect_err(|_| forget(&unnamed))
+}
+
+/// Gives a file a name that nobody has.
+///
+/// # Errors
+/// Those of the system; [`io::ErrorKind::AlreadyExists`] if somebody has it.
+pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    // Nobody but this process writes into its folders, and one of its threads at a time takes a name there.
+    static NAMING: Mutex<()> = Mutex::new(());
+    let _naming = NAMING.lock().unwrap_or_else(PoisonError::into_inner);
+    if to.exists() {
         return Err(io::ErrorKind::AlreadyExists.into());
     }
-    disk::rename(&unnamed, path).inspect_err(|_| forget(&unnamed))
+    disk::rename(from, to)
 }
 
 fn written_beside(
@@ -149,6 +159,32 @@ mod tests {
         write_over(&path, |file| file.write_all(b"two")).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"two");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn one_of_many_threads_gets_a_new_name() {
+        let folder = tempfile::tempdir().unwrap();
+        for round in 0..50 {
+            let path = folder.path().join(format!("{round}.bin"));
+            let start = std::sync::Barrier::new(8);
+            let write = |n: u8| {
+                start.wait();
+                write_new(&path, |file| file.write_all(&[n; 9])).is_ok()
+            };
+            let written: Vec<u8> = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..8).map(|n| scope.spawn(move || write(n))).collect();
+                let ended = threads.into_iter().map(|thread| thread.join().unwrap());
+                (0..8)
+                    .zip(ended)
+                    .filter_map(|(n, is_ok)| is_ok.then_some(n))
+                    .collect()
+            });
+            let [n] = written[..] else {
+                panic!("{written:?} were told that the name is theirs");
+            };
+            assert_eq!(std::fs::read(&path).unwrap(), [n; 9]);
+        }
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 50);
     }
 
     #[test]
