@@ -42,6 +42,16 @@ struct State {
 }
 
 impl State {
+    /// Whether a job of this id waits, runs or ended.
+    fn knows(&self, id: &str) -> bool {
+        self.waiting.iter().any(|job| job.id == id)
+            || self
+                .running
+                .as_ref()
+                .is_some_and(|running| running.job.id == id)
+            || self.ended.iter().any(|ended| ended.id == id)
+    }
+
     fn remember(&mut self, ended: Ended) {
         self.ended.push_back(Arc::new(ended));
         let bytes = |ended: &Arc<Ended>| ended.bytes();
@@ -58,6 +68,17 @@ pub(crate) enum Task {
     /// Let all cached results go.
     FreeCache,
     Stop,
+}
+
+/// A job is not taken in.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AcceptError {
+    /// A job of its id waits, runs or ended.
+    #[error("prompt_id is that of another job; choose another UUID, or none")]
+    Used,
+    /// It cannot be written down.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
 }
 
 /// See the module.
@@ -100,17 +121,20 @@ impl Queue {
     /// before all.
     ///
     /// # Errors
-    /// It cannot be written down.
+    /// See [`AcceptError`].
     pub(crate) fn accept(
         &self,
         mut job: Job,
         number: Option<f64>,
         front: bool,
-    ) -> Result<f64, JournalError> {
-        // Held until the job is in the list: else an end could be written before its beginning.
+    ) -> Result<f64, AcceptError> {
+        // Held until the job is in the list: else an end could be written before its beginning, or another job take its id.
         let mut journal = self.journal.lock();
         let next = {
             let mut state = self.state.lock();
+            if state.knows(&job.id) {
+                return Err(AcceptError::Used);
+            }
             let next = state.next_number as f64;
             state.next_number += 1;
             next
@@ -125,17 +149,6 @@ impl Queue {
         state.waiting.insert(place, job);
         self.changed.notify_all();
         Ok(number)
-    }
-
-    /// Whether a job of this id waits, runs or ended.
-    pub(crate) fn knows(&self, id: &str) -> bool {
-        let state = self.state.lock();
-        state.waiting.iter().any(|job| job.id == id)
-            || state
-                .running
-                .as_ref()
-                .is_some_and(|running| running.job.id == id)
-            || state.ended.iter().any(|ended| ended.id == id)
     }
 
     /// Waits for something to do. A job is running from then on: whoever cancels it finds it here or there.
@@ -350,7 +363,9 @@ mod tests {
             queue.interrupt(Some("d")),
             "a job that was taken can be canceled at once"
         );
-        assert!(queue.knows("b") && !queue.knows("e"));
+        let again = |id: &str| queue.accept(job(id), None, false);
+        assert!(matches!(again("b"), Err(AcceptError::Used)), "it ended");
+        assert!(matches!(again("d"), Err(AcceptError::Used)), "it runs");
     }
 
     #[test]
@@ -387,12 +402,31 @@ mod tests {
         let (journal, restored) = Journal::open(&path).unwrap();
         let queue = Queue::new(journal, restored);
         for number in [f64::MAX, -1e300, 1.8446744073709552e19, 7.5] {
-            queue.accept(job("a"), Some(number), false).unwrap();
+            let id = number.to_string();
+            queue.accept(job(&id), Some(number), false).unwrap();
         }
         drop(queue);
         let (journal, restored) = Journal::open(&path).unwrap();
         let queue = Queue::new(journal, restored);
         assert_eq!(queue.accept(job("b"), None, false).unwrap(), 8.0);
+    }
+
+    #[test]
+    fn of_jobs_with_one_id_one_is_taken_in() {
+        let folder = tempfile::tempdir().unwrap();
+        let (journal, restored) = Journal::open(&folder.path().join("queue.jsonl")).unwrap();
+        let queue = Queue::new(journal, restored);
+        let start = std::sync::Barrier::new(8);
+        let accept = || {
+            start.wait();
+            queue.accept(job("a"), None, false).is_ok()
+        };
+        let n = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(accept)).collect();
+            let taken = threads.into_iter().map(|thread| thread.join().unwrap());
+            taken.filter(|is_taken| *is_taken).count()
+        });
+        assert_eq!((n, queue.remaining()), (1, 1));
     }
 
     #[test]

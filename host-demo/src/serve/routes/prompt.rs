@@ -12,6 +12,7 @@ use uuid::Uuid;
 use super::super::Server;
 use super::super::answer::{bad_request, ok, refuse, refuse_nodes};
 use super::super::job::{Job, number_json};
+use super::super::queue::AcceptError;
 use super::{blocking, either, json_body};
 use crate::catalog::Catalog;
 use crate::clock::now_ms;
@@ -99,7 +100,7 @@ fn take_in(server: &Server, mut body: Map<String, Value>) -> Result<Response, Re
         ));
     }
     let job = Job {
-        id: prompt_id(server, body.get("prompt_id"))?,
+        id: prompt_id(body.get("prompt_id"))?,
         client_id: body
             .get("client_id")
             .and_then(Value::as_str)
@@ -118,11 +119,11 @@ fn take_in(server: &Server, mut body: Map<String, Value>) -> Result<Response, Re
         .and_then(Value::as_bool)
         .unwrap_or_default();
     let number = server.queue.accept(job, number, front).map_err(|error| {
-        refuse(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "cannot_write",
-            &error.to_string(),
-        )
+        let (status, code) = match error {
+            AcceptError::Used => (StatusCode::BAD_REQUEST, "invalid_prompt_id"),
+            AcceptError::Journal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "cannot_write"),
+        };
+        refuse(status, code, &error.to_string())
     })?;
     server.tell_status();
     let number = number_json(number);
@@ -171,17 +172,17 @@ fn graph_of(prompt: &Value) -> Result<Graph, Response> {
     Graph::from_api(document).map_err(|error| invalid(&error))
 }
 
-/// A client may choose the id, as a UUID in its canonical form that nobody has used.
-fn prompt_id(server: &Server, given: Option<&Value>) -> Result<String, Response> {
+/// A client may choose the id, as a UUID in its canonical form.
+fn prompt_id(given: Option<&Value>) -> Result<String, Response> {
     let Some(given) = given.filter(|given| !given.is_null()) else {
         return Ok(Uuid::new_v4().to_string());
     };
     let text = given.as_str().unwrap_or_default();
     let is_canonical = Uuid::try_parse(text).is_ok_and(|id| id.to_string() == text);
-    if is_canonical && !server.queue.knows(text) {
+    if is_canonical {
         return Ok(text.to_owned());
     }
-    let message = "prompt_id has to be a UUID in lower case that was not used before";
+    let message = "prompt_id has to be a UUID in lower case";
     Err(refuse(
         StatusCode::BAD_REQUEST,
         "invalid_prompt_id",
