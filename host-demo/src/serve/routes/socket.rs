@@ -2,12 +2,14 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::ws::{Message as WsMessage, WebSocket, WebSocketUpgrade};
 use axum::extract::{Query, State};
 use axum::response::Response;
-use futures_util::{SinkExt as _, StreamExt as _};
+use futures_util::{Sink, SinkExt as _, StreamExt as _};
 use serde_json::{Value, json};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::super::Server;
@@ -16,6 +18,8 @@ use super::info::server_features;
 
 /// Clients send little.
 const MAX_MESSAGE: usize = 64 << 10;
+/// How long a client may take nothing of what it is sent; what waits for it takes memory.
+const SEND_LIMIT: Duration = Duration::from_secs(60);
 /// Longest id that a client may choose.
 const MAX_ID: usize = 128;
 
@@ -54,7 +58,7 @@ async fn attend(server: Arc<Server>, socket: WebSocket, id: String) {
                     Frame::Text(text) => WsMessage::Text(text.into()),
                     Frame::Binary(bytes) => WsMessage::Binary(bytes),
                 };
-                if sink.send(frame).await.is_err() {
+                if !send(&mut sink, frame, SEND_LIMIT).await {
                     break;
                 }
             }
@@ -66,6 +70,14 @@ async fn attend(server: Arc<Server>, socket: WebSocket, id: String) {
         }
     }
     server.hub.disconnect(&id, connection);
+}
+
+/// Whether the frame went out.
+async fn send<S>(sink: &mut S, frame: WsMessage, limit: Duration) -> bool
+where
+    S: Sink<WsMessage> + Unpin,
+{
+    matches!(timeout(limit, sink.send(frame)).await, Ok(Ok(())))
 }
 
 /// Clients say what they understand; nothing else is expected.
@@ -86,4 +98,23 @@ fn hear(server: &Server, id: &str, text: &str) {
     server
         .hub
         .send(id, &Message::Event("feature_flags", server_features()));
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::sink::{drain, unfold};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_takes_nothing_is_not_waited_for() {
+        let frame = || WsMessage::Text("a".into());
+        let limit = Duration::from_millis(20);
+        assert!(send(&mut drain(), frame(), limit).await);
+        let take = |(), _: WsMessage| std::future::pending::<Result<(), axum::Error>>();
+        let mut never = Box::pin(unfold((), take));
+        // The first one is on its way for ever, and the second waits for it.
+        assert!(!send(&mut never, frame(), limit).await);
+        assert!(!send(&mut never, frame(), limit).await);
+    }
 }
