@@ -67,6 +67,57 @@ pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     disk::rename(from, to)
 }
 
+/// A folder that is there with all of its files or not at all: it is filled under another name, and removed unless it is
+/// [named](Self::name).
+#[derive(Debug)]
+pub struct NewFolder {
+    unnamed: PathBuf,
+    destination: PathBuf,
+    is_named: bool,
+}
+
+impl NewFolder {
+    /// Makes it, empty; and the folders above it.
+    ///
+    /// # Errors
+    /// Those of the system.
+    pub fn create(path: &Path) -> io::Result<Self> {
+        disk::create_dir_all(folder_of(path))?;
+        let (unnamed, ()) = unnamed(folder_of(path), disk::create_dir)?;
+        Ok(Self {
+            unnamed,
+            destination: path.to_owned(),
+            is_named: false,
+        })
+    }
+
+    /// Where its files are written.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.unnamed
+    }
+
+    /// Gives it its name; it lasts once this returns.
+    ///
+    /// # Errors
+    /// Those of the system; [`io::ErrorKind::AlreadyExists`] if somebody has the name.
+    pub fn name(mut self) -> io::Result<()> {
+        disk::sync_dir(&self.unnamed);
+        rename_new(&self.unnamed, &self.destination)?;
+        self.is_named = true;
+        disk::sync_dir(folder_of(&self.destination));
+        Ok(())
+    }
+}
+
+impl Drop for NewFolder {
+    fn drop(&mut self) {
+        if !self.is_named {
+            let _ = disk::remove_dir_all(&self.unnamed);
+        }
+    }
+}
+
 fn written_beside(
     path: &Path,
     write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
@@ -74,7 +125,7 @@ fn written_beside(
 ) -> io::Result<PathBuf> {
     let folder = folder_of(path);
     disk::create_dir_all(folder)?;
-    let (file, unnamed) = unnamed_file(folder)?;
+    let (unnamed, file) = unnamed(folder, File::create_new)?;
     let written = || -> io::Result<()> {
         let mut file = BufWriter::with_capacity(PIECE, file);
         write(&mut file)?;
@@ -84,16 +135,16 @@ fn written_beside(
     Ok(unnamed)
 }
 
-/// A new file under a name that no other process takes; one that has died may have had this process's number.
-fn unnamed_file(folder: &Path) -> io::Result<(File, PathBuf)> {
+/// Makes a file or folder under a name that no other process takes; one that has died may have had this process's number.
+fn unnamed<T>(folder: &Path, make: impl Fn(&Path) -> io::Result<T>) -> io::Result<(PathBuf, T)> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     loop {
         let (start, end) = TORN;
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = folder.join(format!("{start}{}-{number}{end}", std::process::id()));
-        match File::create_new(&path) {
+        match make(&path) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            made => return Ok((made?, path)),
+            made => return made.map(|made| (path, made)),
         }
     }
 }
@@ -107,7 +158,7 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new(""))
 }
 
-/// Whether a file of this name is one that was being written.
+/// Whether a file or folder of this name is one that was being written.
 #[must_use]
 pub fn is_torn(name: &str) -> bool {
     name.starts_with(TORN.0) && name.ends_with(TORN.1)
@@ -119,9 +170,12 @@ pub fn remove_torn(folder: &Path) {
         let Ok(kind) = entry.file_type() else {
             continue;
         };
-        if kind.is_dir() {
+        let is_torn = is_torn(&entry.file_name().to_string_lossy());
+        if kind.is_dir() && is_torn {
+            let _ = disk::remove_dir_all(&entry.path());
+        } else if kind.is_dir() {
             remove_torn(&entry.path());
-        } else if kind.is_file() && is_torn(&entry.file_name().to_string_lossy()) {
+        } else if kind.is_file() && is_torn {
             forget(&entry.path());
         }
     }
@@ -185,6 +239,35 @@ mod tests {
             assert_eq!(std::fs::read(&path).unwrap(), [n; 9]);
         }
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 50);
+    }
+
+    #[test]
+    fn a_folder_is_there_whole_or_not_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a/unet");
+        let fill = || {
+            let new = NewFolder::create(&path).unwrap();
+            std::fs::write(new.path().join("x.json"), "x").unwrap();
+            new
+        };
+        drop(fill());
+        assert_eq!(
+            std::fs::read_dir(folder.path().join("a")).unwrap().count(),
+            0
+        );
+        fill().name().unwrap();
+        assert_eq!(std::fs::read(path.join("x.json")).unwrap(), b"x");
+        let taken = fill().name().unwrap_err();
+        assert_eq!(taken.kind(), io::ErrorKind::AlreadyExists);
+        // As a dead process leaves it.
+        let dead = folder.path().join("a/.conceptloom-7-0.tmp");
+        std::fs::create_dir(&dead).unwrap();
+        std::fs::write(dead.join("x.json"), "x").unwrap();
+        remove_torn(folder.path());
+        assert_eq!(
+            std::fs::read_dir(folder.path().join("a")).unwrap().count(),
+            1
+        );
     }
 
     #[test]

@@ -229,10 +229,11 @@ impl DiffusionModel {
     }
 
     /// Writes the U-Net in diffusers' layout: `unet/config.json` and the weights as `dtype` (`f32` or `f16`) in
-    /// `folder`, which loads with `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`.
+    /// `folder`, which loads with `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`. Both are there or
+    /// neither.
     ///
     /// # Errors
-    /// [`Error::CannotWrite`] when a file cannot be written.
+    /// [`Error::CannotWrite`] when a file cannot be written, or when there is a `unet` already.
     pub fn save_unet(
         &self,
         folder: &Path,
@@ -240,19 +241,29 @@ impl DiffusionModel {
         extra: &BTreeMap<String, String>,
     ) -> Result<PathBuf> {
         let unet = folder.join("unet");
-        let config = unet.join("config.json");
-        let unwritable = |error: std::io::Error| Error::CannotWrite {
-            file: config.display().to_string(),
-            reason: error.to_string(),
+        let path = unet.join(TUNED_WEIGHTS);
+        let unwritable = |reason: String| Error::CannotWrite {
+            file: path.display().to_string(),
+            reason,
         };
+        let failed = |error: std::io::Error| unwritable(error.to_string());
+        let new = durable_files::NewFolder::create(&unet).map_err(failed)?;
         let text = format!("{:#}", self.config.unet.to_json());
+        let config = new.path().join("config.json");
         durable_files::write_over(&config, |file| file.write_all(text.as_bytes()))
-            .map_err(unwritable)?;
+            .map_err(failed)?;
         let mut metadata = extra.clone();
         metadata.insert("format".to_owned(), "pt".to_owned());
         metadata.insert(BASE_MODEL.to_owned(), self.fingerprint.clone());
-        let path = unet.join(TUNED_WEIGHTS);
-        save_tensors(&path, &self.unet.weights().0, dtype, &metadata)?;
+        let weights = new.path().join(TUNED_WEIGHTS);
+        save_tensors(&weights, &self.unet.weights().0, dtype, &metadata).map_err(|error| {
+            match error {
+                // By the name that it would have had.
+                Error::CannotWrite { reason, .. } => unwritable(reason),
+                other => other,
+            }
+        })?;
+        new.name().map_err(failed)?;
         Ok(path)
     }
 
