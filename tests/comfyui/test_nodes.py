@@ -1,9 +1,14 @@
 """The nodes, made from the library's description, at work."""
 
+import contextlib
 import json
 import logging
+import os
 import pathlib
+import shutil
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +17,7 @@ import folder_paths
 from conceptloom import contract, folders
 from conceptloom.library import Library
 from conceptloom.nodes import ConceptloomError
-from conftest import BUILT, ROOT, executed, loaded
+from conftest import BUILT, HERE, ROOT, executed, loaded
 
 LIST = "<a> ball\n<b> wall (background)"
 
@@ -145,11 +150,53 @@ def test_a_canceled_loop_goes_on_where_it_was(nodes, comfyui, caplog):
     with caplog.at_level(logging.INFO, "conceptloom"):
         executed(nodes["ConceptloomEmLoop"], **loop)
     assert "going on after step 3" in caplog.text
-    assert not list((comfyui.root / "temp/conceptloom/work").iterdir()), "nothing is kept of what is done"
+    assert not kept(comfyui), "nothing is kept of what is done"
     caplog.clear()
     with caplog.at_level(logging.INFO, "conceptloom"):
         executed(nodes["ConceptloomEmLoop"], **loop | {"images": images * np.float32(0.5)})
     assert "going on" not in caplog.text
+
+
+def kept(comfyui):
+    return [path.name for path in (comfyui.root / "user/__conceptloom/work").iterdir()]
+
+
+def test_a_loop_that_was_killed_with_comfyui_goes_on_in_the_next_one(comfyui, tmp_path):
+    def run(dies_at):
+        # Every state is kept.
+        environment = os.environ | {"CONCEPTLOOM_TESTS_PACE": "0", "CONCEPTLOOM_TESTS_TRACE": str(tmp_path / "trace")}
+        command = [sys.executable, HERE / "learn.py", comfyui.root, str(dies_at)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    def learned():
+        return {path.name: path.read_bytes() for path in (comfyui.models / "embeddings").rglob("*.safetensors")}
+
+    whole = run(dies_at=0)
+    assert whole.returncode == 0, whole.stderr
+    expected = learned()
+    shutil.rmtree(comfyui.models)
+    assert run(dies_at=3).returncode == -9 and not learned()
+    # ComfyUI empties this when it starts.
+    shutil.rmtree(comfyui.root / "temp")
+    last = run(dies_at=0)
+    assert last.returncode == 0 and "going on after step" in last.stdout, last.stdout + last.stderr
+    assert learned() == expected and not kept(comfyui)
+
+
+def test_work_of_a_fortnight_ago_and_of_another_process(comfyui):
+    with folders.work("old"), contextlib.suppress(ZeroDivisionError), folders.work("older"):
+        raise ZeroDivisionError
+    root = comfyui.root / "user/__conceptloom/work"
+    assert kept(comfyui) == ["older"]
+    (root / "lost.lock").write_text("")
+    with folders.work("mine") as mine:
+        for name in ("older", "lost.lock", "mine"):
+            os.utime(root / name, (0, 0))
+        # As another process would find it: what is old goes, but for what somebody is at.
+        with folders.work("mine") as other:
+            assert pathlib.Path(mine) == root / "mine" and pathlib.Path(other).parent != root
+        assert sorted(kept(comfyui)) == ["mine", "mine.lock"]
+    assert not kept(comfyui)
 
 
 def test_what_is_learned_lies_where_stock_nodes_look(nodes, comfyui):

@@ -9,8 +9,17 @@ import pathlib
 import shutil
 import struct
 import tempfile
+import time
 
 import folder_paths
+
+try:
+    import fcntl
+except ImportError:  # Not Unix.
+    fcntl = None
+
+# What nobody went on with for this long is not kept: a fortnight, in seconds.
+KEPT = 14 * 24 * 3600
 
 
 def _files(kind):
@@ -128,13 +137,69 @@ def _own(name):
     return folder
 
 
+def _own_for_good(name):
+    """A folder of ours that outlives ComfyUI, among its users' folders; two underscores begin the name of no user."""
+    try:
+        folder = os.path.join(folder_paths.get_user_directory(), "__conceptloom", name)
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        # Nothing can be written there.
+        return _own(name)
+    return folder
+
+
 @contextlib.contextmanager
 def work(key):
-    """A folder that stays if what is done in it ends with an exception: the same key goes on there."""
-    folder = os.path.join(_own("work"), key)
-    os.makedirs(folder, exist_ok=True)
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    """A folder that stays if what is done in it ends with an exception, or with ComfyUI: the same key goes on there."""
+    root = _own_for_good("work")
+    _forget_what_is_old(root)
+    with _claimed(root, key) as is_ours:
+        if is_ours:
+            folder = os.path.join(root, key)
+            os.makedirs(folder, exist_ok=True)
+            yield folder
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            # Another process is at the very same work.
+            with tempfile.TemporaryDirectory(dir=_own("work")) as folder:
+                yield folder
+
+
+@contextlib.contextmanager
+def _claimed(root, key):
+    """Whether the folder of this key belongs to this process from here on; that of one that died does."""
+    if fcntl is None:
+        yield True
+        return
+    path = os.path.join(root, f"{key}.lock")
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(file)
+            yield False
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                break
+        # Whoever had it has removed the file.
+        os.close(file)
+    try:
+        yield True
+    finally:
+        # While it is locked: nobody can have it yet.
+        os.unlink(path)
+        os.close(file)
+
+
+def _forget_what_is_old(root):
+    with os.scandir(root) as entries:
+        old = [entry.name for entry in entries if time.time() - entry.stat().st_mtime > KEPT]
+    for key in {name.removesuffix(".lock") for name in old}:
+        with _claimed(root, key) as is_ours:
+            if is_ours:
+                shutil.rmtree(os.path.join(root, key), ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,11 @@
 
 import contextlib
 import ctypes as c
-import itertools
 import json
 import os
 import pathlib
 import sys
+import uuid
 
 from . import contract, tensors
 from .contract import Error, Input, Sink, Table, Value, ValueSink
@@ -29,12 +29,10 @@ class Failed(Exception):
 class Reference:
     """A value of the library's own type: immutable, counted."""
 
-    _serials = itertools.count()
-
     def __init__(self, pointer):
         self._pointer = pointer
-        # Addresses are given anew, this is not.
-        self.serial = next(self._serials)
+        # Of how it came about; of no other value, as long as nobody says so.
+        self.key = uuid.uuid4().hex
 
     @property
     def type_name(self):
@@ -132,6 +130,9 @@ class Library:
             raise Unusable(f"{library_path} is no library of nodes: what its node_plugin gives is no table")
         head = c.cast(address, c.POINTER(contract.Head)).contents
         self.name, self.version = head.name.decode(), head.version.decode()
+        stat = os.stat(library_path)
+        # Differs where the code does.
+        self.build = f"{self.version} {stat.st_size} {stat.st_mtime_ns}"
         if head.major != contract.MAJOR or head.struct_size < c.sizeof(Table):
             raise Unusable(
                 f"{library_path} is {self.name} {self.version} and speaks version {head.major}.{head.minor} of the "

@@ -187,10 +187,14 @@ def run(library, described, parameters, values, hidden):
     """Runs a node of the library as one of ComfyUI's."""
     inputs = {socket["name"]: values.get(socket["name"]) for socket in described["inputs"]}
     inputs = {name: value for name, value in inputs.items() if value is not None}
-    with folders.work(_key(described["class"], parameters, inputs)) as work_dir, folders.staging() as staged:
+    key = _key(library, described["class"], parameters, inputs)
+    with folders.work(key) as work_dir, folders.staging() as staged:
         output_dir = staged if described["output_node"] else folder_paths.get_output_directory()
         services = Services(hidden.unique_id, output_dir, work_dir, _metadata(hidden))
         outputs = _run_twice(library, described["class"], inputs, parameters, services)
+        for index, value in enumerate(outputs):
+            if isinstance(value, Reference):
+                value.key = f"{key}.{index}"
         outputs = [_where_comfyui_keeps_it(value) for value in outputs]
         if not described["output_node"]:
             return io.NodeOutput(*outputs)
@@ -238,10 +242,12 @@ def _metadata(hidden):
     return {name: json.dumps(value) for name, value in texts.items() if value}
 
 
-def _key(class_name, parameters, inputs):
-    """Differs where a run would be another one."""
-    values = {name: value.serial if isinstance(value, Reference) else _digest(value) for name, value in inputs.items()}
-    text = json.dumps([class_name, parameters, values], sort_keys=True)
+def _key(library, class_name, parameters, inputs):
+    """Differs where a run would be another one, and is the same in another process: of the library, of what the parameters name,
+    and of how the inputs came about."""
+    values = {name: value.key if isinstance(value, Reference) else _digest(value) for name, value in inputs.items()}
+    files = library.fingerprint(class_name, parameters)
+    text = json.dumps([library.build, class_name, parameters, files, values], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

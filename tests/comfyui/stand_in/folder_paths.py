@@ -19,6 +19,10 @@ def get_temp_directory():
     return _folder("temp")
 
 
+def get_user_directory():
+    return _folder("user")
+
+
 def get_folder_paths(kind):
     return [_folder("models", kind)]
 
