@@ -58,6 +58,19 @@ impl Root {
         }
     }
 
+    /// A file that is there: no folder, and nothing that is waited for, as a pipe is.
+    ///
+    /// # Errors
+    /// See [`PathError`].
+    pub(crate) fn file(&self, name: &str) -> Result<PathBuf, PathError> {
+        let path = self.existing(name)?;
+        if path.is_file() {
+            Ok(path)
+        } else {
+            Err(PathError::NotFound(name.to_owned()))
+        }
+    }
+
     /// Where a file of this name is or would be written. Its folder need not be there.
     ///
     /// # Errors

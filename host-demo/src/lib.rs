@@ -10,6 +10,7 @@
 
 pub mod fuzzing;
 
+mod bounded_file;
 mod confined;
 mod graph;
 mod workflow_file;

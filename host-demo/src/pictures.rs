@@ -9,6 +9,8 @@ use std::path::Path;
 use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
 use plugin_api::{ErrorCode, NodeError, SharedTensor};
 
+use crate::bounded_file::{self, ReadError};
+
 /// Largest width and height that are read.
 pub(crate) const MAX_SIDE: u32 = 8192;
 /// Most memory that reading one picture may take, and largest file.
@@ -237,14 +239,12 @@ pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>, NodeError> {
         error.input = "image".into();
         error
     };
-    let unreadable = |error: std::io::Error| refuse(format!("cannot be read: {error}"));
-    let bytes = std::fs::metadata(path).map_err(unreadable)?.len();
-    if bytes > MAX_BYTES {
-        return Err(refuse(format!(
-            "has {bytes} bytes, at most {MAX_BYTES} are read"
-        )));
-    }
-    std::fs::read(path).map_err(unreadable)
+    bounded_file::read(path, MAX_BYTES).map_err(|error| match error {
+        ReadError::TooLarge(bytes) => {
+            refuse(format!("has {bytes} bytes, at most {MAX_BYTES} are read"))
+        }
+        ReadError::System(error) => refuse(format!("cannot be read: {error}")),
+    })
 }
 
 /// The values of a tensor, all checked to be finite; `input` is what errors call it.

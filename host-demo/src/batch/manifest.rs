@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::bounded_file::{self, ReadError};
+
 /// Largest file.
 const MAX_BYTES: u64 = 256 << 20;
 const MAX_ID: usize = 100;
@@ -63,11 +65,13 @@ pub(crate) fn read(path: &Path) -> Result<Vec<Entry>, ManifestError> {
             error,
         },
     };
-    let bytes = std::fs::metadata(&path).map_err(unreadable)?.len();
-    if bytes > MAX_BYTES {
-        return Err(ManifestError::TooLarge { path, bytes });
-    }
-    let bytes = std::fs::read(&path).map_err(unreadable)?;
+    let bytes = bounded_file::read(&path, MAX_BYTES).map_err(|error| match error {
+        ReadError::TooLarge(bytes) => ManifestError::TooLarge {
+            path: path.clone(),
+            bytes,
+        },
+        ReadError::System(error) => unreadable(error),
+    })?;
     let text = String::from_utf8(lenient_json::utf8(&bytes).into_owned())
         .map_err(|error| unreadable(std::io::Error::other(error)))?;
     let folder = path.parent().unwrap_or(Path::new(""));

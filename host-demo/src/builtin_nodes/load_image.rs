@@ -182,7 +182,7 @@ fn locate(name: &str, places: &Places) -> Result<Found, NodeError> {
                 Some((name, "input]")) => (name, input),
                 _ => (name, input),
             };
-            root.existing(name)
+            root.file(name)
                 .map_err(|error| format!("{error}; upload the picture or choose another"))
         }
     };

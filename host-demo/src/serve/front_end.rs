@@ -117,7 +117,7 @@ impl FrontEnd {
     pub(crate) fn read(&self, name: &str) -> Option<Vec<u8>> {
         match &self.files {
             Files::Nowhere => None,
-            Files::Folder(root) => std::fs::read(root.existing(name).ok()?).ok(),
+            Files::Folder(root) => std::fs::read(root.file(name).ok()?).ok(),
             Files::Wheel(archive) => {
                 let mut archive = archive.lock();
                 let file = archive.by_name(&in_package(name)).ok()?;

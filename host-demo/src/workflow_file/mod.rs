@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use plugin_api::{Widget, WidgetKind};
 use serde_json::{Value, json};
 
+use crate::bounded_file::{self, ReadError};
 use crate::catalog::Catalog;
 use crate::graph::{Graph, Input, NodeId};
 use crate::png_text;
@@ -93,24 +94,18 @@ impl Workflow {
                 error,
             },
         };
-        let meta = std::fs::metadata(path).map_err(unreadable)?;
-        if meta.is_dir() {
-            return Err(unreadable(std::io::Error::other(
-                "it is a directory; name a file in it",
-            )));
-        }
         let is_png = path
             .extension()
             .is_some_and(|extension| extension.eq_ignore_ascii_case("png"));
         let most = if is_png { MAX_PICTURE_BYTES } else { MAX_BYTES };
-        if meta.len() > most {
-            return Err(WorkflowError::TooLarge {
+        let bytes = bounded_file::read(path, most).map_err(|error| match error {
+            ReadError::TooLarge(bytes) => WorkflowError::TooLarge {
                 path: path.to_owned(),
-                bytes: meta.len(),
+                bytes,
                 most,
-            });
-        }
-        let bytes = std::fs::read(path).map_err(unreadable)?;
+            },
+            ReadError::System(error) => unreadable(error),
+        })?;
         let dir = path
             .parent()
             .filter(|dir| !dir.as_os_str().is_empty())

@@ -72,9 +72,15 @@ impl Node for LoadConcepts {
     }
 
     fn fingerprint(&self, parameters: &Parameters) -> String {
-        let content = |path: &PathBuf| match std::fs::read(path) {
-            Ok(bytes) => blake3::hash(&bytes).to_string(),
-            Err(_) => "missing".to_owned(),
+        let content = |path: &PathBuf| {
+            let mut hasher = blake3::Hasher::new();
+            // What cannot be read is told when the node runs.
+            let mut read = || hasher.update_reader(std::fs::File::open(path)?).map(drop);
+            if path.is_file() && read().is_ok() {
+                hasher.finalize().to_string()
+            } else {
+                "missing".to_owned()
+            }
         };
         parameters
             .paths()

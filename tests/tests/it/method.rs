@@ -1,6 +1,7 @@
 //! The real plugin through the real binary.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::{Value, json};
 
@@ -439,6 +440,53 @@ fn copy_of_the_checkpoint(folder: &Path) -> PathBuf {
 fn model_of(checkpoint: &str) -> Value {
     let loader = node("LoadDiffusionModel", json!({"checkpoint": checkpoint}));
     with(sampler(json!({})), json!({"1": loader}))
+}
+
+#[cfg(unix)]
+#[test]
+fn what_is_no_file_is_refused_and_not_waited_for() {
+    let place = Place::with_conceptloom();
+    let made = Command::new("mkfifo")
+        .arg(place.path().join("pipe"))
+        .status();
+    assert!(made.unwrap().success());
+    let loader = |inputs: Value| {
+        with(
+            sampler(json!({})),
+            json!({"1": node("LoadDiffusionModel", inputs)}),
+        )
+    };
+    let tuned = |path: &str| {
+        let load = node("LoadTunedModel", json!({"model": ["1", 0], "path": path}));
+        with(sampler(json!({"model": ["2", 0]})), json!({"2": load}))
+    };
+    for path in ["pipe", "/dev/zero"] {
+        refused(
+            &place,
+            &loader(json!({"checkpoint": path})),
+            &[path, "this is no file"],
+        );
+        refused(
+            &place,
+            &loader(json!({"vae": path})),
+            &[path, "this is no file"],
+        );
+        refused(&place, &tuned(path), &[path, "this is no file"]);
+    }
+    let model = copy_of_the_checkpoint(place.path());
+    let config = model.join("unet/config.json");
+    std::fs::remove_file(&config).unwrap();
+    std::fs::rename(place.path().join("pipe"), &config).unwrap();
+    refused(
+        &place,
+        &model_of("model"),
+        &["unet/config.json", "this is no file"],
+    );
+    // It has no end.
+    for command in ["run", "batch"] {
+        let done = place.host(&[command, "/dev/zero", "--out", "out"]);
+        done.failed_with(&["/dev/zero", "bytes, at most"]);
+    }
 }
 
 #[test]

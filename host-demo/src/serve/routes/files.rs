@@ -177,15 +177,10 @@ fn place(server: &Server, kind: &str, name: &str) -> Result<PathBuf, Response> {
     let Some(root) = root(server, kind) else {
         return Err(bad_request("type is input, output or temp"));
     };
-    let path = root.existing(name).map_err(|error| match error {
+    root.file(name).map_err(|error| match error {
         PathError::NotFound(_) => not_found(&error.to_string()),
         _ => refuse(StatusCode::FORBIDDEN, "forbidden", &error.to_string()),
-    })?;
-    if path.is_file() {
-        Ok(path)
-    } else {
-        Err(not_found(&format!("\"{name}\" is no file")))
-    }
+    })
 }
 
 /// Without the transparency, or only that: what the mask editor asks for.

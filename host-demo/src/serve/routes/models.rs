@@ -127,7 +127,7 @@ pub(crate) async fn metadata(
             .map(String::as_str)
             .unwrap_or_default();
         let missing = || not_found(&format!("{folder} holds no metadata of \"{filename}\""));
-        let path = root_of(&server, &folder).and_then(|root| root.existing(filename).ok());
+        let path = root_of(&server, &folder).and_then(|root| root.file(filename).ok());
         match path.and_then(|path| metadata_of(&path)) {
             Some(metadata) => ok(&metadata),
             None => missing(),

@@ -46,7 +46,7 @@ pub(crate) async fn run_workflow(State(server): State<Arc<Server>>, request: Req
         let bytes = if name == demo::NAME {
             demo::WORKFLOW.as_bytes().to_vec()
         } else {
-            let path = server.folders.user.existing(&format!("workflows/{name}"));
+            let path = server.folders.user.file(&format!("workflows/{name}"));
             let path = path.map_err(|error| bad_request(&error.to_string()))?;
             std::fs::read(path).map_err(|error| {
                 bad_request(&format!("the workflow {name} cannot be read: {error}"))

@@ -201,7 +201,7 @@ fn with_transparency(server: &Server, upload: &Upload) -> Result<Vec<u8>, Respon
             "the type of original_ref is input, output or temp",
         ));
     };
-    let path = root.existing(&joined(text("subfolder"), text("filename")));
+    let path = root.file(&joined(text("subfolder"), text("filename")));
     let path = path.map_err(|error| bad_request(&error.to_string()))?;
     let picture = LoadedPicture::decode(text("filename"), &read_file(&path).map_err(unreadable)?);
     let mask = LoadedPicture::decode(&upload.name, &upload.bytes).map_err(unreadable)?;

@@ -168,7 +168,7 @@ fn first_content(file: &str) -> Option<&'static str> {
 pub(crate) async fn read(State(server): State<Arc<Server>>, Path(file): Path<String>) -> Response {
     let found = blocking(move || {
         let missing = || not_found(&format!("there is no file \"{file}\""));
-        let bytes = match server.folders.user.existing(&file) {
+        let bytes = match server.folders.user.file(&file) {
             Ok(path) => std::fs::read(path).map_err(|_| missing())?,
             Err(error) => first_content(&file)
                 .ok_or_else(|| refuse_path(&error))?

@@ -19,7 +19,7 @@ use crate::text_encoder::TextEncoder;
 use crate::tokenizer::Tokenizer;
 use crate::unet::UNet;
 use crate::vae::{self, Vae};
-use crate::weights::{TensorFile, WeightMap, refuse_pickle, save_tensors};
+use crate::weights::{TensorFile, WeightMap, refuse_pickle, regular, save_tensors};
 
 /// Name of the weights in a folder of diffusers' layout.
 const TUNED_WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
@@ -96,12 +96,10 @@ impl DiffusionModel {
         device: &Device,
     ) -> Result<Self> {
         match source {
-            CheckpointSource::Path(path) if path.is_file() || !path.exists() => {
-                load_single_file(path, vae, precision, device)
-            }
-            CheckpointSource::Path(path) => {
+            CheckpointSource::Path(path) if path.is_dir() => {
                 load_folder(&Folder::Directory(path), vae, precision, device)
             }
+            CheckpointSource::Path(path) => load_single_file(path, vae, precision, device),
             CheckpointSource::Embedded { name, files } => {
                 load_folder(&Folder::Embedded { name, files }, vae, precision, device)
             }
@@ -500,9 +498,18 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
+/// Most bytes of a file that is read as a whole: configurations, vocabularies.
+const MAX_WHOLE: u64 = 64 << 20;
+
 /// A file's bytes, `None` if it is not there.
 pub(crate) fn read_optional(path: &Path) -> Result<Option<Vec<u8>>> {
-    match std::fs::read(path) {
+    let read = || match regular(path)? {
+        n if n > MAX_WHOLE => Err(std::io::Error::other(format!(
+            "it has {n} bytes, at most {MAX_WHOLE} are read"
+        ))),
+        _ => std::fs::read(path),
+    };
+    match read() {
         Ok(bytes) => Ok(Some(bytes)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(Error::unreadable(path.display().to_string(), e)),

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use candle_core::{DType, Device, Tensor, Var};
 
 pub use tensor_file::TensorFile;
-pub(crate) use tensor_file::refuse_pickle;
+pub(crate) use tensor_file::{refuse_pickle, regular};
 pub use tensor_writer::{encode_tensors, save_tensors, write_tensors};
 
 use crate::error::{CheckpointError, Error, Misshapen, Result};

@@ -68,17 +68,15 @@ impl TensorFile {
     pub fn open(path: &Path) -> Result<Self> {
         let name = path.display().to_string();
         refuse_pickle(path)?;
-        let file = File::open(path).map_err(|error| match error.kind() {
+        let unreadable = |error: std::io::Error| match error.kind() {
             ErrorKind::NotFound => Error::unreadable(
                 &name,
                 "there is no such file or folder; name a .safetensors file or a model's folder",
             ),
             _ => Error::unreadable(&name, error),
-        })?;
-        let len = file
-            .metadata()
-            .map_err(|e| Error::unreadable(&name, e))?
-            .len();
+        };
+        let len = regular(path).map_err(unreadable)?;
+        let file = File::open(path).map_err(unreadable)?;
         Self::parse(name, Source::File(Mutex::new(file)), len)
     }
 
@@ -314,6 +312,18 @@ fn width(dtype: &str) -> Option<u64> {
         "I8" | "U8" | "BOOL" => 1,
         _ => return None,
     })
+}
+
+/// Bytes of a file. What is none is not even opened: a pipe would be waited for.
+pub(crate) fn regular(path: &Path) -> std::io::Result<u64> {
+    let meta = path.metadata()?;
+    if meta.is_file() {
+        return Ok(meta.len());
+    }
+    let what = if meta.is_dir() { "a folder" } else { "no file" };
+    Err(std::io::Error::other(format!(
+        "this is {what}; name a file"
+    )))
 }
 
 /// Refuses PyTorch's pickle files by their name: loading one runs whatever program it contains.
