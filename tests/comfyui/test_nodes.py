@@ -197,6 +197,10 @@ def test_work_of_a_fortnight_ago_and_of_another_process(comfyui):
             assert pathlib.Path(mine) == root / "mine" and pathlib.Path(other).parent != root
         assert sorted(kept(comfyui)) == ["mine", "mine.lock"]
     assert not kept(comfyui)
+    # Where the claim cannot be made, work is done elsewhere.
+    (root / "mine.lock").mkdir()
+    with folders.work("mine") as elsewhere:
+        assert pathlib.Path(elsewhere).parent != root
 
 
 def test_what_is_learned_lies_where_stock_nodes_look(nodes, comfyui):

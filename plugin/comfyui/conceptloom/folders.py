@@ -160,7 +160,7 @@ def work(key):
             yield folder
             shutil.rmtree(folder, ignore_errors=True)
         else:
-            # Another process is at the very same work.
+            # Another process is at the very same work, or nothing can be written there.
             with tempfile.TemporaryDirectory(dir=_own("work")) as folder:
                 yield folder
 
@@ -173,7 +173,11 @@ def _claimed(root, key):
         return
     path = os.path.join(root, f"{key}.lock")
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError:
+            yield False
+            return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -194,9 +198,14 @@ def _claimed(root, key):
 
 
 def _forget_what_is_old(root):
+    old = set()
     with os.scandir(root) as entries:
-        old = [entry.name for entry in entries if time.time() - entry.stat().st_mtime > KEPT]
-    for key in {name.removesuffix(".lock") for name in old}:
+        for entry in entries:
+            # Another process may be done with it now.
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - entry.stat().st_mtime > KEPT:
+                    old.add(entry.name.removesuffix(".lock"))
+    for key in old:
         with _claimed(root, key) as is_ours:
             if is_ours:
                 shutil.rmtree(os.path.join(root, key), ignore_errors=True)
