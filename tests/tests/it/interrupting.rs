@@ -80,6 +80,8 @@ fn ctrl_c_twice_stops_at_once_and_the_next_run_cleans_up() {
     place.write("long.json", workflow.to_string());
     let mut child = place.command(&["run", "long.json"]).spawn().unwrap();
     wait_for(&mut child, "[1/2] Slow");
+    // Before its first step, which takes ten seconds, the node looks once whether it is to stop.
+    std::thread::sleep(Duration::from_millis(500));
     interrupt(&child);
     wait_for(&mut child, "Ctrl-C again stops at once");
     let asked = Instant::now();
