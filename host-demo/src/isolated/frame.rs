@@ -20,6 +20,8 @@ use crate::pictures::RgbPicture;
 /// Longer heads and bytes are a fault of whoever sends them.
 const MAX_HEAD: u32 = 1 << 30;
 const MAX_BYTES: u64 = 1 << 36;
+/// Memory that is taken before anything has come.
+const PIECE: u64 = 1 << 20;
 
 /// Asked of the process.
 #[derive(Debug, Serialize, Deserialize)]
@@ -357,7 +359,7 @@ pub(crate) fn read<T: DeserializeOwned>(from: &mut impl Read) -> io::Result<Opti
 
 /// As much as was announced; memory is taken for what comes.
 fn read_part(from: &mut impl Read, n: u64) -> io::Result<Vec<u8>> {
-    let mut part = Vec::new();
+    let mut part = Vec::with_capacity(n.min(PIECE) as usize);
     from.take(n).read_to_end(&mut part)?;
     if part.len() as u64 == n {
         Ok(part)

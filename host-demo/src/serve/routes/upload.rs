@@ -1,7 +1,6 @@
 //! Pictures that come in: by the upload button, and from the mask editor.
 
 use std::io::{self, Cursor};
-use std::path::Path;
 use std::sync::Arc;
 
 use axum::body::Bytes;
@@ -163,18 +162,12 @@ fn keep(server: &Server, upload: &Upload, bytes: Vec<u8>) -> Result<Response, Re
         let is_same = || read_file(&path).is_ok_and(|there| there == bytes);
         let written = if upload.overwrite {
             write_over(&path, &bytes)
-        } else if path.exists() {
-            Err(io::ErrorKind::AlreadyExists.into())
         } else {
             write_new(&path, &bytes)
         };
         match written {
             Ok(()) => break,
-            // Also where the folder is a file.
-            Err(error)
-                if error.kind() != io::ErrorKind::AlreadyExists
-                    || !path.parent().is_some_and(Path::is_dir) =>
-            {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(cannot_write(&name, &error));
             }
             Err(_) if is_same() => break,

@@ -119,13 +119,16 @@ pub fn create_dir(path: &Path) -> io::Result<()> {
 /// As [`fs::create_dir_all`]; a folder that is there is no operation.
 ///
 /// # Errors
-/// The system's.
+/// The system's; [`io::ErrorKind::NotADirectory`] where a file has the place of a folder: nobody has the name that is wanted below it.
 pub fn create_dir_all(path: &Path) -> io::Result<()> {
     if path.is_dir() || path.as_os_str().is_empty() {
         return Ok(());
     }
     fault::pass("mkdir", path)?;
-    fs::create_dir_all(path)
+    fs::create_dir_all(path).map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => io::ErrorKind::NotADirectory.into(),
+        _ => error,
+    })
 }
 
 /// As [`fs::rename`].

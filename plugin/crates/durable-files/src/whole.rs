@@ -36,6 +36,10 @@ pub fn write_new(
     path: &Path,
     write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> io::Result<()> {
+    // What is known before is not written in vain.
+    if path.exists() {
+        return Err(io::ErrorKind::AlreadyExists.into());
+    }
     named_anew(path, written_beside(path, write, File::sync)?)
 }
 
@@ -194,7 +198,8 @@ mod tests {
             file.write_all(b"half of the new")?;
             Err(io::Error::other("out of paper"))
         };
-        for failed in [write_over(&path, half), write_new(&path, half)] {
+        let free = folder.path().join("a/y.bin");
+        for failed in [write_over(&path, half), write_new(&free, half)] {
             assert_eq!(failed.unwrap_err().to_string(), "out of paper");
         }
         assert_eq!(std::fs::read(&path).unwrap(), b"old");
@@ -213,6 +218,21 @@ mod tests {
         write_over(&path, |file| file.write_all(b"two")).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"two");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_file_in_the_place_of_a_folder_is_no_name_that_is_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("a"), "a").unwrap();
+        let below = folder.path().join("a/b/x.bin");
+        for failed in [
+            write_new(&below, |_| Ok(())),
+            write_over(&below, |_| Ok(())),
+        ] {
+            assert_eq!(failed.unwrap_err().kind(), io::ErrorKind::NotADirectory);
+        }
+        let beneath = write_new(&folder.path().join("a/x.bin"), |_| Ok(()));
+        assert_eq!(beneath.unwrap_err().kind(), io::ErrorKind::NotADirectory);
     }
 
     #[test]
