@@ -1,5 +1,8 @@
 //! Errors of the crates below to errors with a code and the input that they are about.
 
+use std::io;
+use std::path::Path;
+
 use plugin_api::{ErrorCode, NodeError};
 use stable_diffusion::memory::is_out_of_memory;
 
@@ -22,6 +25,15 @@ pub(crate) fn from_model(input: &str, error: &stable_diffusion::Error) -> NodeEr
     NodeError {
         input: input.into(),
         ..NodeError::new(code, error.to_string())
+    }
+}
+
+/// A file that the node saves cannot be written; `input` says where it goes.
+pub(crate) fn cannot_write(input: &str, file: &Path, error: &io::Error) -> NodeError {
+    let message = format!("{} cannot be written: {error}", file.display());
+    NodeError {
+        input: input.into(),
+        ..NodeError::new(ErrorCode::CannotWrite, message)
     }
 }
 

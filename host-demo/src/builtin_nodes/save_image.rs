@@ -70,8 +70,8 @@ impl BuiltinNode for SaveImage {
         for picture in pictures::from_image("images", inputs.tensor("images")?)? {
             let png = png_text::encode(&picture, &texts)?;
             let prefix = file_words::sized(&filename_prefix, [picture.width, picture.height]);
-            let path = free_path(&folder.join(relative(&prefix)?));
-            run_folder::write_new(&path, &png)
+            let numbered = numbered(folder.join(relative(&prefix)?));
+            let path = run_folder::write_numbered(numbered, &png)
                 .map_err(|error| NodeError::new(ErrorCode::CannotWrite, error.to_string()))?;
             host.saved(&path);
         }
@@ -108,18 +108,11 @@ fn relative(prefix: &str) -> Result<PathBuf, NodeError> {
     Ok(path.to_owned())
 }
 
-/// `prefix_00001.png`, or the first number that is free.
-fn free_path(prefix: &Path) -> PathBuf {
-    let name = prefix
-        .file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned();
-    let numbered = |n: u32| prefix.with_file_name(format!("{name}_{n:05}.png"));
-    (1..u32::MAX)
-        .map(numbered)
-        .find(|path| !path.exists())
-        .unwrap_or_else(|| numbered(u32::MAX))
+/// `prefix_00001.png`, `prefix_00002.png`, …
+fn numbered(prefix: PathBuf) -> impl Fn(u32) -> PathBuf {
+    let name = prefix.file_name().unwrap_or_default();
+    let name = name.to_string_lossy().into_owned();
+    move |n| prefix.with_file_name(format!("{name}_{n:05}.png"))
 }
 
 pub(super) struct PreviewImage;

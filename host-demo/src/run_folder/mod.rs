@@ -10,7 +10,8 @@
 //! ```
 //!
 //! A run into a folder that is there already has `.run.partial` in it; at its end that is called `.run.complete`, from where
-//! the files are moved up one by one. If they were not all moved, the next run does the rest.
+//! the files are moved up one by one. If they were not all moved, the next run does the rest. A complete run whose name, or
+//! one of whose files' names, somebody took meanwhile gets the next one that is free: `demo-2`, or `run` in the folder.
 
 mod work_dirs;
 
@@ -19,7 +20,9 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use durable_files::{Claim, ClaimError, disk};
+use durable_files::{Claim, ClaimError, disk, rename_numbered};
+
+use crate::console::complain;
 
 pub(crate) use work_dirs::{WorkDir, WorkDirs};
 
@@ -98,6 +101,18 @@ pub(crate) fn write_new(path: &Path, bytes: &[u8]) -> Result<(), FolderError> {
     durable_files::write_new(path, |file| file.write_all(bytes)).map_err(at(path))
 }
 
+/// [`write_new`] under the first of the names `numbered(1)`, `numbered(2)`, … of one folder that nobody has. Returns which.
+///
+/// # Errors
+/// [`FolderError::CannotWrite`].
+pub(crate) fn write_numbered(
+    numbered: impl Fn(u32) -> PathBuf,
+    bytes: &[u8],
+) -> Result<PathBuf, FolderError> {
+    let written = durable_files::write_numbered(&numbered, |file| file.write_all(bytes));
+    written.map_err(at(&numbered(1)))
+}
+
 /// [`write_new`] of a picture that is only looked at: the disk is not waited for.
 ///
 /// # Errors
@@ -172,14 +187,12 @@ impl RunFolder {
     }
 
     fn numbered(root: &Path, name: &str, made_root: bool) -> Result<Self, FolderError> {
+        let places = numbered(root.join(name));
         let mut number = 1;
         loop {
-            let name = if number == 1 {
-                name.to_owned()
-            } else {
-                format!("{name}-{number}")
-            };
-            let (staging, complete) = (partial(root, &name), root.join(&name));
+            let complete = places(number);
+            let name = complete.file_name().unwrap_or_default();
+            let staging = partial(root, &name.to_string_lossy());
             number += 1;
             if complete.exists() {
                 continue;
@@ -214,14 +227,14 @@ impl RunFolder {
             return Err(FolderError::NotEmpty(path.to_owned()));
         }
         let claim = claim(&lock, path, PATIENCE)?;
-        let moved = if complete.exists() {
-            move_up(&complete, path)
+        let settled = if complete.exists() {
+            settle(&complete, path).map(drop)
         } else {
             Ok(())
         };
-        if moved.is_err() || !is_empty()? {
+        if settled.is_err() || !is_empty()? {
             claim.give_back();
-            return Err(moved
+            return Err(settled
                 .err()
                 .map_or_else(|| FolderError::NotEmpty(path.to_owned()), at(path)));
         }
@@ -287,32 +300,38 @@ impl RunFolder {
         )
     }
 
-    /// Gives the folder its name.
+    /// Gives the folder its name, or the next one that is free. Returns where the results are now, and says so where that is
+    /// not the destination.
     ///
     /// # Errors
-    /// [`FolderError::CannotWrite`], [`FolderError::NotEmpty`]; nothing is left then, or what the next run moves.
+    /// [`FolderError::CannotWrite`]; nothing is left then, or what the next run moves.
     pub(crate) fn commit(mut self) -> Result<PathBuf, FolderError> {
-        let destination = self.destination().to_owned();
         sync_folders(&self.staging);
-        match &self.commit {
+        let place = match &self.commit {
             Commit::Rename(path) => {
-                if path.exists() {
-                    return Err(FolderError::NotEmpty(path.clone()));
-                }
-                disk::rename(&self.staging, path).map_err(at(path))?;
+                let place = rename_numbered(&self.staging, numbered(path.clone()));
                 disk::sync_dir(&self.root);
+                place.map_err(at(path))?
             }
             Commit::MoveInto(path) => {
                 let complete = path.join(COMPLETE);
-                disk::rename(&self.staging, &complete).map_err(at(path))?;
-                move_up(&complete, path).map_err(at(path))?;
+                let renamed = disk::rename(&self.staging, &complete);
+                let place = renamed.and_then(|()| settle(&complete, path));
                 disk::sync_dir(path);
+                place.map_err(at(path))?
             }
+        };
+        if place != self.destination() {
+            complain(&format!(
+                "somebody wrote to {} meanwhile; the results are in {}",
+                self.destination().display(),
+                place.display()
+            ));
         }
         if let Some(claim) = self.claim.take() {
             claim.give_back();
         }
-        Ok(destination)
+        Ok(place)
     }
 }
 
@@ -366,11 +385,41 @@ fn check_is_folder(path: &Path) -> Result<(), FolderError> {
     }
 }
 
-/// Moves all that is in `from` into `to`, and removes it.
+/// `path`, `path-2`, `path-3`, …
+fn numbered(path: PathBuf) -> impl Fn(u32) -> PathBuf {
+    move |n| {
+        if n == 1 {
+            return path.clone();
+        }
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(format!("-{n}"));
+        path.with_file_name(name)
+    }
+}
+
+/// Moves what is complete into the folder that it lies in, and, where one of its names is taken there, into one of its own.
+/// Returns where it is.
+fn settle(complete: &Path, folder: &Path) -> io::Result<PathBuf> {
+    match move_up(complete, folder) {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            rename_numbered(complete, numbered(folder.join(RUN)))
+        }
+        moved => moved.map(|()| folder.to_owned()),
+    }
+}
+
+/// Moves all that is in `from` into `to`, and removes it; nothing, if a name is taken before it begins.
 fn move_up(from: &Path, to: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(from)? {
-        let entry = entry?;
-        disk::rename(&entry.path(), &to.join(entry.file_name()))?;
+    let names: io::Result<Vec<_>> = fs::read_dir(from)?
+        .map(|entry| Ok(entry?.file_name()))
+        .collect();
+    let names = names?;
+    let is_taken = |name| to.join(name).symlink_metadata().is_ok();
+    if names.iter().any(is_taken) {
+        return Err(ErrorKind::AlreadyExists.into());
+    }
+    for name in &names {
+        disk::rename_new(&from.join(name), &to.join(name))?;
     }
     disk::remove_dir(from)
 }
@@ -520,6 +569,53 @@ mod tests {
             Err(FolderError::NotEmpty(_))
         ));
         assert_eq!(names(folder.path()), ["a.png", "b.png"]);
+    }
+
+    #[test]
+    fn a_complete_run_is_kept_whatever_somebody_else_put_in_its_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let [new, there] = ["new", "there"].map(|name| folder.path().join(name));
+        fs::create_dir(&there).unwrap();
+        let runs = [&new, &there].map(|path| {
+            let run = RunFolder::create(&Destination::Exactly(path.clone())).unwrap();
+            write_new(&run.path().join("a.png"), b"mine").unwrap();
+            write_new(&run.path().join("b/c.png"), b"mine").unwrap();
+            run
+        });
+        let theirs = ["new/a.png", "new-2/b.png", "there/b", "there/run"];
+        let theirs = theirs.map(|name| folder.path().join(name));
+        for path in &theirs {
+            fs::create_dir_all(above(path)).unwrap();
+            fs::write(path, "theirs").unwrap();
+        }
+        let places = runs.map(|run| run.commit().unwrap());
+        assert_eq!(places, [folder.path().join("new-3"), there.join("run-2")]);
+        for place in &places {
+            assert_eq!(names(place), ["a.png", "b"]);
+            assert_eq!(fs::read(place.join("a.png")).unwrap(), b"mine");
+        }
+        for path in &theirs {
+            assert_eq!(fs::read(path).unwrap(), b"theirs");
+        }
+        assert_eq!(names(folder.path()), ["new", "new-2", "new-3", "there"]);
+        assert_eq!(names(&there), ["b", "run", "run-2"]);
+    }
+
+    #[test]
+    fn what_a_dead_run_left_complete_gets_a_folder_where_its_names_are_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let complete = folder.path().join(COMPLETE);
+        fs::create_dir(&complete).unwrap();
+        for path in [complete.as_path(), folder.path()] {
+            fs::write(path.join("a.png"), path.display().to_string()).unwrap();
+        }
+        let exactly = Destination::Exactly(folder.path().to_owned());
+        assert!(matches!(
+            RunFolder::create(&exactly),
+            Err(FolderError::NotEmpty(_))
+        ));
+        assert_eq!(names(folder.path()), ["a.png", "run"]);
+        assert_eq!(names(&folder.path().join("run")), ["a.png"]);
     }
 
     #[test]

@@ -1,18 +1,19 @@
 //! SaveConcepts: one `.safetensors` file per concept, and the tuned weights.
 
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 use personalization::LearnedConcepts;
-use personalization::concept_file::{ConceptForm, concept_bytes, write_atomically};
+use personalization::concept_file::{ConceptForm, concept_bytes};
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use stable_diffusion::DiffusionModel;
 use stable_diffusion::lora::LoraNames;
 
-use crate::failure::{from_method, from_model};
+use crate::failure::{cannot_write, from_method, from_model};
 use crate::ports;
 use crate::values::{ConceptsValue, ModelValue};
 
@@ -116,13 +117,8 @@ impl Node for SaveConcepts {
             for (form, suffix) in forms {
                 let bytes = concept_bytes(learned, index, *form, &metadata)
                     .map_err(|e| from_method("concepts", &e))?;
-                let path = free_path(
-                    &base,
-                    &format!("{prefix}{}{suffix}", file_name(learned, index)),
-                );
-                write_atomically(&path, &bytes)
-                    .map_err(|error| from_method("filename_prefix", &error))?;
-                host.saved(&path);
+                let stem = format!("{prefix}{}{suffix}", file_name(learned, index));
+                save(&base, &stem, host, |file| file.write_all(&bytes))?;
             }
         }
         if let Some(model) = inputs.optional_object::<ModelValue>("model")? {
@@ -153,7 +149,6 @@ impl Base<'_> {
         metadata: &BTreeMap<String, String>,
         host: &Host,
     ) -> Result<(), NodeError> {
-        let failed = |error| from_model("model", &error);
         if let Some(lora) = &model.lora {
             let both = [(LoraNames::Kohya, ""), (LoraNames::Peft, "-diffusers")];
             let names = match self.format {
@@ -162,9 +157,8 @@ impl Base<'_> {
                 Format::Both => &both,
             };
             for (names, suffix) in names {
-                let path = free_path(self.folder, &format!("{}lora{suffix}", self.prefix));
-                lora.save(&path, *names).map_err(failed)?;
-                host.saved(&path);
+                let stem = format!("{}lora{suffix}", self.prefix);
+                save(self.folder, &stem, host, |file| lora.write(file, *names))?;
             }
         }
         let dtype = match unet {
@@ -173,8 +167,9 @@ impl Base<'_> {
             TunedUnet::None => return Ok(()),
         };
         if model.is_tuned {
-            let folder = free_folder(self.folder, self.prefix);
-            let path = model.save_unet(&folder, dtype, metadata).map_err(failed)?;
+            let path = model
+                .save_unet(folders(self.folder, self.prefix), dtype, metadata)
+                .map_err(|error| from_model("model", &error))?;
             host.saved(&path.with_file_name("config.json"));
             host.saved(&path);
         }
@@ -182,18 +177,31 @@ impl Base<'_> {
     }
 }
 
-/// The first folder of `concepts`, `concepts-2`, … that has no `unet` yet.
-fn free_folder(base: &Path, prefix: &str) -> PathBuf {
+/// `concepts`, `concepts-2`, …
+fn folders(base: &Path, prefix: &str) -> impl Fn(u32) -> PathBuf {
     let stem = prefix.trim_end_matches('/');
-    let numbered = |n: usize| match n {
+    move |n| match n {
         1 => base.join(stem),
         n if stem.is_empty() => base.join(format!("unet-{n}")),
         n => base.join(format!("{stem}-{n}")),
+    }
+}
+
+/// Saves `base/stem.safetensors`, or the first of `-2`, `-3`, … that nobody has.
+fn save(
+    base: &Path,
+    stem: &str,
+    host: &Host,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> Result<(), NodeError> {
+    let numbered = |n: u32| match n {
+        1 => base.join(format!("{stem}.safetensors")),
+        n => base.join(format!("{stem}-{n}.safetensors")),
     };
-    (1..)
-        .map(numbered)
-        .find(|folder| !folder.join("unet").exists())
-        .unwrap_or_else(|| numbered(1))
+    let path = durable_files::write_numbered(numbered, write)
+        .map_err(|error| cannot_write("filename_prefix", &numbered(1), &error))?;
+    host.saved(&path);
+    Ok(())
 }
 
 /// `rex` of `<rex>`, with nothing that a file system objects to.
@@ -226,16 +234,4 @@ fn safe_prefix(prefix: &str) -> Result<String, NodeError> {
             "filename_prefix \"{prefix}\" leads out of the output folder; use a name or a folder/name"
         ),
     ))
-}
-
-/// `base/stem.safetensors`, or the first `-2`, `-3`, … that is free.
-fn free_path(base: &Path, stem: &str) -> PathBuf {
-    let numbered = |n: usize| match n {
-        1 => base.join(format!("{stem}.safetensors")),
-        n => base.join(format!("{stem}-{n}.safetensors")),
-    };
-    (1..)
-        .map(numbered)
-        .find(|path| !path.exists())
-        .unwrap_or_else(|| numbered(1))
 }

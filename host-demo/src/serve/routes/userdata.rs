@@ -260,7 +260,7 @@ pub(crate) async fn rename(
         let name = if is_set(&query, "overwrite") {
             disk::rename
         } else {
-            durable_files::rename_new
+            disk::rename_new
         };
         let parent = path.parent().map_or(Ok(()), disk::create_dir_all);
         parent

@@ -9,6 +9,7 @@
 use std::fs::{self, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use crate::fault;
 
@@ -140,6 +141,50 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     fs::rename(from, to)
 }
 
+/// As [`fs::rename`], under a name that nobody has: also where another process takes it at the same moment.
+///
+/// # Errors
+/// The system's; [`io::ErrorKind::AlreadyExists`] if somebody has the name.
+pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    fault::pass("rename", to)?;
+    match rename_without_replacing(from, to) {
+        // Not a thing of this system, or of this file system.
+        Err(error)
+            if [io::ErrorKind::InvalidInput, io::ErrorKind::Unsupported]
+                .contains(&error.kind()) =>
+        {
+            rename_where_nothing_is(from, to)
+        }
+        renamed => renamed,
+    }
+}
+
+#[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+fn rename_without_replacing(from: &Path, to: &Path) -> io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    Ok(renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE)?)
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
+fn rename_without_replacing(_: &Path, _: &Path) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// A file is linked under its new name, which takes nobody's, before it loses its old one. Where there are no links, and of
+/// folders, this process's threads alone are kept from taking one name; a folder never replaces one that holds something.
+fn rename_where_nothing_is(from: &Path, to: &Path) -> io::Result<()> {
+    static NAMING: Mutex<()> = Mutex::new(());
+    let _naming = NAMING.lock().unwrap_or_else(PoisonError::into_inner);
+    let is_taken = fs::symlink_metadata(to).is_ok();
+    if !is_taken && !from.is_dir() && fs::hard_link(from, to).is_ok() {
+        return fs::remove_file(from);
+    }
+    if is_taken || fs::symlink_metadata(to).is_ok() {
+        return Err(io::ErrorKind::AlreadyExists.into());
+    }
+    fs::rename(from, to)
+}
+
 /// As [`fs::remove_file`].
 ///
 /// # Errors
@@ -183,4 +228,44 @@ pub fn sync_dir(path: &Path) {
     };
     let synced = fault::pass("sync", path);
     let _ = synced.and_then(|()| fs::File::open(path)?.sync_all());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Rename = fn(&Path, &Path) -> io::Result<()>;
+
+    #[test]
+    fn a_new_name_is_nobody_elses_on_every_file_system() {
+        for rename in [rename_new as Rename, rename_where_nothing_is] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = |name: &str| folder.path().join(name);
+            for name in ["file", "taken"] {
+                fs::write(path(name), name).unwrap();
+            }
+            for name in ["folder/below", "empty", "full/below"] {
+                fs::create_dir_all(path(name)).unwrap();
+            }
+            for from in ["file", "folder"] {
+                for to in ["taken", "empty", "full"] {
+                    let refused = rename(&path(from), &path(to)).unwrap_err();
+                    assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists, "{from} {to}");
+                }
+            }
+            #[cfg(unix)]
+            {
+                std::os::unix::fs::symlink("nowhere", path("link")).unwrap();
+                let refused = rename(&path("file"), &path("link")).unwrap_err();
+                assert_eq!(refused.kind(), io::ErrorKind::AlreadyExists);
+            }
+            rename(&path("file"), &path("new file")).unwrap();
+            rename(&path("folder"), &path("new folder")).unwrap();
+            assert_eq!(fs::read(path("new file")).unwrap(), b"file");
+            assert!(path("new folder/below").is_dir());
+            assert!(!path("file").exists() && !path("folder").exists());
+            let missing = rename(&path("file"), &path("other")).unwrap_err();
+            assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+        }
+    }
 }

@@ -3,6 +3,7 @@
 //! | what | promise |
 //! | --- | --- |
 //! | [`write_over`], [`write_new`], [`NewFolder`] | a file or folder is there complete, as it was before, or not at all |
+//! | [`write_new`], [`write_numbered`], [`disk::rename_new`] | what somebody else put there is not written over, at whatever moment |
 //! | [`Claim`] | a name belongs to one living process; who died has left it |
 //! | [`Generations`] | the last state that was written whole is found, whatever happened to the one after it |
 //! | [`Pace`] | so little time is lost by a kill, and so little spent on writing |
@@ -20,4 +21,7 @@ mod whole;
 pub use claim::{Claim, ClaimError};
 pub use generations::{Generations, Torn};
 pub use pace::Pace;
-pub use whole::{NewFolder, is_torn, remove_torn, rename_new, write_new, write_over, write_shown};
+pub use whole::{
+    NewFolder, is_torn, remove_torn, rename_numbered, write_new, write_numbered, write_over,
+    write_shown,
+};

@@ -3,7 +3,6 @@
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use crate::disk::{self, File};
 
@@ -53,22 +52,43 @@ pub fn write_shown(path: &Path, bytes: &[u8]) -> io::Result<()> {
     named_anew(path, written_beside(path, write, |_| Ok(()))?)
 }
 
-fn named_anew(path: &Path, unnamed: PathBuf) -> io::Result<()> {
-    rename_new(&unnamed, path).inspect_err(|_| forget(&unnamed))
-}
-
-/// Gives a file a name that nobody has.
+/// [`write_new`] under the first of the names `numbered(1)`, `numbered(2)`, … of one folder that nobody has, also where somebody
+/// takes one while the file is written. Returns which.
 ///
 /// # Errors
-/// Those of the system; [`io::ErrorKind::AlreadyExists`] if somebody has it.
-pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
-    // Nobody but this process writes into its folders, and one of its threads at a time takes a name there.
-    static NAMING: Mutex<()> = Mutex::new(());
-    let _naming = NAMING.lock().unwrap_or_else(PoisonError::into_inner);
-    if to.exists() {
-        return Err(io::ErrorKind::AlreadyExists.into());
+/// As [`write_over`]; [`io::ErrorKind::AlreadyExists`] if all are taken.
+pub fn write_numbered(
+    numbered: impl Fn(u32) -> PathBuf,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<PathBuf> {
+    let unnamed = written_beside(&numbered(1), write, File::sync)?;
+    let path = rename_numbered(&unnamed, numbered).inspect_err(|_| forget(&unnamed))?;
+    disk::sync_dir(folder_of(&path));
+    Ok(path)
+}
+
+fn named_anew(path: &Path, unnamed: PathBuf) -> io::Result<()> {
+    disk::rename_new(&unnamed, path).inspect_err(|_| forget(&unnamed))
+}
+
+/// Gives a file or folder the first of the names `numbered(1)`, `numbered(2)`, … that nobody has. Makes the folders above it.
+/// Returns which.
+///
+/// # Errors
+/// Those of the system; [`io::ErrorKind::AlreadyExists`] if all are taken.
+pub fn rename_numbered(from: &Path, numbered: impl Fn(u32) -> PathBuf) -> io::Result<PathBuf> {
+    for path in (1..u32::MAX).map(numbered) {
+        if path.symlink_metadata().is_ok() {
+            continue;
+        }
+        disk::create_dir_all(folder_of(&path))?;
+        match disk::rename_new(from, &path) {
+            // Taken meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            renamed => return renamed.map(|()| path),
+        }
     }
-    disk::rename(from, to)
+    Err(io::ErrorKind::AlreadyExists.into())
 }
 
 /// A folder that is there with all of its files or not at all: it is filled under another name, and removed unless it is
@@ -76,21 +96,19 @@ pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
 #[derive(Debug)]
 pub struct NewFolder {
     unnamed: PathBuf,
-    destination: PathBuf,
     is_named: bool,
 }
 
 impl NewFolder {
-    /// Makes it, empty; and the folders above it.
+    /// Makes it, empty, where `place` is or on the same file system; and the folders above it.
     ///
     /// # Errors
     /// Those of the system.
-    pub fn create(path: &Path) -> io::Result<Self> {
-        disk::create_dir_all(folder_of(path))?;
-        let (unnamed, ()) = unnamed(folder_of(path), disk::create_dir)?;
+    pub fn create(place: &Path) -> io::Result<Self> {
+        disk::create_dir_all(folder_of(place))?;
+        let (unnamed, ()) = unnamed(folder_of(place), disk::create_dir)?;
         Ok(Self {
             unnamed,
-            destination: path.to_owned(),
             is_named: false,
         })
     }
@@ -101,16 +119,16 @@ impl NewFolder {
         &self.unnamed
     }
 
-    /// Gives it its name; it lasts once this returns.
+    /// Gives it the first of the names `numbered(1)`, `numbered(2)`, … that nobody has; it lasts once this returns which.
     ///
     /// # Errors
-    /// Those of the system; [`io::ErrorKind::AlreadyExists`] if somebody has the name.
-    pub fn name(mut self) -> io::Result<()> {
+    /// As [`rename_numbered`].
+    pub fn name(mut self, numbered: impl Fn(u32) -> PathBuf) -> io::Result<PathBuf> {
         disk::sync_dir(&self.unnamed);
-        rename_new(&self.unnamed, &self.destination)?;
+        let path = rename_numbered(&self.unnamed, numbered)?;
         self.is_named = true;
-        disk::sync_dir(folder_of(&self.destination));
-        Ok(())
+        disk::sync_dir(folder_of(&path));
+        Ok(path)
     }
 }
 
@@ -262,6 +280,39 @@ mod tests {
     }
 
     #[test]
+    fn numbered_files_of_many_threads_are_all_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("x-1.bin"), "other").unwrap();
+        let numbered = |n: u32| folder.path().join(format!("x-{n}.bin"));
+        let start = std::sync::Barrier::new(8);
+        let write = |byte: u8| {
+            start.wait();
+            let write = |_| write_numbered(numbered, |file| file.write_all(&[byte])).unwrap();
+            (0..20).map(write).collect::<Vec<_>>()
+        };
+        let mut written: Vec<(PathBuf, u8)> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8u8)
+                .map(|byte| (scope.spawn(move || write(byte)), byte))
+                .collect();
+            threads
+                .into_iter()
+                .flat_map(|(thread, byte)| {
+                    let paths = thread.join().unwrap();
+                    paths.into_iter().map(move |path| (path, byte))
+                })
+                .collect()
+        });
+        for (path, byte) in &written {
+            assert_eq!(std::fs::read(path).unwrap(), [*byte]);
+        }
+        written.sort();
+        written.dedup_by(|a, b| a.0 == b.0);
+        assert_eq!(written.len(), 160);
+        assert_eq!(std::fs::read(numbered(1)).unwrap(), b"other");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 161);
+    }
+
+    #[test]
     fn a_folder_is_there_whole_or_not_at_all() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a/unet");
@@ -275,10 +326,15 @@ mod tests {
             std::fs::read_dir(folder.path().join("a")).unwrap().count(),
             0
         );
-        fill().name().unwrap();
+        let numbered = |n: u32| match n {
+            1 => path.clone(),
+            n => path.with_file_name(format!("unet-{n}")),
+        };
+        assert_eq!(fill().name(numbered).unwrap(), path);
         assert_eq!(std::fs::read(path.join("x.json")).unwrap(), b"x");
-        let taken = fill().name().unwrap_err();
-        assert_eq!(taken.kind(), io::ErrorKind::AlreadyExists);
+        let second = fill().name(numbered).unwrap();
+        assert_eq!(second, folder.path().join("a/unet-2"));
+        assert_eq!(std::fs::read(second.join("x.json")).unwrap(), b"x");
         // As a dead process leaves it.
         let dead = folder.path().join("a/.conceptloom-7-0.tmp");
         std::fs::create_dir(&dead).unwrap();
@@ -286,7 +342,7 @@ mod tests {
         remove_torn(folder.path());
         assert_eq!(
             std::fs::read_dir(folder.path().join("a")).unwrap().count(),
-            1
+            2
         );
     }
 

@@ -235,18 +235,6 @@ fn load_one(path: &Path, file: &TensorFile, name: &str, is_only: bool) -> Result
     })
 }
 
-/// Writes a temporary sibling, then renames it: a reader sees the old file, the new one, or none.
-///
-/// # Errors
-/// [`Error::CannotWrite`] with the path and the system's reason.
-pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let cannot = |error: std::io::Error| Error::CannotWrite {
-        file: path.display().to_string(),
-        reason: error.to_string(),
-    };
-    durable_files::write_over(path, |file| file.write_all(bytes)).map_err(cannot)
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;

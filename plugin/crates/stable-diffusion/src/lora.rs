@@ -3,7 +3,10 @@
 //! An adapted projection computes y = x·Wᵀ + b + (alpha / rank)·x·downᵀ·upᵀ. Adapted are the query, key, value
 //! and output projections of every attention, as in diffusers' training scripts.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    io::{self, Write},
+};
 
 use candle_core::{DType, Tensor, Var};
 
@@ -12,7 +15,7 @@ use crate::{
     lora_file::CONFIGURATION,
     ops::{dims_of, in_rows},
     rng::Rng,
-    weights::{WeightMap, save_tensors},
+    weights::{WeightMap, write_tensors},
 };
 
 /// Paths of the adapted projections end in one of these.
@@ -122,18 +125,19 @@ impl LoraAdapter {
         })
     }
 
-    /// Writes a file under these names. A file of this name is replaced only once the new one is complete.
+    /// Writes a safetensors file whose tensors have these names.
     ///
     /// # Errors
-    /// [`Error::CannotWrite`] when the file cannot be written.
-    pub fn save(&self, path: &Path, names: LoraNames) -> Result<()> {
+    /// Those of the writer, and of the tensor library.
+    pub fn write(&self, file: &mut dyn Write, names: LoraNames) -> io::Result<()> {
         let mut tensors = BTreeMap::new();
         let mut metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
         for (module, factors) in &self.factors {
             let (down, up) = match names {
                 LoraNames::Kohya => {
                     let module = format!("lora_unet_{}", module.replace('.', "_"));
-                    let alpha = Tensor::new(self.alpha as f32, factors.down.device())?;
+                    let alpha = Tensor::new(self.alpha as f32, factors.down.device())
+                        .map_err(io::Error::other)?;
                     tensors.insert(format!("{module}.alpha"), alpha);
                     (
                         format!("{module}.lora_down.weight"),
@@ -160,7 +164,7 @@ impl LoraAdapter {
                 metadata.insert(CONFIGURATION.to_owned(), configuration.to_string());
             }
         }
-        save_tensors(path, &tensors, DType::F32, &metadata)
+        write_tensors(file, &tensors, DType::F32, &metadata)
     }
 
     /// These weights with the change in them.

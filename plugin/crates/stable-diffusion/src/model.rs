@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use durable_files::{NewFolder, write_over};
 use serde::Deserialize;
 
 use crate::config::{ModelConfig, SchedulerConfig, TextEncoderConfig, UNetConfig, VaeConfig};
@@ -19,7 +20,7 @@ use crate::text_encoder::TextEncoder;
 use crate::tokenizer::Tokenizer;
 use crate::unet::UNet;
 use crate::vae::{self, Vae};
-use crate::weights::{TensorFile, WeightMap, refuse_pickle, regular, save_tensors};
+use crate::weights::{TensorFile, WeightMap, refuse_pickle, regular, write_tensors};
 
 /// Name of the weights in a folder of diffusers' layout.
 const TUNED_WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
@@ -226,43 +227,41 @@ impl DiffusionModel {
         })
     }
 
-    /// Writes the U-Net in diffusers' layout: `unet/config.json` and the weights as `dtype` (`f32` or `f16`) in
-    /// `folder`, which loads with `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`. Both are there or
-    /// neither.
+    /// Writes the U-Net in diffusers' layout: `unet/config.json` and the weights as `dtype` (`f32` or `f16`) in the first
+    /// of the folders `numbered(1)`, `numbered(2)`, … that has no `unet`. It loads with
+    /// `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`. Both files are there or neither. Returns where
+    /// the weights are.
     ///
     /// # Errors
-    /// [`Error::CannotWrite`] when a file cannot be written, or when there is a `unet` already.
+    /// [`Error::CannotWrite`] when a file cannot be written.
     pub fn save_unet(
         &self,
-        folder: &Path,
+        numbered: impl Fn(u32) -> PathBuf,
         dtype: DType,
         extra: &BTreeMap<String, String>,
     ) -> Result<PathBuf> {
-        let unet = folder.join("unet");
-        let path = unet.join(TUNED_WEIGHTS);
-        let unwritable = |reason: String| Error::CannotWrite {
-            file: path.display().to_string(),
-            reason,
+        let unets = |n: u32| numbered(n).join("unet");
+        // By the name that they would have had.
+        let failed = |error: std::io::Error| Error::CannotWrite {
+            file: unets(1).join(TUNED_WEIGHTS).display().to_string(),
+            reason: error.to_string(),
         };
-        let failed = |error: std::io::Error| unwritable(error.to_string());
-        let new = durable_files::NewFolder::create(&unet).map_err(failed)?;
-        let text = format!("{:#}", self.config.unet.to_json());
-        let config = new.path().join("config.json");
-        durable_files::write_over(&config, |file| file.write_all(text.as_bytes()))
-            .map_err(failed)?;
         let mut metadata = extra.clone();
         metadata.insert("format".to_owned(), "pt".to_owned());
         metadata.insert(BASE_MODEL.to_owned(), self.fingerprint.clone());
-        let weights = new.path().join(TUNED_WEIGHTS);
-        save_tensors(&weights, &self.unet.weights().0, dtype, &metadata).map_err(|error| {
-            match error {
-                // By the name that it would have had.
-                Error::CannotWrite { reason, .. } => unwritable(reason),
-                other => other,
-            }
-        })?;
-        new.name().map_err(failed)?;
-        Ok(path)
+        let weights = &self.unet.weights().0;
+        let text = format!("{:#}", self.config.unet.to_json());
+        let written = || {
+            let new = NewFolder::create(&unets(1))?;
+            let [config, tensors] =
+                ["config.json", TUNED_WEIGHTS].map(|name| new.path().join(name));
+            write_over(&config, |file| file.write_all(text.as_bytes()))?;
+            write_over(&tensors, |file| {
+                write_tensors(file, weights, dtype, &metadata)
+            })?;
+            new.name(unets)
+        };
+        Ok(written().map_err(failed)?.join(TUNED_WEIGHTS))
     }
 
     /// This model with weights that were tuned on it: a folder that [`save_unet`](Self::save_unet) wrote (or its weights),

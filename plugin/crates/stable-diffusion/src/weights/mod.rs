@@ -14,7 +14,7 @@ use candle_core::{DType, Device, Tensor, Var};
 
 pub use tensor_file::TensorFile;
 pub(crate) use tensor_file::{refuse_pickle, regular};
-pub use tensor_writer::{encode_tensors, save_tensors, write_tensors};
+pub use tensor_writer::{encode_tensors, write_tensors};
 
 use crate::error::{CheckpointError, Error, Misshapen, Result};
 use crate::ops::{Backend, Precision, dims_of, in_order_of_tiles, in_rows, is_ordered};

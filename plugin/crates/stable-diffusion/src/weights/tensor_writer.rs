@@ -4,12 +4,11 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::path::Path;
 
 use candle_core::{DType, Tensor};
 use serde_json::{Map, Value, json};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::{dims_of, in_rows};
 
 /// The header's length is padded to this, so that tensors are aligned.
@@ -18,7 +17,7 @@ const ALIGNMENT: usize = 8;
 /// The bytes of a file with these tensors as `f32`.
 ///
 /// # Errors
-/// [`Error::Tensor`] when the tensor library fails.
+/// [`Error::Tensor`](crate::Error::Tensor) when the tensor library fails.
 pub fn encode_tensors(
     tensors: &BTreeMap<String, Tensor>,
     metadata: &BTreeMap<String, String>,
@@ -30,26 +29,7 @@ pub fn encode_tensors(
     Ok(bytes)
 }
 
-/// Writes a file with these tensors, one at a time: `u8` as they are, all others as `dtype` (`f32` or `f16`). A file of
-/// this name is replaced only once the new one is complete.
-///
-/// # Errors
-/// [`Error::CannotWrite`] with the path and the reason.
-pub fn save_tensors(
-    path: &Path,
-    tensors: &BTreeMap<String, Tensor>,
-    dtype: DType,
-    metadata: &BTreeMap<String, String>,
-) -> Result<()> {
-    let written =
-        durable_files::write_over(path, |file| write_tensors(file, tensors, dtype, metadata));
-    written.map_err(|error| Error::CannotWrite {
-        file: path.display().to_string(),
-        reason: error.to_string(),
-    })
-}
-
-/// Writes what [`save_tensors`] does to somewhere else.
+/// Writes a safetensors file with these tensors, one at a time: `u8` as they are, all others as `dtype` (`f32` or `f16`).
 ///
 /// # Errors
 /// Those of the writer, and of the tensor library.
@@ -130,6 +110,7 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
+    use crate::Error;
     use crate::weights::TensorFile;
 
     #[test]
@@ -156,7 +137,10 @@ mod tests {
             tempfile::tempdir().map_err(|error| Error::unreadable(String::new(), &error))?;
         for dtype in [DType::F32, DType::F16] {
             let path = folder.path().join("x.safetensors");
-            save_tensors(&path, &tensors, dtype, &metadata)?;
+            let mut written = Vec::new();
+            write_tensors(&mut written, &tensors, dtype, &metadata)
+                .and_then(|()| std::fs::write(&path, &written))
+                .map_err(|error| Error::unreadable(String::new(), &error))?;
             let file = TensorFile::open(&path)?;
             assert_eq!(
                 file.read("b", &Device::Cpu)?
