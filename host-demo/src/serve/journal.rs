@@ -4,6 +4,7 @@
 //! `{"ended": id}`; a line counts once it is on the disk. A job that did not end begins anew, and what it had saved is taken
 //! back first: it is there once in the end.
 
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
@@ -87,7 +88,7 @@ impl Journal {
     /// # Errors
     /// See [`JournalError`]; the job then must not be accepted.
     pub(crate) fn accepted(&mut self, job: &Job) -> Result<(), JournalError> {
-        self.append(&Line::Accepted(Box::new(job.clone())))
+        self.append(&[Line::Accepted(Box::new(job.clone()))])
     }
 
     /// Writes down that a job begins.
@@ -101,7 +102,7 @@ impl Journal {
             .and_then(|file| file.inner().metadata())
             .and_then(|meta| meta.modified());
         let (id, at) = (id.to_owned(), at.map_err(|error| self.failed(error))?);
-        self.append(&Line::Begun { id, at })
+        self.append(&[Line::Begun { id, at }])
     }
 
     /// Writes down that a job has saved a file.
@@ -110,7 +111,7 @@ impl Journal {
     /// See [`JournalError`]; the file then is there twice if the job is cut short.
     pub(crate) fn saved(&mut self, id: &str, file: SavedFile) -> Result<(), JournalError> {
         let id = id.to_owned();
-        self.append(&Line::Saved { id, file })
+        self.append(&[Line::Saved { id, file }])
     }
 
     /// Writes down that jobs ended.
@@ -118,9 +119,8 @@ impl Journal {
     /// # Errors
     /// See [`JournalError`]; the jobs then run again after a crash.
     pub(crate) fn ended(&mut self, ids: &[String]) -> Result<(), JournalError> {
-        for id in ids {
-            self.append(&Line::Ended(id.clone()))?;
-        }
+        let lines: Vec<_> = ids.iter().cloned().map(Line::Ended).collect();
+        self.append(&lines)?;
         if self.bytes > self.compact_at {
             self.compact();
         }
@@ -152,9 +152,9 @@ impl Journal {
         }
     }
 
-    fn append(&mut self, line: &Line) -> Result<(), JournalError> {
-        let mut text = serde_json::to_vec(line).map_err(|error| self.failed(error.into()))?;
-        text.push(b'\n');
+    /// All of the lines or none, and the disk is waited for once.
+    fn append(&mut self, lines: &[Line]) -> Result<(), JournalError> {
+        let text = text_of(lines).map_err(|error| self.failed(error))?;
         self.mend().map_err(|error| self.failed(error))?;
         let written = self.file().and_then(|file| {
             file.write_all(&text)?;
@@ -162,7 +162,7 @@ impl Journal {
         });
         if let Err(error) = written {
             self.is_torn = true;
-            // Else the next line would be torn too, or a job run that was refused.
+            // Else the next lines would be torn too, or a job run that was refused.
             let _ = self.mend();
             return Err(self.failed(error));
         }
@@ -192,35 +192,51 @@ impl Journal {
 
 /// A line that was torn by a crash was never confirmed to anybody.
 fn read(file: File) -> io::Result<Vec<Job>> {
-    let mut waiting: Vec<Job> = Vec::new();
-    for line in BufReader::new(file).split(b'\n') {
+    // By the number of their line, which is the order of their acceptance.
+    let mut waiting: BTreeMap<usize, Job> = BTreeMap::new();
+    let mut numbers: HashMap<String, usize> = HashMap::new();
+    for (number, line) in BufReader::new(file).split(b'\n').enumerate() {
         match serde_json::from_slice(&line?) {
-            Ok(Line::Accepted(job)) => waiting.push(*job),
+            Ok(Line::Accepted(job)) => {
+                let before = numbers.insert(job.id.clone(), number);
+                before.and_then(|before| waiting.remove(&before));
+                waiting.insert(number, *job);
+            }
             Ok(Line::Begun { id, at }) => {
-                let job = waiting.iter_mut().find(|job| job.id == id);
-                job.into_iter()
-                    .for_each(|job| job.begun = job.begun.or(Some(at)));
+                if let Some(job) = numbers.get(&id).and_then(|number| waiting.get_mut(number)) {
+                    job.begun = job.begun.or(Some(at));
+                }
             }
             Ok(Line::Saved { id, file }) => {
-                let job = waiting.iter_mut().find(|job| job.id == id);
-                job.into_iter().for_each(|job| job.saved.push(file.clone()));
+                if let Some(job) = numbers.get(&id).and_then(|number| waiting.get_mut(number)) {
+                    job.saved.push(file);
+                }
             }
-            Ok(Line::Ended(id)) => waiting.retain(|job| job.id != id),
+            Ok(Line::Ended(id)) => {
+                let number = numbers.remove(&id);
+                number.and_then(|number| waiting.remove(&number));
+            }
             Err(_) => {}
         }
     }
-    Ok(waiting)
+    Ok(waiting.into_values().collect())
 }
 
 /// Begins the file anew; returns its bytes.
 fn rewrite(path: &Path, waiting: &[Job]) -> io::Result<u64> {
-    let mut text = Vec::new();
-    for job in waiting {
-        serde_json::to_writer(&mut text, &Line::Accepted(Box::new(job.clone())))?;
-        text.push(b'\n');
-    }
+    let accepted = |job: &Job| Line::Accepted(Box::new(job.clone()));
+    let text = text_of(&waiting.iter().map(accepted).collect::<Vec<_>>())?;
     write_over(path, &text)?;
     Ok(text.len() as u64)
+}
+
+fn text_of(lines: &[Line]) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    for line in lines {
+        serde_json::to_writer(&mut text, line)?;
+        text.push(b'\n');
+    }
+    Ok(text)
 }
 
 #[cfg(test)]
@@ -256,6 +272,30 @@ mod tests {
         journal.ended(&["a".to_owned(), "c".to_owned()]).unwrap();
         drop(journal);
         assert!(Journal::open(&path).unwrap().1.is_empty());
+    }
+
+    #[test]
+    fn of_many_jobs_that_end_together_all_are_written_down() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("queue.jsonl");
+        let (mut journal, _) = Journal::open(&path).unwrap();
+        let ids: Vec<String> = (0..50).map(|n| n.to_string()).collect();
+        for id in &ids {
+            journal.accepted(&job(id)).unwrap();
+            journal.begun(id).unwrap();
+        }
+        let (odd, even): (Vec<_>, Vec<_>) = ids
+            .into_iter()
+            .partition(|id| id.ends_with(['1', '3', '5', '7', '9']));
+        journal.ended(&odd).unwrap();
+        // Ids may come again.
+        journal.accepted(&job("1")).unwrap();
+        drop(journal);
+        let waiting = Journal::open(&path).unwrap().1;
+        let expected = even.iter().map(String::as_str).chain(["1"]);
+        assert!(waiting.iter().map(|job| job.id.as_str()).eq(expected));
+        let begun = waiting.iter().filter(|job| job.begun.is_some()).count();
+        assert_eq!(begun, even.len());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Jobs: waiting, running, ended. One runs at a time.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,7 +33,7 @@ pub(crate) struct Running {
 
 #[derive(Default)]
 struct State {
-    waiting: Vec<Job>,
+    waiting: Vec<Arc<Job>>,
     running: Option<Running>,
     ended: VecDeque<Arc<Ended>>,
     next_number: u64,
@@ -60,6 +60,15 @@ impl State {
             all -= self.ended.pop_front().as_ref().map_or(all, bytes);
         }
     }
+}
+
+/// All jobs that are known.
+pub(crate) struct Jobs {
+    pub(crate) running: Option<Running>,
+    /// Next first.
+    pub(crate) waiting: Vec<Arc<Job>>,
+    /// Oldest first.
+    pub(crate) ended: Vec<Arc<Ended>>,
 }
 
 /// What the worker is to do next.
@@ -99,9 +108,11 @@ impl Queue {
             .map(|number| number as u64 + 1)
             .max()
             .unwrap_or(0);
-        let hold = |job| Job {
-            is_held: true,
-            ..job
+        let hold = |job| {
+            Arc::new(Job {
+                is_held: true,
+                ..job
+            })
         };
         let mut waiting: Vec<_> = restored.into_iter().map(hold).collect();
         waiting.sort_by(|a, b| a.number.total_cmp(&b.number));
@@ -146,7 +157,7 @@ impl Queue {
         let place = state
             .waiting
             .partition_point(|other| other.number <= number);
-        state.waiting.insert(place, job);
+        state.waiting.insert(place, Arc::new(job));
         self.changed.notify_all();
         Ok(number)
     }
@@ -163,7 +174,7 @@ impl Queue {
             }
             if let Some(place) = state.waiting.iter().position(|job| !job.is_held) {
                 let running = Running {
-                    job: Arc::new(state.waiting.remove(place)),
+                    job: state.waiting.remove(place),
                     cancel: Arc::new(AtomicBool::new(false)),
                     live: None,
                     started_ms: now_ms(),
@@ -253,16 +264,19 @@ impl Queue {
         });
         let now = now_ms();
         let ids: Vec<_> = removed.iter().map(|job| job.id.clone()).collect();
-        for job in removed {
+        // The others would be forgotten at once.
+        for job in &removed[removed.len().saturating_sub(MAX_HISTORY)..] {
             let results = Results {
                 started_ms: now,
                 ended_ms: now,
                 ..Results::default()
             };
-            state.remember(Ended::new(&job, Outcome::Canceled, &results));
+            state.remember(Ended::new(job, Outcome::Canceled, &results));
         }
         drop(state);
-        self.write_ended(&ids);
+        if !ids.is_empty() {
+            self.write_ended(&ids);
+        }
         ids.len()
     }
 
@@ -279,11 +293,19 @@ impl Queue {
         running.is_some()
     }
 
+    /// Takes these jobs out, or stops the one that runs. Returns whether one of them waited or ran.
+    pub(crate) fn cancel(&self, ids: &HashSet<String>) -> bool {
+        // In this order: one that begins to run in between is found still.
+        let n_waiting = self.remove_waiting(|job| ids.contains(&job.id));
+        let is_running = ids.iter().any(|id| self.interrupt(Some(id)));
+        n_waiting > 0 || is_running
+    }
+
     /// Lets held jobs run; returns how many.
     pub(crate) fn resume(&self) -> usize {
         let mut state = self.state.lock();
         let held = state.waiting.iter_mut().filter(|job| job.is_held);
-        let count = held.map(|job| job.is_held = false).count();
+        let count = held.map(|job| Arc::make_mut(job).is_held = false).count();
         self.changed.notify_all();
         count
     }
@@ -306,20 +328,20 @@ impl Queue {
         self.state.lock().running.clone()
     }
 
-    /// The jobs that wait, next first.
-    pub(crate) fn waiting(&self) -> Vec<Job> {
-        self.state.lock().waiting.clone()
+    /// All jobs as they are at one moment: each is there once.
+    pub(crate) fn jobs(&self) -> Jobs {
+        let state = self.state.lock();
+        Jobs {
+            running: state.running.clone(),
+            waiting: state.waiting.clone(),
+            ended: state.ended.iter().cloned().collect(),
+        }
     }
 
     /// How many wait or run.
     pub(crate) fn remaining(&self) -> usize {
         let state = self.state.lock();
         state.waiting.len() + usize::from(state.running.is_some())
-    }
-
-    /// The jobs that ended, oldest first.
-    pub(crate) fn history(&self) -> Vec<Arc<Ended>> {
-        self.state.lock().ended.iter().cloned().collect()
     }
 
     /// Forgets ended jobs that `is_meant` names.
@@ -381,18 +403,15 @@ mod tests {
         for i in 0..MAX_HISTORY + 3 {
             end(format!("small {i}"), 1);
         }
-        assert_eq!(queue.history().len(), MAX_HISTORY);
+        assert_eq!(queue.jobs().ended.len(), MAX_HISTORY);
         for i in 0..5 {
             end(format!("large {i}"), MAX_HISTORY_BYTES / 4);
         }
-        let ids: Vec<_> = queue
-            .history()
-            .iter()
-            .map(|ended| ended.id.clone())
-            .collect();
+        let ended = queue.jobs().ended;
+        let ids: Vec<_> = ended.iter().map(|ended| ended.id.clone()).collect();
         assert_eq!(ids, ["large 2", "large 3", "large 4"]);
         end("huge".to_owned(), 2 * MAX_HISTORY_BYTES);
-        assert_eq!(queue.history().len(), 1);
+        assert_eq!(queue.jobs().ended.len(), 1);
     }
 
     #[test]
@@ -427,6 +446,42 @@ mod tests {
             taken.filter(|is_taken| *is_taken).count()
         });
         assert_eq!((n, queue.remaining()), (1, 1));
+    }
+
+    #[test]
+    fn a_job_that_begins_while_it_is_canceled_or_listed_is_not_missed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (journal, restored) = Journal::open(&folder.path().join("queue.jsonl")).unwrap();
+        let queue = Queue::new(journal, restored);
+        let work = || {
+            while let Task::Run(running) = queue.next() {
+                while !running.cancel.load(Ordering::SeqCst) {
+                    std::thread::yield_now();
+                }
+                let results = Results::default();
+                queue.end(Ended::new(&running.job, Outcome::Canceled, &results));
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(work);
+            for n in 0..400 {
+                let id = n.to_string();
+                queue.accept(job(&id), None, false).unwrap();
+                for _ in 0..n % 7 {
+                    std::thread::yield_now();
+                }
+                let jobs = queue.jobs();
+                let listed = jobs.waiting.iter().map(|job| job.id.clone());
+                let running = jobs.running.map(|running| running.job.id.clone());
+                let n_listed = listed.chain(running).filter(|other| *other == id).count();
+                let is_canceled = queue.cancel(&HashSet::from([id]));
+                if (n_listed, is_canceled) != (1, true) {
+                    queue.close();
+                    panic!("job {n}: listed {n_listed} times, canceled: {is_canceled}");
+                }
+            }
+            queue.close();
+        });
     }
 
     #[test]

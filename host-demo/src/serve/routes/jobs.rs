@@ -1,6 +1,6 @@
 //! What waits, runs and ended: the older form (`/queue`, `/history`) and the newer (`/jobs`).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use axum::extract::{Path, Query, Request, State};
@@ -11,19 +11,22 @@ use super::super::Server;
 use super::super::answer::{done, json_text, not_found, ok};
 use super::super::ended::Ended;
 use super::super::job::Job;
-use super::json_body;
+use super::super::queue::Jobs;
+use super::{blocking, either, json_body};
 
 /// `GET /queue`.
 pub(crate) async fn queue(State(server): State<Arc<Server>>) -> Response {
-    let waiting = server.queue.waiting();
-    let running: Vec<_> = server
-        .queue
-        .running()
-        .iter()
-        .map(|running| running.job.tuple())
-        .collect();
-    let pending: Vec<_> = waiting.iter().map(Job::tuple).collect();
-    ok(&json!({"queue_running": running, "queue_pending": pending}))
+    // One job at a time: parsed JSON takes ten times the memory of text.
+    let texts = |jobs: &mut dyn Iterator<Item = Arc<Job>>| {
+        let texts = jobs.map(|job| job.tuple().to_string());
+        texts.collect::<Vec<_>>().join(",")
+    };
+    let jobs = server.queue.jobs();
+    let running = texts(&mut jobs.running.map(|running| running.job).into_iter());
+    let pending = texts(&mut jobs.waiting.into_iter());
+    json_text(format!(
+        "{{\"queue_running\":[{running}],\"queue_pending\":[{pending}]}}"
+    ))
 }
 
 /// `POST /queue {"clear", "delete", "resume"}`.
@@ -32,18 +35,18 @@ pub(crate) async fn change_queue(State(server): State<Arc<Server>>, request: Req
         Ok(body) => body,
         Err(refusal) => return refusal,
     };
-    if is_set(&body, "clear") {
-        server.queue.remove_waiting(|_| true);
-    }
-    let ids = names(&body, "delete");
-    if !ids.is_empty() {
-        server.queue.remove_waiting(|job| ids.contains(&job.id));
-    }
-    if is_set(&body, "resume") {
-        server.queue.resume();
-    }
-    server.tell_status();
-    done()
+    let (all, ids) = (is_set(&body, "clear"), names(&body, "delete"));
+    let changed = blocking(move || {
+        server
+            .queue
+            .remove_waiting(|job| all || ids.contains(&job.id));
+        if is_set(&body, "resume") {
+            server.queue.resume();
+        }
+        server.tell_status();
+        done()
+    });
+    either(changed.await)
 }
 
 /// `POST /interrupt {"prompt_id"?}`.
@@ -74,7 +77,7 @@ fn is_set(body: &Map<String, Value>, key: &str) -> bool {
     body.get(key).and_then(Value::as_bool).unwrap_or_default()
 }
 
-fn names(body: &Map<String, Value>, key: &str) -> Vec<String> {
+fn names(body: &Map<String, Value>, key: &str) -> HashSet<String> {
     let list = body
         .get(key)
         .and_then(Value::as_array)
@@ -92,7 +95,7 @@ pub(crate) async fn history(
     State(server): State<Arc<Server>>,
     Query(query): Query<HashMap<String, String>>,
 ) -> Response {
-    let ended = server.queue.history();
+    let ended = server.queue.jobs().ended;
     let count = number(&query, "max_items")
         .unwrap_or(ended.len())
         .min(ended.len());
@@ -106,7 +109,7 @@ pub(crate) async fn history_of(
     State(server): State<Arc<Server>>,
     Path(id): Path<String>,
 ) -> Response {
-    let ended = server.queue.history();
+    let ended = server.queue.jobs().ended;
     let found = ended.iter().filter(|ended| ended.id == id);
     json_text(history_text(found.map(AsRef::as_ref)))
 }
@@ -133,18 +136,18 @@ pub(crate) async fn change_history(
 }
 
 /// What waits and runs, as it stands in `/jobs`: running first, then next first.
-fn unfinished(server: &Server) -> Vec<(&'static str, Arc<Job>, Value)> {
-    let running = server.queue.running().map(|running| {
+fn unfinished(jobs: &Jobs) -> Vec<(&'static str, Arc<Job>, Value)> {
+    let running = jobs.running.iter().map(|running| {
         let mut entry = running.job.entry("in_progress");
         entry["execution_start_time"] = json!(running.started_ms);
-        ("in_progress", running.job, entry)
+        ("in_progress", running.job.clone(), entry)
     });
-    let waiting = server.queue.waiting().into_iter().map(|job| {
+    let waiting = jobs.waiting.iter().map(|job| {
         let mut entry = job.entry("pending");
         entry["paused"] = json!(job.is_held);
-        ("pending", Arc::new(job), entry)
+        ("pending", job.clone(), entry)
     });
-    running.into_iter().chain(waiting).collect()
+    running.chain(waiting).collect()
 }
 
 /// `GET /jobs?status&limit&offset&workflow_id&sort_order`.
@@ -157,13 +160,13 @@ pub(crate) async fn list(
         .map(|list| list.split(',').collect())
         .unwrap_or_default();
     let is_wanted = |status: &str| wanted.is_empty() || wanted.contains(&status);
-    let unfinished = unfinished(&server).into_iter();
+    let jobs = server.queue.jobs();
+    let unfinished = unfinished(&jobs).into_iter();
     let mut entries: Vec<String> = unfinished
         .filter(|(status, ..)| is_wanted(status))
         .map(|(_, _, entry)| entry.to_string())
         .collect();
-    let ended = server.queue.history();
-    let newest_first = ended.iter().rev();
+    let newest_first = jobs.ended.iter().rev();
     entries.extend(
         newest_first
             .filter(|ended| is_wanted(ended.outcome.name()))
@@ -194,19 +197,15 @@ pub(crate) async fn list(
 /// `GET /jobs/{id}`.
 pub(crate) async fn detail(State(server): State<Arc<Server>>, Path(id): Path<String>) -> Response {
     let workflow = |prompt: &Value, extra: &Value| json!({"prompt": prompt, "extra_data": extra});
-    if let Some((_, job, mut entry)) = unfinished(&server)
+    let jobs = server.queue.jobs();
+    if let Some((_, job, mut entry)) = unfinished(&jobs)
         .into_iter()
         .find(|(_, job, _)| job.id == id)
     {
         entry["workflow"] = workflow(&job.prompt, &job.extra_data);
         return ok(&entry);
     }
-    let Some(ended) = server
-        .queue
-        .history()
-        .into_iter()
-        .find(|ended| ended.id == id)
-    else {
+    let Some(ended) = jobs.ended.iter().find(|ended| ended.id == id) else {
         return not_found(&format!("there is no job {id}"));
     };
     let parsed = |text: &str| serde_json::from_str::<Value>(text).unwrap_or_default();
@@ -217,15 +216,19 @@ pub(crate) async fn detail(State(server): State<Arc<Server>>, Path(id): Path<Str
     ok(&entry)
 }
 
-fn cancel_one(server: &Server, id: &str) -> bool {
-    server.queue.interrupt(Some(id)) || server.queue.remove_waiting(|job| job.id == id) > 0
+/// Stops jobs that run or wait; whether there was one.
+async fn cancel_those(server: Arc<Server>, ids: HashSet<String>) -> Response {
+    let canceled = blocking(move || {
+        let is_canceled = server.queue.cancel(&ids);
+        server.tell_status();
+        ok(&json!({"cancelled": is_canceled}))
+    });
+    either(canceled.await)
 }
 
 /// `POST /jobs/{id}/cancel`.
 pub(crate) async fn cancel(State(server): State<Arc<Server>>, Path(id): Path<String>) -> Response {
-    let canceled = cancel_one(&server, &id);
-    server.tell_status();
-    ok(&json!({"cancelled": canceled}))
+    cancel_those(server, HashSet::from([id])).await
 }
 
 /// `POST /jobs/cancel {"job_ids"}`.
@@ -234,10 +237,5 @@ pub(crate) async fn cancel_many(State(server): State<Arc<Server>>, request: Requ
         Ok(body) => body,
         Err(refusal) => return refusal,
     };
-    let canceled = names(&body, "job_ids")
-        .iter()
-        .filter(|id| cancel_one(&server, id))
-        .count();
-    server.tell_status();
-    ok(&json!({"cancelled": canceled > 0}))
+    cancel_those(server, names(&body, "job_ids")).await
 }
