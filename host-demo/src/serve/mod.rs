@@ -21,13 +21,15 @@ mod settings;
 mod shown;
 mod worker;
 
+use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use serde_json::json;
 use tokio::net::TcpListener;
+use tokio::sync::oneshot;
 
 use crate::builtin_nodes::Places;
 use crate::catalog::Catalog;
@@ -139,14 +141,20 @@ pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("the server's threads cannot be started")?;
+    // Dropped with the worker, however it ends.
+    let (works, ended) = oneshot::channel::<Infallible>();
     let worker = {
         let server = server.clone();
+        let work = move || {
+            let _works = works;
+            worker::work(&server, engine);
+        };
         std::thread::Builder::new()
             .name("jobs".to_owned())
-            .spawn(move || worker::work(&server, engine))
+            .spawn(work)
             .context("the worker cannot be started")?
     };
-    let served = runtime.block_on(answer(&server, options));
+    let served = runtime.block_on(answer(&server, options, ended));
     server.queue.close();
     complain("stopping; the running job ends at its next step, and waiting jobs are kept");
     runtime.shutdown_background();
@@ -156,7 +164,12 @@ pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
     served
 }
 
-async fn answer(server: &Arc<Server>, options: &Options) -> anyhow::Result<()> {
+/// Until somebody stops the server, or nobody works for it any more.
+async fn answer(
+    server: &Arc<Server>,
+    options: &Options,
+    worker_ended: oneshot::Receiver<Infallible>,
+) -> anyhow::Result<()> {
     let address = SocketAddr::new(options.listen, options.port);
     let listener = TcpListener::bind(address).await.with_context(|| {
         format!("cannot listen on {address}; stop what uses it or name another port with --port")
@@ -182,6 +195,9 @@ async fn answer(server: &Arc<Server>, options: &Options) -> anyhow::Result<()> {
         () = listener::accept(listener, router) => Ok(()),
         result = tokio::signal::ctrl_c() => result.context("Ctrl-C cannot be handled"),
         () = terminated() => Ok(()),
+        _ = worker_ended => Err(anyhow!(
+            "what runs the jobs has panicked; this is a fault of the host, please report it; the next start has all jobs still"
+        )),
     }
 }
 
