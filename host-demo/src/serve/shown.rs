@@ -1,7 +1,7 @@
 //! What nodes only show: files in a folder that does not grow beyond a size, and what was shown for results that the cache has.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, File, FileTimes};
 use std::path::PathBuf;
 use std::time::SystemTime;
 
@@ -91,8 +91,9 @@ impl ShownFiles {
         let Ok(file) = File::options().append(true).open(self.folder.join(name)) else {
             return false;
         };
-        // Where times cannot be set, the oldest go first.
-        let _ = file.set_modified(SystemTime::now());
+        // Both: file systems in user space may ignore who sets one. Where times cannot be set, the oldest go first.
+        let now = SystemTime::now();
+        let _ = file.set_times(FileTimes::new().set_accessed(now).set_modified(now));
         true
     }
 
