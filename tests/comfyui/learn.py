@@ -1,4 +1,4 @@
-"""A loop in a process of its own, which may die in the middle: learn.py ROOT STEP, where no step is 0."""
+"""A loop in a process of its own, which may die in the middle: learn.py ROOT STEP, where 0 is no step and 5 is after the loop."""
 
 import logging
 import os
@@ -11,6 +11,7 @@ from test_nodes import LIST, picture
 
 import comfy.utils
 import folder_paths
+import server  # noqa: F401
 
 root, dies_at = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
@@ -28,4 +29,6 @@ nodes = loaded()
 loop = {"steps": 4, "steps_per_round": 2, "first_timesteps": 1, "timesteps": 1, "joint_steps": 0, "sample_every": 0}
 loop |= {"model": model, "images": picture()[0], "concept_list": LIST}
 concepts, *_ = executed(nodes["ConceptloomEmLoop"], **loop).args
+if dies_at == 5:
+    os.kill(os.getpid(), signal.SIGKILL)
 executed(nodes["ConceptloomSaveConcepts"], concepts=concepts)

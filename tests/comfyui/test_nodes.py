@@ -17,6 +17,7 @@ import folder_paths
 from conceptloom import contract, folders
 from conceptloom.library import Library
 from conceptloom.nodes import ConceptloomError
+from conceptloom.work import work
 from conftest import BUILT, HERE, ROOT, executed, loaded
 
 LIST = "<a> ball\n<b> wall (background)"
@@ -161,7 +162,8 @@ def kept(comfyui):
     return [path.name for path in (comfyui.root / "user/__conceptloom/work").iterdir()]
 
 
-def test_a_loop_that_was_killed_with_comfyui_goes_on_in_the_next_one(comfyui, tmp_path):
+@pytest.mark.parametrize("dies_at", [3, 5], ids=["in the loop", "before anything is saved"])
+def test_a_loop_that_was_killed_with_comfyui_goes_on_in_the_next_one(comfyui, tmp_path, dies_at):
     def run(dies_at):
         # Every state is kept.
         environment = os.environ | {"CONCEPTLOOM_TESTS_PACE": "0", "CONCEPTLOOM_TESTS_TRACE": str(tmp_path / "trace")}
@@ -175,7 +177,7 @@ def test_a_loop_that_was_killed_with_comfyui_goes_on_in_the_next_one(comfyui, tm
     assert whole.returncode == 0, whole.stderr
     expected = learned()
     shutil.rmtree(comfyui.models)
-    assert run(dies_at=3).returncode == -9 and not learned()
+    assert run(dies_at).returncode == -9 and not learned()
     # ComfyUI empties this when it starts.
     shutil.rmtree(comfyui.root / "temp")
     last = run(dies_at=0)
@@ -183,24 +185,55 @@ def test_a_loop_that_was_killed_with_comfyui_goes_on_in_the_next_one(comfyui, tm
     assert learned() == expected and not kept(comfyui)
 
 
+def test_work_is_kept_until_its_results_are_gone(comfyui):
+    class Result:
+        pass
+
+    def done(step, n_results=2):
+        with work("mine") as own:
+            path = pathlib.Path(own.folder, "state")
+            before = path.read_text() if path.exists() else None
+            path.write_text(step)
+            results = [Result() for _ in range(n_results)]
+            own.keep_for([1, "text", *results])
+            return before, results
+
+    before, first = done("1")
+    assert before is None and sorted(kept(comfyui)) == ["mine", "mine.lock"]
+    # The same again goes on; results of before have no say any more.
+    before, second = done("2")
+    assert before == "1"
+    del first
+    second.pop()
+    assert sorted(kept(comfyui)) == ["mine", "mine.lock"]
+    del second
+    assert not kept(comfyui)
+    before, _ = done("3", n_results=0)
+    assert before is None and not kept(comfyui)
+    with work("empty") as own:
+        result = Result()
+        own.keep_for([result])
+    assert not kept(comfyui), "a node that keeps nothing leaves no folder"
+
+
 def test_work_of_a_fortnight_ago_and_of_another_process(comfyui):
-    with folders.work("old"), contextlib.suppress(ZeroDivisionError), folders.work("older"):
+    with work("old"), contextlib.suppress(ZeroDivisionError), work("older"):
         raise ZeroDivisionError
     root = comfyui.root / "user/__conceptloom/work"
     assert kept(comfyui) == ["older"]
     (root / "lost.lock").write_text("")
-    with folders.work("mine") as mine:
+    with work("mine") as mine:
         for name in ("older", "lost.lock", "mine"):
             os.utime(root / name, (0, 0))
         # As another process would find it: what is old goes, but for what somebody is at.
-        with folders.work("mine") as other:
-            assert pathlib.Path(mine) == root / "mine" and pathlib.Path(other).parent != root
+        with work("mine") as other:
+            assert pathlib.Path(mine.folder) == root / "mine" and pathlib.Path(other.folder).parent != root
         assert sorted(kept(comfyui)) == ["mine", "mine.lock"]
     assert not kept(comfyui)
     # Where the claim cannot be made, work is done elsewhere.
     (root / "mine.lock").mkdir()
-    with folders.work("mine") as elsewhere:
-        assert pathlib.Path(elsewhere).parent != root
+    with work("mine") as elsewhere:
+        assert pathlib.Path(elsewhere.folder).parent != root
 
 
 def test_what_is_learned_lies_where_stock_nodes_look(nodes, comfyui):

@@ -9,17 +9,8 @@ import pathlib
 import shutil
 import struct
 import tempfile
-import time
 
 import folder_paths
-
-try:
-    import fcntl
-except ImportError:  # Not Unix.
-    fcntl = None
-
-# What nobody went on with for this long is not kept: a fortnight, in seconds.
-KEPT = 14 * 24 * 3600
 
 
 def _files(kind):
@@ -72,7 +63,7 @@ def _beside_tokenizer(checkpoint):
         return checkpoint
     stat = os.stat(checkpoint)
     key = hashlib.blake2b(f"{checkpoint} {stat.st_mtime_ns} {stat.st_size}".encode(), digest_size=8).hexdigest()
-    linked = os.path.join(_own("checkpoints"), key)
+    linked = os.path.join(own("checkpoints"), key)
     os.makedirs(linked, exist_ok=True)
     for source, name in ((checkpoint, os.path.basename(checkpoint)), (vocabulary, "tokenizer")):
         with contextlib.suppress(FileExistsError):
@@ -130,91 +121,28 @@ def resolved(class_name, parameters):
     return {name: named[name].resolved(value) if named[name] else value for name, value in parameters.items()}
 
 
-def _own(name):
+def own(name):
     """A folder of ours in ComfyUI's temporary one, which is emptied when it starts and ends."""
     folder = os.path.join(folder_paths.get_temp_directory(), "conceptloom", name)
     os.makedirs(folder, exist_ok=True)
     return folder
 
 
-def _own_for_good(name):
+def own_for_good(name):
     """A folder of ours that outlives ComfyUI, among its users' folders; two underscores begin the name of no user."""
     try:
         folder = os.path.join(folder_paths.get_user_directory(), "__conceptloom", name)
         os.makedirs(folder, exist_ok=True)
     except OSError:
         # Nothing can be written there.
-        return _own(name)
+        return own(name)
     return folder
-
-
-@contextlib.contextmanager
-def work(key):
-    """A folder that stays if what is done in it ends with an exception, or with ComfyUI: the same key goes on there."""
-    root = _own_for_good("work")
-    _forget_what_is_old(root)
-    with _claimed(root, key) as is_ours:
-        if is_ours:
-            folder = os.path.join(root, key)
-            os.makedirs(folder, exist_ok=True)
-            yield folder
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            # Another process is at the very same work, or nothing can be written there.
-            with tempfile.TemporaryDirectory(dir=_own("work")) as folder:
-                yield folder
-
-
-@contextlib.contextmanager
-def _claimed(root, key):
-    """Whether the folder of this key belongs to this process from here on; that of one that died does."""
-    if fcntl is None:
-        yield True
-        return
-    path = os.path.join(root, f"{key}.lock")
-    while True:
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError:
-            yield False
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(file)
-            yield False
-            return
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                break
-        # Whoever had it has removed the file.
-        os.close(file)
-    try:
-        yield True
-    finally:
-        # While it is locked: nobody can have it yet.
-        os.unlink(path)
-        os.close(file)
-
-
-def _forget_what_is_old(root):
-    old = set()
-    with os.scandir(root) as entries:
-        for entry in entries:
-            # Another process may be done with it now.
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - entry.stat().st_mtime > KEPT:
-                    old.add(entry.name.removesuffix(".lock"))
-    for key in old:
-        with _claimed(root, key) as is_ours:
-            if is_ours:
-                shutil.rmtree(os.path.join(root, key), ignore_errors=True)
 
 
 @contextlib.contextmanager
 def staging():
     """An empty folder for what a node writes, until it is put in its place."""
-    with tempfile.TemporaryDirectory(dir=_own("saved")) as folder:
+    with tempfile.TemporaryDirectory(dir=own("saved")) as folder:
         yield folder
 
 

@@ -14,6 +14,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import contract, folders, tensors
 from .library import Failed, Library, Reference, Unusable, path
 from .services import Services
+from .work import work
 
 PREFIX = "Conceptloom"
 
@@ -188,15 +189,16 @@ def run(library, described, parameters, values, hidden):
     inputs = {socket["name"]: values.get(socket["name"]) for socket in described["inputs"]}
     inputs = {name: value for name, value in inputs.items() if value is not None}
     key = _key(library, described["class"], parameters, inputs)
-    with folders.work(key) as work_dir, folders.staging() as staged:
+    with work(key) as own, folders.staging() as staged:
         output_dir = staged if described["output_node"] else folder_paths.get_output_directory()
-        services = Services(hidden.unique_id, output_dir, work_dir, _metadata(hidden))
+        services = Services(hidden.unique_id, output_dir, own.folder, _metadata(hidden))
         outputs = _run_twice(library, described["class"], inputs, parameters, services)
         for index, value in enumerate(outputs):
             if isinstance(value, Reference):
                 value.key = f"{key}.{index}"
         outputs = [_where_comfyui_keeps_it(value) for value in outputs]
         if not described["output_node"]:
+            own.keep_for(outputs)
             return io.NodeOutput(*outputs)
         saved = folders.put_in_place(services.saved, staged)
         embeddings = [f"embedding:{name}" for name in saved.embeddings]
