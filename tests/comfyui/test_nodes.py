@@ -267,6 +267,31 @@ def test_what_is_learned_lies_where_stock_nodes_look(nodes, comfyui):
     assert "no LoRA" in alone.args[1].message
 
 
+def test_of_what_cannot_be_saved_whole_nothing_is_there(nodes, comfyui):
+    _, result = learned(nodes)
+    concepts = result.args[0]
+    save = nodes["ConceptloomSaveConcepts"]
+    embeddings = comfyui.models / "embeddings"
+    real = shutil.move
+
+    def moved(source, near):
+        if source.name == "b.safetensors":
+            assert (embeddings / "mine/a.safetensors").is_file()
+            raise OSError(28, "No space left on device", str(near))
+        return real(source, near)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(shutil, "move", moved)
+        with pytest.raises(ConceptloomError) as told:
+            executed(save, concepts=concepts, filename_prefix="mine/")
+    assert str(told.value).startswith(f"{embeddings / 'mine/b.safetensors'} cannot be written: No space left on device; make")
+    assert not list(embeddings.rglob("*.safetensors"))
+    (embeddings / "in the way").write_text("")
+    with pytest.raises(ConceptloomError, match="in the way/a.safetensors cannot be written: File exists"):
+        executed(save, concepts=concepts, filename_prefix="in the way/")
+    assert executed(save, concepts=concepts, filename_prefix="mine/").args[0] == ["embedding:mine/a", "embedding:mine/b"]
+
+
 def test_a_whole_network_stays_a_folder(nodes, comfyui):
     [model] = executed(nodes["ConceptloomLoadDiffusionModel"]).args
     images, masks = picture()

@@ -162,30 +162,44 @@ class Saved:
 
 
 def put_in_place(files, folder):
-    """Moves files of a staging folder to where ComfyUI's own nodes look for them."""
-    saved = Saved()
-    for path in map(pathlib.Path, files):
-        inside = path.relative_to(folder)
-        if not path.exists():
-            continue
-        if (path.parent / "config.json").exists():
-            # A whole network: all of its folder at once, as the library names it.
-            output = pathlib.Path(folder_paths.get_output_directory())
-            target = _moved_folder(path.parent, output / inside.parent.parent, inside.parent.name)
-            saved.others.append(target.relative_to(output).as_posix())
-        elif path.suffix == ".safetensors":
-            kind = "loras" if _is_lora(path) else "embeddings"
-            root = pathlib.Path(folder_paths.get_folder_paths(kind)[0])
-            name = _moved(path, root / inside).relative_to(root)
-            if kind == "loras":
-                # As the list of LoraLoader has it.
-                saved.loras.append(str(name))
+    """Moves files of a staging folder to where ComfyUI's own nodes look for them: all of them, or none if one cannot be."""
+    saved, placed = Saved(), []
+    try:
+        for path in map(pathlib.Path, files):
+            if path.exists():
+                placed.append(_put_in_place(path, path.relative_to(folder), saved))
+    except BaseException:
+        for place in placed:
+            if place.is_dir():
+                shutil.rmtree(place, ignore_errors=True)
             else:
-                saved.embeddings.append(name.with_suffix("").as_posix())
-        else:
-            output = pathlib.Path(folder_paths.get_output_directory())
-            saved.others.append(_moved(path, output / inside).relative_to(output).as_posix())
+                place.unlink()
+        raise
     return saved
+
+
+def _put_in_place(path, inside, saved):
+    """Where it is then."""
+    output = pathlib.Path(folder_paths.get_output_directory())
+    if (path.parent / "config.json").exists():
+        # A whole network: all of its folder at once, as the library names it.
+        place = _moved_folder(path.parent, output / inside.parent.parent, inside.parent.name)
+        saved.others.append(place.relative_to(output).as_posix())
+        return place
+    if path.suffix != ".safetensors":
+        place = _moved(path, output / inside)
+        saved.others.append(place.relative_to(output).as_posix())
+        return place
+    kind = "loras" if _is_lora(path) else "embeddings"
+    root = pathlib.Path(folder_paths.get_folder_paths(kind)[0])
+    place = _moved(path, root / inside)
+    name = place.relative_to(root)
+    if kind == "loras":
+        # As the list of LoraLoader has it.
+        saved.loras.append(str(name))
+    else:
+        saved.embeddings.append(name.with_suffix("").as_posix())
+    return place
 
 
 def _is_lora(path):
@@ -201,28 +215,39 @@ def _numbered(path):
         yield path.with_name(f"{path.stem}-{n}{path.suffix}")
 
 
+@contextlib.contextmanager
+def _told_of(place):
+    """Errors name where a file was to go, not how it went there."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(place)) from error
+
+
 def _moved(source, target):
     """The name that it got; a taken one gets a number."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as near:
-        # On the file system of its place, where a name is taken or not, and never half a file.
-        near = pathlib.Path(shutil.move(source, near))
-        for name in _numbered(target):
-            try:
-                os.link(near, name)
-            except FileExistsError:
-                continue
-            except OSError:  # No hard links here.
-                if name.exists():
+    with _told_of(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as near:
+            # On the file system of its place, where a name is taken or not, and never half a file.
+            near = pathlib.Path(shutil.move(source, near))
+            for name in _numbered(target):
+                try:
+                    os.link(near, name)
+                except FileExistsError:
                     continue
-                os.rename(near, name)
-            return name
+                except OSError:  # No hard links here.
+                    if name.exists():
+                        continue
+                    os.rename(near, name)
+                return name
 
 
 def _moved_folder(source, parent, leaf):
-    for place in _numbered(parent):
-        if not (place / leaf).exists():
-            place.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=place, prefix=".") as near:
-                os.rename(shutil.move(source, near), place / leaf)
-            return place / leaf
+    with _told_of(parent / leaf):
+        for place in _numbered(parent):
+            if not (place / leaf).exists():
+                place.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=place, prefix=".") as near:
+                    os.rename(shutil.move(source, near), place / leaf)
+                return place / leaf

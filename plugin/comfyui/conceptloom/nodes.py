@@ -186,6 +186,18 @@ def _widget(class_name, widget):
 
 def run(library, described, parameters, values, hidden):
     """Runs a node of the library as one of ComfyUI's."""
+    try:
+        return _run(library, described, parameters, values, hidden)
+    except OSError as error:
+        # Of the folders around it: the library tells of its own files itself.
+        reason = error.strerror or str(error)
+        place = error.filename2 or error.filename or "what the node writes"
+        raise ConceptloomError(
+            f"{place} cannot be written: {reason}; make room there, and queue the same graph again: what was learned so far is kept"
+        ) from error
+
+
+def _run(library, described, parameters, values, hidden):
     inputs = {socket["name"]: values.get(socket["name"]) for socket in described["inputs"]}
     inputs = {name: value for name, value in inputs.items() if value is not None}
     key = _key(library, described["class"], parameters, inputs)
