@@ -214,6 +214,10 @@ def test_work_is_kept_until_its_results_are_gone(comfyui):
         result = Result()
         own.keep_for([result])
     assert not kept(comfyui), "a node that keeps nothing leaves no folder"
+    # Somebody has tidied up meanwhile.
+    with work("mine") as own:
+        shutil.rmtree(pathlib.Path(own.folder).parent)
+        own.keep_for([result])
 
 
 def test_work_of_a_fortnight_ago_and_of_another_process(comfyui):

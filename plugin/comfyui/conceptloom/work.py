@@ -51,7 +51,8 @@ class _Claim:
         """What is in the folder stays."""
         if self._file is not None:
             # While it is locked: nobody can have it yet.
-            os.unlink(self._lock)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._lock)
             os.close(self._file)
 
     def remove(self):
@@ -83,7 +84,7 @@ class Work:
     def end(self, claim):
         """Without an exception."""
         holder = self._holder()
-        if holder is None or not os.listdir(claim.folder):
+        if holder is None or _is_empty(claim.folder):
             claim.remove()
             return
         with _changing:
@@ -111,6 +112,13 @@ def work(key):
         claim.give_back()
         raise
     run.end(claim)
+
+
+def _is_empty(folder):
+    try:
+        return not os.listdir(folder)
+    except OSError:
+        return True
 
 
 def _done_before(folder):
