@@ -20,7 +20,7 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use durable_files::{Claim, ClaimError, disk, rename_numbered};
+use durable_files::{Claim, ClaimError, disk, numbered, rename_numbered};
 
 use crate::console::complain;
 
@@ -187,7 +187,7 @@ impl RunFolder {
     }
 
     fn numbered(root: &Path, name: &str, made_root: bool) -> Result<Self, FolderError> {
-        let places = numbered(root.join(name));
+        let places = numbered(root.join(name), "");
         let mut number = 1;
         loop {
             let complete = places(number);
@@ -309,7 +309,7 @@ impl RunFolder {
         sync_folders(&self.staging);
         let place = match &self.commit {
             Commit::Rename(path) => {
-                let place = rename_numbered(&self.staging, numbered(path.clone()));
+                let place = rename_numbered(&self.staging, numbered(path.clone(), ""));
                 disk::sync_dir(&self.root);
                 place.map_err(at(path))?
             }
@@ -385,24 +385,12 @@ fn check_is_folder(path: &Path) -> Result<(), FolderError> {
     }
 }
 
-/// `path`, `path-2`, `path-3`, …
-fn numbered(path: PathBuf) -> impl Fn(u32) -> PathBuf {
-    move |n| {
-        if n == 1 {
-            return path.clone();
-        }
-        let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(format!("-{n}"));
-        path.with_file_name(name)
-    }
-}
-
 /// Moves what is complete into the folder that it lies in, and, where one of its names is taken there, into one of its own.
 /// Returns where it is.
 fn settle(complete: &Path, folder: &Path) -> io::Result<PathBuf> {
     match move_up(complete, folder) {
         Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-            rename_numbered(complete, numbered(folder.join(RUN)))
+            rename_numbered(complete, numbered(folder.join(RUN), ""))
         }
         moved => moved.map(|()| folder.to_owned()),
     }

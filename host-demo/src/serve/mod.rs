@@ -158,7 +158,8 @@ pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
     server.queue.close();
     complain("stopping; the running job ends at its next step, and waiting jobs are kept");
     runtime.shutdown_background();
-    if worker.join().is_err() {
+    // Told already where it is why the server ends.
+    if worker.join().is_err() && served.is_ok() {
         complain("warning: the worker ended in disorder");
     }
     served

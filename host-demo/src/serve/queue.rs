@@ -344,6 +344,11 @@ impl Queue {
         state.waiting.len() + usize::from(state.running.is_some())
     }
 
+    /// The jobs that ended, oldest first.
+    pub(crate) fn history(&self) -> Vec<Arc<Ended>> {
+        self.state.lock().ended.iter().cloned().collect()
+    }
+
     /// Forgets ended jobs that `is_meant` names.
     pub(crate) fn forget(&self, is_meant: impl Fn(&Ended) -> bool) {
         self.state.lock().ended.retain(|ended| !is_meant(ended));
@@ -403,15 +408,15 @@ mod tests {
         for i in 0..MAX_HISTORY + 3 {
             end(format!("small {i}"), 1);
         }
-        assert_eq!(queue.jobs().ended.len(), MAX_HISTORY);
+        assert_eq!(queue.history().len(), MAX_HISTORY);
         for i in 0..5 {
             end(format!("large {i}"), MAX_HISTORY_BYTES / 4);
         }
-        let ended = queue.jobs().ended;
+        let ended = queue.history();
         let ids: Vec<_> = ended.iter().map(|ended| ended.id.clone()).collect();
         assert_eq!(ids, ["large 2", "large 3", "large 4"]);
         end("huge".to_owned(), 2 * MAX_HISTORY_BYTES);
-        assert_eq!(queue.jobs().ended.len(), 1);
+        assert_eq!(queue.history().len(), 1);
     }
 
     #[test]

@@ -173,7 +173,7 @@ def put_in_place(files, folder):
             if place.is_dir():
                 shutil.rmtree(place, ignore_errors=True)
             else:
-                place.unlink()
+                place.unlink(missing_ok=True)
         raise
     return saved
 

@@ -3,12 +3,10 @@ saved its results."""
 
 import atexit
 import contextlib
-import copy
 import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 import weakref
 
@@ -22,10 +20,8 @@ except ImportError:  # Not Unix.
 # What nobody went on with for this long is not kept: a fortnight, in seconds.
 KEPT = 14 * 24 * 3600
 
-# Claims of work that is done, by folder, for as long as its results are there.
+# Work that is done, by folder, for as long as its results are there: its claim, and what removes it when they go.
 _done = {}
-# Results may go while one is taken up, also in the same thread.
-_changing = threading.RLock()
 
 
 class _Claim:
@@ -87,10 +83,10 @@ class Work:
         if holder is None or _is_empty(claim.folder):
             claim.remove()
             return
-        with _changing:
-            _done[claim.folder] = claim
+        removal = weakref.finalize(holder, _remove_done, claim)
         # At the end of ComfyUI all results go, saved or not.
-        weakref.finalize(holder, _remove_done, claim.folder, claim).atexit = False
+        removal.atexit = False
+        _done[claim.folder] = claim, removal
 
 
 @contextlib.contextmanager
@@ -122,20 +118,13 @@ def _is_empty(folder):
 
 
 def _done_before(folder):
-    """The claim of the same work, whose results may be there still."""
-    with _changing:
-        claim = _done.pop(folder, None)
-    if claim is not None:
-        # Its results remove nothing any more when they go: that is another claim.
-        claim = copy.copy(claim)
-    return claim
+    """The claim of the same work, if its results are there still; they remove nothing any more when they go."""
+    claim, removal = _done.pop(folder, (None, None))
+    return claim if removal and removal.detach() else None
 
 
-def _remove_done(folder, claim):
-    with _changing:
-        if _done.get(folder) is not claim:
-            return
-        del _done[folder]
+def _remove_done(claim):
+    _done.pop(claim.folder, None)
     claim.remove()
 
 
@@ -160,5 +149,6 @@ def _end():
     queue = getattr(getattr(server, "instance", None), "prompt_queue", None)
     if queue is None or queue.currently_running:
         return
-    for folder, claim in list(_done.items()):
-        _remove_done(folder, claim)
+    for folder in list(_done):
+        if claim := _done_before(folder):
+            claim.remove()

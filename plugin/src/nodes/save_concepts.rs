@@ -194,11 +194,8 @@ fn save(
     host: &Host,
     write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> Result<(), NodeError> {
-    let numbered = |n: u32| match n {
-        1 => base.join(format!("{stem}.safetensors")),
-        n => base.join(format!("{stem}-{n}.safetensors")),
-    };
-    let path = durable_files::write_numbered(numbered, write)
+    let numbered = durable_files::numbered(base.join(stem), ".safetensors");
+    let path = durable_files::write_numbered(&numbered, write)
         .map_err(|error| cannot_write("filename_prefix", &numbered(1), &error))?;
     host.saved(&path);
     Ok(())

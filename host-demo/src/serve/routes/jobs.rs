@@ -95,7 +95,7 @@ pub(crate) async fn history(
     State(server): State<Arc<Server>>,
     Query(query): Query<HashMap<String, String>>,
 ) -> Response {
-    let ended = server.queue.jobs().ended;
+    let ended = server.queue.history();
     let count = number(&query, "max_items")
         .unwrap_or(ended.len())
         .min(ended.len());
@@ -109,7 +109,7 @@ pub(crate) async fn history_of(
     State(server): State<Arc<Server>>,
     Path(id): Path<String>,
 ) -> Response {
-    let ended = server.queue.jobs().ended;
+    let ended = server.queue.history();
     let found = ended.iter().filter(|ended| ended.id == id);
     json_text(history_text(found.map(AsRef::as_ref)))
 }
@@ -136,18 +136,18 @@ pub(crate) async fn change_history(
 }
 
 /// What waits and runs, as it stands in `/jobs`: running first, then next first.
-fn unfinished(jobs: &Jobs) -> Vec<(&'static str, Arc<Job>, Value)> {
+fn unfinished(jobs: &Jobs) -> impl Iterator<Item = (&'static str, &Job, Value)> {
     let running = jobs.running.iter().map(|running| {
         let mut entry = running.job.entry("in_progress");
         entry["execution_start_time"] = json!(running.started_ms);
-        ("in_progress", running.job.clone(), entry)
+        ("in_progress", &*running.job, entry)
     });
     let waiting = jobs.waiting.iter().map(|job| {
         let mut entry = job.entry("pending");
         entry["paused"] = json!(job.is_held);
-        ("pending", job.clone(), entry)
+        ("pending", &**job, entry)
     });
-    running.chain(waiting).collect()
+    running.chain(waiting)
 }
 
 /// `GET /jobs?status&limit&offset&workflow_id&sort_order`.
@@ -161,8 +161,7 @@ pub(crate) async fn list(
         .unwrap_or_default();
     let is_wanted = |status: &str| wanted.is_empty() || wanted.contains(&status);
     let jobs = server.queue.jobs();
-    let unfinished = unfinished(&jobs).into_iter();
-    let mut entries: Vec<String> = unfinished
+    let mut entries: Vec<String> = unfinished(&jobs)
         .filter(|(status, ..)| is_wanted(status))
         .map(|(_, _, entry)| entry.to_string())
         .collect();
@@ -198,10 +197,7 @@ pub(crate) async fn list(
 pub(crate) async fn detail(State(server): State<Arc<Server>>, Path(id): Path<String>) -> Response {
     let workflow = |prompt: &Value, extra: &Value| json!({"prompt": prompt, "extra_data": extra});
     let jobs = server.queue.jobs();
-    if let Some((_, job, mut entry)) = unfinished(&jobs)
-        .into_iter()
-        .find(|(_, job, _)| job.id == id)
-    {
+    if let Some((_, job, mut entry)) = unfinished(&jobs).find(|(_, job, _)| job.id == id) {
         entry["workflow"] = workflow(&job.prompt, &job.extra_data);
         return ok(&entry);
     }

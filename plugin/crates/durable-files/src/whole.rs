@@ -52,6 +52,18 @@ pub fn write_shown(path: &Path, bytes: &[u8]) -> io::Result<()> {
     named_anew(path, written_beside(path, write, |_| Ok(()))?)
 }
 
+/// The names `path` + `ending`, `path-2` + `ending`, `path-3` + `ending`, …, from 1 on.
+pub fn numbered(path: PathBuf, ending: &str) -> impl Fn(u32) -> PathBuf {
+    move |n| {
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        if n > 1 {
+            name.push(format!("-{n}"));
+        }
+        name.push(ending);
+        path.with_file_name(name)
+    }
+}
+
 /// [`write_new`] under the first of the names `numbered(1)`, `numbered(2)`, … of one folder that nobody has, also where somebody
 /// takes one while the file is written. Returns which.
 ///
@@ -282,12 +294,12 @@ mod tests {
     #[test]
     fn numbered_files_of_many_threads_are_all_kept() {
         let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("x-1.bin"), "other").unwrap();
-        let numbered = |n: u32| folder.path().join(format!("x-{n}.bin"));
+        let numbered = numbered(folder.path().join("x"), ".bin");
+        std::fs::write(numbered(1), "other").unwrap();
         let start = std::sync::Barrier::new(8);
         let write = |byte: u8| {
             start.wait();
-            let write = |_| write_numbered(numbered, |file| file.write_all(&[byte])).unwrap();
+            let write = |_| write_numbered(&numbered, |file| file.write_all(&[byte])).unwrap();
             (0..20).map(write).collect::<Vec<_>>()
         };
         let mut written: Vec<(PathBuf, u8)> = std::thread::scope(|scope| {
@@ -326,13 +338,10 @@ mod tests {
             std::fs::read_dir(folder.path().join("a")).unwrap().count(),
             0
         );
-        let numbered = |n: u32| match n {
-            1 => path.clone(),
-            n => path.with_file_name(format!("unet-{n}")),
-        };
-        assert_eq!(fill().name(numbered).unwrap(), path);
+        let numbered = numbered(path.clone(), "");
+        assert_eq!(fill().name(&numbered).unwrap(), path);
         assert_eq!(std::fs::read(path.join("x.json")).unwrap(), b"x");
-        let second = fill().name(numbered).unwrap();
+        let second = fill().name(&numbered).unwrap();
         assert_eq!(second, folder.path().join("a/unet-2"));
         assert_eq!(std::fs::read(second.join("x.json")).unwrap(), b"x");
         // As a dead process leaves it.
