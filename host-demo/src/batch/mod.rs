@@ -25,7 +25,7 @@ use crate::executor::{self, Job, RunError};
 use crate::isolated::IsolationArguments;
 use crate::plugin_search::Libraries;
 use crate::recorder::Recorder;
-use crate::run_folder::{self, Destination, RunFolder, write_new};
+use crate::run_folder::{self, Destination, MAX_CUT_SHORT, RunFolder, Tries, write_new};
 use crate::terminal::Terminal;
 use crate::validate::{Plan, validate};
 use crate::workflow_file::Workflow;
@@ -117,6 +117,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<BatchEnd> {
     ));
     // Where all is done no entry would do it.
     run_folder::sweep(&options.out);
+    put_back_suspects(&mut prepared, &options.out);
     let mut cache = Cache::new(options.cache_budget);
     let (mut n_done, mut n_skipped, mut failed) = (0, 0, Vec::new());
     for (index, one) in prepared.iter().enumerate() {
@@ -151,6 +152,21 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<BatchEnd> {
     } else {
         BatchEnd::Failed
     })
+}
+
+/// Puts those behind the others that may be what takes every process down.
+fn put_back_suspects(prepared: &mut [Prepared], out: &Path) {
+    prepared.sort_by_cached_key(|one| {
+        let n_cut_short = Tries::of(out, &one.entry.id).n_cut_short();
+        let is_suspect = !one.is_done && n_cut_short >= MAX_CUT_SHORT;
+        if is_suspect {
+            complain(&format!(
+                "entry {} was cut short {n_cut_short} times; it runs after the others",
+                one.entry.id
+            ));
+        }
+        is_suspect
+    });
 }
 
 fn prepare(
@@ -255,6 +271,21 @@ fn run_one(
     cache: &mut Cache,
 ) -> anyhow::Result<()> {
     let folder = RunFolder::create(&Destination::Exactly(options.out.join(&one.entry.id)))?;
+    let tries = Tries::of(&options.out, &one.entry.id);
+    tries.begin();
+    let ended = fill(folder, one, options, catalog, cancel, cache);
+    tries.end();
+    ended
+}
+
+fn fill(
+    folder: RunFolder,
+    one: &Prepared,
+    options: &Options,
+    catalog: &Catalog,
+    cancel: &Arc<AtomicBool>,
+    cache: &mut Cache,
+) -> anyhow::Result<()> {
     let metadata = |json: Value| {
         if options.disable_metadata {
             String::new()

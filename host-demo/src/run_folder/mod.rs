@@ -7,12 +7,14 @@
 //!   .20260725-171204-demo.partial.lock      its claim: locked by its process, there before the folder and after it
 //!   .work/3f9c…/                            what an interrupted node needs to go on, by what it was made from
 //!   .work/3f9c….lock                        its claim
+//!   .work/rex.tries                         how often an entry of a batch was begun, until it ends
 //! ```
 //!
 //! A run into a folder that is there already has `.run.partial` in it; at its end that is called `.run.complete`, from where
 //! the files are moved up one by one. If they were not all moved, the next run does the rest. A complete run whose name, or
 //! one of whose files' names, somebody took meanwhile gets the next one that is free: `demo-2`, or `run` in the folder.
 
+mod tries;
 mod work_dirs;
 
 use std::fs;
@@ -24,6 +26,7 @@ use durable_files::{Claim, ClaimError, disk, numbered, rename_numbered};
 
 use crate::console::complain;
 
+pub(crate) use tries::{MAX_CUT_SHORT, Tries};
 pub(crate) use work_dirs::{WorkDir, WorkDirs};
 
 const LOCK: &str = ".lock";

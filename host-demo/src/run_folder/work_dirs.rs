@@ -9,7 +9,7 @@ use std::time::Duration;
 use durable_files::{Claim, disk};
 use parking_lot::Mutex;
 
-use super::{FolderError, LOCK, PATIENCE, at, claim, lock_of};
+use super::{FolderError, LOCK, PATIENCE, at, claim, lock_of, tries};
 
 /// Digits of a node's signature in the name of its folder.
 const SIGNATURE: usize = 32;
@@ -98,6 +98,10 @@ impl WorkDirs {
             let modified = entry.metadata().and_then(|meta| meta.modified());
             let is_old = modified.is_ok_and(|time| time.elapsed().is_ok_and(|since| since > age));
             let name = entry.file_name().to_string_lossy().into_owned();
+            if is_old && name.ends_with(tries::SUFFIX) {
+                let _ = disk::remove_file(&entry.path());
+                continue;
+            }
             // A claim that nobody gave back, or a folder.
             let signature = name.strip_suffix(LOCK).unwrap_or(&name);
             // A folder called as ours may be somebody else's.

@@ -1,5 +1,6 @@
 //! A job, as it is queued, kept in the journal and listed.
 
+use std::cmp::Ordering;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::confined::Root;
+use crate::run_folder::MAX_CUT_SHORT;
 
 /// What a client asked to be run.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -28,6 +30,9 @@ pub(crate) struct Job {
     pub(crate) outputs: Vec<String>,
     /// When it was accepted.
     pub(crate) created_ms: u64,
+    /// How often it was running when a server died.
+    #[serde(default)]
+    pub(crate) n_cut_short: u32,
     /// When it was begun first, by the clock of the disk, if a crash has cut it short.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) begun: Option<SystemTime>,
@@ -103,6 +108,17 @@ pub(crate) fn number_json(number: f64) -> Value {
 }
 
 impl Job {
+    /// Who runs first: by number, and behind all others those that may take the server down.
+    pub(crate) fn order(&self, other: &Self) -> Ordering {
+        let by_suspicion = self.is_suspected().cmp(&other.is_suspected());
+        by_suspicion.then(self.number.total_cmp(&other.number))
+    }
+
+    /// Whether it may be what takes the server down.
+    pub(crate) fn is_suspected(&self) -> bool {
+        self.n_cut_short >= MAX_CUT_SHORT
+    }
+
     /// As it stands in `/jobs`.
     pub(crate) fn entry(&self, status: &str) -> Value {
         let mut entry = json!({

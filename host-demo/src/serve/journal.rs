@@ -1,7 +1,7 @@
 //! Which jobs were accepted and not ended, on disk: what a crash must not lose.
 //!
-//! A file of JSON lines, `{"accepted": job}`, `{"begun": {"id": …, "at": …}}`, `{"saved": {"id": …, "file": …}}` and
-//! `{"ended": id}`; a line counts once it is on the disk. A job that did not end begins anew, and what it had saved is taken
+//! A file of JSON lines, `{"accepted": job}`, `{"begun": {"id": …, "at": …}}`, `{"saved": {"id": …, "file": …}}`, `{"left": id}`
+//! and `{"ended": id}`; a line counts once it is on the disk. A job that did not end begins anew, and what it had saved is taken
 //! back first: it is there once in the end.
 
 use std::collections::{BTreeMap, HashMap};
@@ -31,8 +31,16 @@ pub(crate) struct JournalError {
 #[serde(rename_all = "snake_case")]
 enum Line {
     Accepted(Box<Job>),
-    Begun { id: String, at: SystemTime },
-    Saved { id: String, file: SavedFile },
+    Begun {
+        id: String,
+        at: SystemTime,
+    },
+    Saved {
+        id: String,
+        file: SavedFile,
+    },
+    /// The server was stopped while the job ran, and not by it.
+    Left(String),
     Ended(String),
 }
 
@@ -112,6 +120,14 @@ impl Journal {
     pub(crate) fn saved(&mut self, id: &str, file: SavedFile) -> Result<(), JournalError> {
         let id = id.to_owned();
         self.append(&[Line::Saved { id, file }])
+    }
+
+    /// Writes down that a job is left for the next server.
+    ///
+    /// # Errors
+    /// See [`JournalError`]; the job then counts as cut short.
+    pub(crate) fn left(&mut self, id: &str) -> Result<(), JournalError> {
+        self.append(&[Line::Left(id.to_owned())])
     }
 
     /// Writes down that jobs ended.
@@ -196,27 +212,35 @@ fn read(file: File) -> io::Result<Vec<Job>> {
     let mut waiting: BTreeMap<usize, Job> = BTreeMap::new();
     let mut numbers: HashMap<String, usize> = HashMap::new();
     for (number, line) in BufReader::new(file).split(b'\n').enumerate() {
-        match serde_json::from_slice(&line?) {
-            Ok(Line::Accepted(job)) => {
+        let Ok(line) = serde_json::from_slice(&line?) else {
+            continue;
+        };
+        match line {
+            Line::Accepted(job) => {
                 let before = numbers.insert(job.id.clone(), number);
                 before.and_then(|before| waiting.remove(&before));
                 waiting.insert(number, *job);
             }
-            Ok(Line::Begun { id, at }) => {
+            Line::Begun { id, at } => {
                 if let Some(job) = numbers.get(&id).and_then(|number| waiting.get_mut(number)) {
                     job.begun = job.begun.or(Some(at));
+                    job.n_cut_short = job.n_cut_short.saturating_add(1);
                 }
             }
-            Ok(Line::Saved { id, file }) => {
+            Line::Saved { id, file } => {
                 if let Some(job) = numbers.get(&id).and_then(|number| waiting.get_mut(number)) {
                     job.saved.push(file);
                 }
             }
-            Ok(Line::Ended(id)) => {
+            Line::Left(id) => {
+                if let Some(job) = numbers.get(&id).and_then(|number| waiting.get_mut(number)) {
+                    job.n_cut_short = job.n_cut_short.saturating_sub(1);
+                }
+            }
+            Line::Ended(id) => {
                 let number = numbers.remove(&id);
                 number.and_then(|number| waiting.remove(&number));
             }
-            Err(_) => {}
         }
     }
     Ok(waiting.into_values().collect())

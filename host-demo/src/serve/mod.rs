@@ -114,6 +114,12 @@ pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
     let settings = Settings::open(&folders.user, front_end.version())?;
     let (journal, restored) = Journal::open(&folders.journal())?;
     let n_restored = restored.len();
+    for job in restored.iter().filter(|job| job.is_suspected()) {
+        complain(&format!(
+            "job {} was cut short {} times; it runs after the others",
+            job.id, job.n_cut_short
+        ));
+    }
     let server = Arc::new(Server {
         queue: Queue::new(journal, restored),
         hub: Arc::default(),

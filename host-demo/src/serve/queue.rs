@@ -115,7 +115,7 @@ impl Queue {
             })
         };
         let mut waiting: Vec<_> = restored.into_iter().map(hold).collect();
-        waiting.sort_by(|a, b| a.number.total_cmp(&b.number));
+        waiting.sort_by(|a, b| a.order(b));
         let state = State {
             waiting,
             next_number,
@@ -156,7 +156,7 @@ impl Queue {
         let mut state = self.state.lock();
         let place = state
             .waiting
-            .partition_point(|other| other.number <= number);
+            .partition_point(|other| other.order(&job).is_le());
         state.waiting.insert(place, Arc::new(job));
         self.changed.notify_all();
         Ok(number)
@@ -204,6 +204,8 @@ impl Queue {
         drop(state);
         if !is_left {
             self.write_ended(&[id]);
+        } else if let Err(error) = self.journal.lock().left(&id) {
+            complain(&format!("warning: {error}"));
         }
     }
 
@@ -487,6 +489,48 @@ mod tests {
             }
             queue.close();
         });
+    }
+
+    #[test]
+    fn a_job_that_takes_the_server_down_again_and_again_lets_the_others_go_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("queue.jsonl");
+        let open = || {
+            let (journal, restored) = Journal::open(&path).unwrap();
+            let queue = Queue::new(journal, restored);
+            queue.resume();
+            queue
+        };
+        let begin_next = |queue: &Queue| {
+            let id = next_id(queue);
+            queue.begin(&id);
+            id
+        };
+        let queue = open();
+        for id in ["stopped", "poison"] {
+            queue.accept(job(id), None, false).unwrap();
+        }
+        drop(queue);
+        // Stopped in order as often as anybody likes.
+        for _ in 0..5 {
+            let queue = open();
+            assert_eq!(begin_next(&queue), "stopped");
+            queue.close();
+            let results = Results::default();
+            queue.end(Ended::new(&job("stopped"), Outcome::Canceled, &results));
+        }
+        let queue = open();
+        queue.remove_waiting(|job| job.id == "stopped");
+        queue.accept(job("good"), None, false).unwrap();
+        drop(queue);
+        for _ in 0..3 {
+            assert_eq!(begin_next(&open()), "poison");
+        }
+        let queue = open();
+        queue.accept(job("new"), None, false).unwrap();
+        queue.accept(job("first"), None, true).unwrap();
+        let order = [(); 4].map(|()| next_id(&queue));
+        assert_eq!(order, ["first", "good", "new", "poison"]);
     }
 
     #[test]

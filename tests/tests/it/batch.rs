@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::support::{Place, done, tree};
+use crate::support::{Place, done, node, tree};
 
 /// A manifest of three entries.
 fn manifest() -> String {
@@ -85,6 +85,46 @@ fn three_shards_with_one_killed_give_the_tree_of_a_single_run() {
     place
         .host(&["batch", "m.jsonl", "--out", "single"])
         .failed_with(&["--resume"]);
+}
+
+#[test]
+fn an_entry_that_takes_every_process_down_keeps_the_others_from_nothing() {
+    let place = Place::with_faulty();
+    let workflow = json!({
+        "1": node("Slow", json!({"steps": 1, "wait": 0})),
+        "2": node("Hazard", json!({"images": ["1", 0], "habit": "well"})),
+        "3": node("SaveImage", json!({"images": ["2", 0]})),
+    });
+    place.write("w.json", workflow.to_string());
+    let entry = |id: &str, habit: &str| {
+        json!({"id": id, "workflow": "w.json", "set": {"Hazard.habit": habit}}).to_string()
+    };
+    let entries = |first: &str| [entry("a", first), entry("b", "well"), entry("c", "well")];
+    place.write("m.jsonl", entries("abort").join("\n"));
+    let batch = || place.host(&["batch", "m.jsonl", "--out", "out", "--resume"]);
+    for _ in 0..3 {
+        assert_eq!(batch().code, None, "not taken down");
+        assert!(!place.names("out").contains(&"b".to_owned()));
+    }
+    let last = batch();
+    assert_eq!(last.code, None, "not taken down");
+    let told = "entry a was cut short 3 times; it runs after the others";
+    assert!(last.stderr.contains(told), "{last:?}");
+    let there = place.names("out");
+    assert!(
+        ["b", "c"]
+            .iter()
+            .all(|id| there.contains(&(*id).to_owned()))
+    );
+    place.write("m.jsonl", entries("well").join("\n"));
+    let mended = batch().succeeded();
+    assert!(
+        mended.stdout.contains("1 done, 2 were there already"),
+        "{mended:?}"
+    );
+    assert!(place.path().join("out/a/done.json").exists());
+    let is_counted = |name: &String| name.ends_with(".tries");
+    assert!(!place.names("out/.work").iter().any(is_counted));
 }
 
 fn has_state(work: &Path) -> bool {
