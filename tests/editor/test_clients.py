@@ -5,6 +5,7 @@ import sys
 import urllib.parse
 
 import pytest
+import websocket
 from support import PATIENCE, WORK, pixels, png, quick, small_demo, small_prompt, wait_until
 
 
@@ -137,6 +138,22 @@ def test_a_client_that_comes_back_goes_on_hearing(server):
     assert server.finished(prompt_id)["status"]["completed"]
     wait_until(lambda: again.of("execution_success"))
     again.close()
+
+
+@pytest.mark.parametrize("who", ["the client", "another one of its name"])
+def test_a_connection_that_ends_is_closed_as_such(server, who):
+    """Not cut: a client takes that for a network that failed, and tries again."""
+    first = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId=me", timeout=PATIENCE)
+    if who == "the client":
+        first.send_close()
+    else:
+        another = server.socket("me")
+    opcode = None
+    while opcode != websocket.ABNF.OPCODE_CLOSE:
+        opcode, _ = first.recv_data(control_frame=True)
+    if who != "the client":
+        wait_until(lambda: another.of("status"))
+        another.close()
 
 
 def test_an_unchanged_learner_does_not_learn_again(server):

@@ -20,6 +20,8 @@ use super::info::server_features;
 const MAX_MESSAGE: usize = 64 << 10;
 /// How long a client may take nothing of what it is sent; what waits for it takes memory.
 const SEND_LIMIT: Duration = Duration::from_secs(60);
+/// How long a client may take none of the frame that says that no more come.
+const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 /// Longest id that a client may choose.
 const MAX_ID: usize = 128;
 
@@ -70,6 +72,8 @@ async fn attend(server: Arc<Server>, socket: WebSocket, id: String) {
         }
     }
     server.hub.disconnect(&id, connection);
+    // Else a client that is let go of, or that waits for the answer to its own, takes it for a broken connection.
+    let _ = timeout(CLOSE_LIMIT, sink.close()).await;
 }
 
 /// Whether the frame went out.
