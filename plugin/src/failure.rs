@@ -92,6 +92,7 @@ fn at_fault(error: &personalization::Error) -> Option<&'static str> {
         } => "joint_learning_rate",
         Error::NonFiniteLoss { .. } => "learning_rate",
         Error::ConceptWidth { .. } => "concepts",
+        Error::EvidenceDoesNotFit => "evidence",
         _ => return None,
     })
 }

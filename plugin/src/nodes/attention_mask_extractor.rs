@@ -1,6 +1,9 @@
 //! AttentionMaskExtractor: where the model looks for every concept, what explains the noise, and the masks that follow.
 
-use personalization::{ExtractionConfig, ImageMasks, Labels, Scene, ScenePicture, label, observe};
+use personalization::{
+    EmState, ExtractionConfig, ImageMasks, Labels, Scene, ScenePicture, checkpoint, label, observe,
+};
+use plugin_api::host::LogLevel;
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -78,6 +81,14 @@ impl Node for AttentionMaskExtractor {
         let mut observer = HostObserver::new(host, model).with_scene(&scene, None);
         let earlier = inputs.optional_object::<EvidenceValue>("evidence")?;
         let earlier = earlier.map_or(&[][..], |value| &value.evidence);
+        let resumed = observer.keep(checkpoint::EM, |path| {
+            let state = EmState::load(path, &model.device)?;
+            state.check_looking(model, &prepared, learned, &config, parameters.timesteps)?;
+            Ok(state)
+        });
+        if let Some(state) = &resumed {
+            host.log(LogLevel::Info, &state.going_on());
+        }
         let observations = observe(
             model,
             &prepared,
@@ -85,6 +96,7 @@ impl Node for AttentionMaskExtractor {
             &config,
             parameters.timesteps,
             earlier,
+            resumed,
             &mut observer,
         )
         .map_err(failed)?;

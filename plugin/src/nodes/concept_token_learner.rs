@@ -1,6 +1,7 @@
 //! ConceptTokenLearner: tokens, from their start or from where they stand, under masks if there are any.
 
-use personalization::{EmConfig, init_tokens, m_step};
+use personalization::{EmConfig, EmState, TokenPlan, checkpoint, first_rows, learn_tokens};
+use plugin_api::host::LogLevel;
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -77,37 +78,39 @@ impl Node for ConceptTokenLearner {
             .with_samples(parameters.sample_every)
             .with_stages(parameters.tokens.stages(parameters.steps, 0));
         let config = parameters.tokens.m_step();
-        let started = match inputs.optional_object::<ConceptsValue>("concepts")? {
-            Some(ConceptsValue(learned)) if learned.concepts == scene.concepts() => learned.clone(),
+        let start = parameters.tokens.start();
+        let (first, inversion_steps) = match inputs.optional_object::<ConceptsValue>("concepts")? {
+            Some(ConceptsValue(learned)) if learned.concepts == scene.concepts() => {
+                (learned.clone(), 0)
+            }
             Some(_) => {
                 return Err(NodeError::invalid_input(
                     "concepts",
                     "the linked concepts are not those of the list; use the same tokens and words in the same order",
                 ));
             }
-            None => init_tokens(
-                model,
-                &prepared,
-                &parameters.tokens.start(),
-                &config,
-                parameters.seed,
-                &mut observer,
-            )
-            .map_err(failed)?,
+            None => {
+                let first =
+                    first_rows(model, &prepared, &start, parameters.seed).map_err(failed)?;
+                (first, start.inversion_steps())
+            }
         };
-        let learned = match masks {
-            None => started,
-            Some(masks) => m_step(
-                model,
-                &prepared,
-                &masks,
-                &started,
-                &config,
-                parameters.steps,
-                &mut observer,
-            )
-            .map_err(failed)?,
+        let plan = TokenPlan {
+            first: &first,
+            inversion_steps,
+            masks: masks.as_deref(),
+            steps: parameters.steps,
         };
+        let resumed = observer.keep(checkpoint::EM, |path| {
+            let state = EmState::load(path, &model.device)?;
+            plan.check(&state, model, &prepared)?;
+            Ok(state)
+        });
+        if let Some(state) = &resumed {
+            host.log(LogLevel::Info, &state.going_on());
+        }
+        let learned = learn_tokens(model, &prepared, &plan, &config, resumed, &mut observer);
+        let learned = learned.map_err(failed)?;
         Ok(vec![concepts_value(learned)])
     }
 }

@@ -223,8 +223,7 @@ impl Node for EmLoop {
         });
         let start = match resumed {
             Some(state) => {
-                let text = format!("going on after step {}", state.learned.step);
-                host.log(LogLevel::Info, &text);
+                host.log(LogLevel::Info, &state.going_on());
                 EmStart::Resume(Box::new(state))
             }
             None => given

@@ -632,43 +632,65 @@ fn problems_are_told_all_at_once() {
 
 #[cfg(unix)]
 #[test]
-fn ctrl_c_during_em_stops_within_a_step_and_the_same_command_gives_the_bits_of_an_uninterrupted_run()
- {
+fn ctrl_c_stops_within_a_step_and_the_same_command_gives_the_bits_of_an_uninterrupted_run() {
     use crate::support::{done, interrupt, wait_for};
-    let place = Place::with_conceptloom();
-    place.write(
-        "w.json",
-        em_loop(json!({"steps": 40, "steps_per_round": 2})).to_string(),
-    );
-    let mut child = place
-        .command(&["run", "w.json", "--out", "out"])
-        .spawn()
-        .unwrap();
-    wait_for(&mut child, "tokens 3/40");
-    let asked = std::time::Instant::now();
-    interrupt(&child);
-    let ended = done(child.wait_with_output().unwrap());
-    assert!(asked.elapsed().as_secs() < 20, "{:?}", asked.elapsed());
-    assert_eq!(ended.code, Some(130), "{}", ended.stderr);
-    assert!(
-        ended
-            .sentence()
-            .starts_with("canceled at node 3 (EmLoop); nothing was written; the same command")
-    );
-    assert_eq!(place.names("."), [".work", "w.json"]);
+    let mut by_hand = round_by_hand();
+    for (id, parameter, value) in [
+        ("10", "start", json!("inversion")),
+        ("10", "inversion_steps", json!(12)),
+        ("13", "steps", json!(12)),
+        ("14", "timesteps", json!(60)),
+    ] {
+        by_hand[id]["inputs"][parameter] = value;
+    }
+    let looped = em_loop(json!({"steps": 40, "steps_per_round": 2}));
+    for (workflow, seen, node, gone_on) in [
+        (&looped, "tokens 3/40", "3 (EmLoop)", "going on after step "),
+        (
+            &by_hand,
+            "inversion 1/12",
+            "10 (ConceptTokenLearner)",
+            " of textual inversion",
+        ),
+        (
+            &by_hand,
+            "tokens 1/12",
+            "13 (ConceptTokenLearner)",
+            "going on after step ",
+        ),
+        (
+            &by_hand,
+            "attention 0/60",
+            "14 (AttentionMaskExtractor)",
+            " of the extraction",
+        ),
+    ] {
+        let place = Place::with_conceptloom();
+        place.write("w.json", workflow.to_string());
+        let mut child = place
+            .command(&["run", "w.json", "--out", "out"])
+            .spawn()
+            .unwrap();
+        wait_for(&mut child, seen);
+        let asked = std::time::Instant::now();
+        interrupt(&child);
+        let ended = done(child.wait_with_output().unwrap());
+        assert!(asked.elapsed().as_secs() < 20, "{:?}", asked.elapsed());
+        assert_eq!(ended.code, Some(130), "{}", ended.stderr);
+        let told =
+            format!("canceled at node {node}; nothing was written; the same command goes on");
+        assert!(ended.sentence().starts_with(&told), "{}", ended.stderr);
+        assert_eq!(place.names("."), [".work", "w.json"]);
 
-    let again = place.host(&["run", "w.json", "--out", "out"]).succeeded();
-    assert!(
-        again.stderr.contains("going on after step"),
-        "{}",
-        again.stderr
-    );
-    assert_eq!(place.names("."), ["out", "w.json"]);
-    place.host(&["run", "w.json", "--out", "whole"]).succeeded();
-    assert!(
-        results(&place, "out") == results(&place, "whole"),
-        "the bits differ"
-    );
+        let again = place.host(&["run", "w.json", "--out", "out"]).succeeded();
+        assert!(again.stderr.contains(gone_on), "{}", again.stderr);
+        assert_eq!(place.names("."), ["out", "w.json"]);
+        place.host(&["run", "w.json", "--out", "whole"]).succeeded();
+        assert!(
+            results(&place, "out") == results(&place, "whole"),
+            "{node}: the bits differ"
+        );
+    }
 }
 
 #[test]

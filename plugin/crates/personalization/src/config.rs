@@ -39,6 +39,15 @@ pub struct TokenConfig {
 const LAYERS: LayerChoice = LayerChoice::AboveBottleneck;
 
 impl TokenConfig {
+    /// Steps of textual inversion.
+    #[must_use]
+    pub fn inversion_steps(&self) -> usize {
+        match self.init {
+            TokenInit::Inversion { steps } => steps,
+            TokenInit::Class | TokenInit::Random => 0,
+        }
+    }
+
     /// Of V; 16 leaves room for four concepts in a prompt of 77 tokens.
     pub const VECTORS: Bounds<usize> = Bounds::new(1, 16);
     /// Of the steps of textual inversion.

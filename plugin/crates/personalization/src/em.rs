@@ -17,11 +17,11 @@ use crate::evidence::{Evidence, Observation};
 use crate::learned::LearnedConcepts;
 use crate::m_step::{check_masks, inversion, m_step};
 use crate::mask::SceneMasks;
-use crate::observation::Looked;
 use crate::observer::{Event, Observer, offer, tell};
 use crate::prepared::PreparedScene;
 use crate::state::{EmMoment, EmState};
 use crate::token::first_rows;
+use crate::within::Within;
 
 /// Where the alternation begins.
 #[derive(Debug, Clone)]
@@ -194,14 +194,10 @@ fn begin(
         }
         EmStart::Fresh => Vec::new(),
     };
+    let learned = first_rows(model, scene, &config.tokens, seed)?;
     Ok(EmState {
-        learned: first_rows(model, scene, &config.tokens, seed)?,
-        is_inverting: true,
         masks,
-        observations: Vec::new(),
-        energies: Vec::new(),
-        round: 0,
-        looked: Looked::default(),
+        ..EmState::beginning(learned, true)
     })
 }
 
@@ -286,46 +282,4 @@ fn record(
         energies: state.energies.clone(),
     });
     Ok(())
-}
-
-/// Hears the parts of the alternation: their steps are steps of the whole stage, their states parts of its state.
-struct Within<'a> {
-    inner: &'a mut dyn Observer,
-    /// Before the part.
-    moment: EmMoment<'a>,
-    /// Steps before the part, and steps of the stage, where they are counted together.
-    steps: Option<(usize, usize)>,
-}
-
-impl Observer for Within<'_> {
-    fn on_event(&mut self, event: &Event<'_>) -> std::ops::ControlFlow<()> {
-        let moment = self.moment;
-        let now = |moment| Event::Checkpoint(Checkpoint::Alternation(moment));
-        match (*event, self.steps) {
-            (
-                Event::Step {
-                    stage,
-                    step,
-                    masked_diffusion,
-                    cross_attention,
-                    ..
-                },
-                Some((before, total)),
-            ) => self.inner.on_event(&Event::Step {
-                stage,
-                step: before + step,
-                total,
-                masked_diffusion,
-                cross_attention,
-            }),
-            (Event::Checkpoint(Checkpoint::Tokens(learned)), _) => {
-                self.inner.on_event(&now(EmMoment { learned, ..moment }))
-            }
-            (Event::Checkpoint(Checkpoint::Looking(looking)), _) => {
-                let looking = Some(looking);
-                self.inner.on_event(&now(EmMoment { looking, ..moment }))
-            }
-            _ => self.inner.on_event(event),
-        }
-    }
 }

@@ -162,6 +162,11 @@ pub enum Error {
         /// The token.
         token: String,
     },
+    /// Evidence of other pictures or of other concepts.
+    #[error(
+        "the evidence is not one of these pictures and concepts; link it from an extraction of the same ones, or leave it out"
+    )]
+    EvidenceDoesNotFit,
     /// Concepts that were learned on another kind of model.
     #[error("the concepts are {found} wide, this model's text encoder is {wanted} wide")]
     ConceptWidth {

@@ -40,6 +40,19 @@ impl LearnedConcepts {
         !self.from_words && self.step == 0
     }
 
+    /// Whether a model's prompts can name them.
+    ///
+    /// # Errors
+    /// [`Error::ConceptWidth`].
+    pub fn check_width(&self, model: &DiffusionModel) -> Result<()> {
+        let (found, wanted) = (self.rows.dim(1)?, model.text_encoder.token_table().dim(1)?);
+        if found == wanted {
+            Ok(())
+        } else {
+            Err(Error::ConceptWidth { found, wanted })
+        }
+    }
+
     /// Placeholder strings of all rows: `<rex>`, then `<rex>_1`, … if there are several vectors per concept.
     #[must_use]
     pub fn placeholders(&self) -> Vec<String> {

@@ -81,9 +81,12 @@ pub mod attention;
 pub mod loss;
 pub mod observation;
 
+mod within;
+
 pub mod e_step;
 pub mod m_step;
 pub mod token;
+pub mod token_learning;
 
 pub mod em;
 pub mod joint;
@@ -124,4 +127,5 @@ pub use sampler::{SamplePrompts, Sampled, Sampling, sample, sample_from};
 pub use scene::{Concept, Picture, Role, Scene, ScenePicture};
 pub use size::Size;
 pub use state::{EmMoment, EmState};
-pub use token::init_tokens;
+pub use token::{first_rows, init_tokens};
+pub use token_learning::{TokenPlan, learn_tokens};

@@ -21,6 +21,8 @@ use crate::observer::{Event, Observer, offer, tell};
 use crate::prepared::PreparedScene;
 use crate::scene::competitors;
 use crate::size::Size;
+use crate::state::{EmMoment, EmState, check_evidence};
+use crate::within::Within;
 
 /// Noisy latents in one pass, at a latent size of 32; fewer at larger ones, so that memory stays about the same. It does
 /// not hang on what memory is free: the kernel of a linear layer is chosen by its rows, so that other batches are other bits.
@@ -29,10 +31,12 @@ const BATCH_AT_32: usize = 10;
 /// Observes every picture of the scene at `n_timesteps` random timesteps.
 ///
 /// `earlier` is the evidence of the rounds before, to which this one's is added. The stream is named by the seed and the
-/// learned step, apart from the training stream: runs with and without E-steps see the same training noise.
+/// learned step, apart from the training stream: runs with and without E-steps see the same training noise. The observer gets
+/// an [`Event::Checkpoint`] after every pass; a call with the same arguments that is `resumed` from it gives the same bits.
 ///
 /// # Errors
-/// Those of the model, or a stop.
+/// Tokens of another width, evidence of other pictures, a state of other work, those of the model, or a stop.
+#[expect(clippy::too_many_arguments, reason = "what an extraction hangs on")]
 pub fn observe(
     model: &DiffusionModel,
     scene: &PreparedScene<'_>,
@@ -40,9 +44,27 @@ pub fn observe(
     config: &ExtractionConfig,
     n_timesteps: usize,
     earlier: &[Evidence],
+    resumed: Option<EmState>,
     observer: &mut dyn Observer,
 ) -> Result<Vec<Observation>> {
-    let looked = Looked::default();
+    learned.check_width(model)?;
+    check_evidence(model, scene, config, earlier)?;
+    let state = match resumed {
+        Some(state) => {
+            state.check_looking(model, scene, learned, config, n_timesteps)?;
+            state
+        }
+        None => EmState::beginning(learned.clone(), false),
+    };
+    let looked = state.looked.clone();
+    let mut within = Within {
+        inner: observer,
+        moment: EmMoment {
+            looking: None,
+            ..state.moment()
+        },
+        steps: None,
+    };
     observe_from(
         model,
         scene,
@@ -51,7 +73,7 @@ pub fn observe(
         n_timesteps,
         earlier,
         looked,
-        observer,
+        &mut within,
     )
 }
 
@@ -79,11 +101,11 @@ pub(crate) struct Begun {
     pub(crate) evidence: Option<Evidence>,
 }
 
-/// [`observe`] from where a call with the same arguments was stopped.
+/// [`observe`] as a part of other work, which has what it was resumed from in its own state.
 ///
 /// # Errors
 /// As [`observe`].
-#[expect(clippy::too_many_arguments, reason = "those of observe, and one")]
+#[expect(clippy::too_many_arguments, reason = "those of observe")]
 pub(crate) fn observe_from(
     model: &DiffusionModel,
     scene: &PreparedScene<'_>,

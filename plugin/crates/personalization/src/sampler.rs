@@ -57,14 +57,8 @@ pub fn sample_from(
     sampled: Sampled,
     observer: &mut dyn Observer,
 ) -> Result<Tensor> {
-    let width = model.text_encoder.token_table().dim(1)?;
-    if let Some(learned) = learned
-        && learned.rows.dim(1)? != width
-    {
-        return Err(Error::ConceptWidth {
-            found: learned.rows.dim(1)?,
-            wanted: width,
-        });
+    if let Some(learned) = learned {
+        learned.check_width(model)?;
     }
     let is_known = |token: &str| model.tokenizer.id_of(token).is_some();
     let text = |prompt: &&str| {

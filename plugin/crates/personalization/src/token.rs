@@ -34,7 +34,10 @@ pub fn init_tokens(
 }
 
 /// The rows before textual inversion.
-pub(crate) fn first_rows(
+///
+/// # Errors
+/// A class word that the tokenizer does not know.
+pub fn first_rows(
     model: &DiffusionModel,
     scene: &PreparedScene<'_>,
     config: &TokenConfig,

@@ -184,6 +184,7 @@ impl Bench {
             &config,
             draws,
             &[],
+            None,
             &mut hear,
         )?;
         Ok(())

@@ -10,6 +10,8 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use stable_diffusion::weights::{TensorFile, write_tensors};
 
+pub(crate) use fits::check_evidence;
+
 use crate::attention::{AttentionSums, LayerSum};
 use crate::error::{Error, Result};
 use crate::evidence::{Affinity, Evidence, MeanAttention, Observation};
@@ -133,6 +135,36 @@ const LOOKED: &str = "looked.";
 const BEGUN: &str = "begun.";
 
 impl EmState {
+    /// With these tokens and nothing else.
+    pub(crate) fn beginning(learned: LearnedConcepts, is_inverting: bool) -> Self {
+        Self {
+            learned,
+            is_inverting,
+            masks: Vec::new(),
+            observations: Vec::new(),
+            energies: Vec::new(),
+            round: 0,
+            looked: Looked::default(),
+        }
+    }
+
+    /// What a user is told who goes on from it.
+    #[must_use]
+    pub fn going_on(&self) -> String {
+        let step = self.learned.step;
+        match &self.looked.begun {
+            Some(begun) => format!(
+                "going on after step {step}, picture {}, timestep {} of the extraction",
+                self.looked.done.len() + 1,
+                begun.n_draws
+            ),
+            None if self.is_inverting => {
+                format!("going on after step {step} of textual inversion")
+            }
+            None => format!("going on after step {step}"),
+        }
+    }
+
     /// Whether it is in an E-step.
     #[must_use]
     pub fn is_looking(&self) -> bool {

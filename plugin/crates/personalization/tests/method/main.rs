@@ -22,9 +22,9 @@ use personalization::config::{EmConfig, ExtractionConfig, JointConfig, JointScop
 use personalization::loss::{cross_attention_loss, masked_diffusion_loss};
 use personalization::{
     Checkpoint, Concept, EmOutcome, EmStart, EmState, Error, Event, JointState, Keeper,
-    LearnedConcepts, MaskMode, Picture, PreparedScene, Role, SamplePrompts, Sampled, Scene,
-    SceneMasks, ScenePicture, Silent, Size, TokenInit, checkpoint, em, init_tokens, joint_stage,
-    m_step, sample, sample_from,
+    LearnedConcepts, MaskMode, Observer, Picture, PreparedScene, Role, SamplePrompts, Sampled,
+    Scene, SceneMasks, ScenePicture, Silent, Size, TokenInit, TokenPlan, checkpoint, em,
+    first_rows, init_tokens, joint_stage, learn_tokens, m_step, observe, sample, sample_from,
 };
 use stable_diffusion::memory::Memory;
 use stable_diffusion::ops::{Backend, Precision};

@@ -205,6 +205,114 @@ fn a_run_that_was_stopped_anywhere_goes_on_with_the_same_bits() {
 }
 
 #[test]
+fn tokens_by_themselves_that_were_stopped_anywhere_go_on_with_the_same_bits() {
+    let (model, config) = (model(), short());
+    let scene = scene(&model);
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
+    let outcome = run(&model, &scene, &config);
+    let first = first_rows(&model, &prepared, &config.tokens, 7).unwrap();
+    // From their start, and from where they stand.
+    for (first, inversion_steps) in [(&first, 2), (&outcome.learned, 0)] {
+        let plan = TokenPlan {
+            first,
+            inversion_steps,
+            masks: Some(&outcome.masks),
+            steps: 3,
+        };
+        let learn = |resumed, observer: &mut dyn Observer| {
+            learn_tokens(&model, &prepared, &plan, &config.m_step, resumed, observer).unwrap()
+        };
+        let mut states = States::new();
+        let whole = learn(None, &mut |event: &Event<'_>| states.save(event));
+        assert_eq!(
+            (whole.step, states.n),
+            (first.step + 3, inversion_steps + 3 + 1)
+        );
+        for n in 0..states.n {
+            let state = EmState::load(&states.file(n), &Device::Cpu).unwrap();
+            let mut steps = Vec::new();
+            let resumed = learn(Some(state), &mut |event: &Event<'_>| {
+                if let Event::Step { step, total, .. } = *event {
+                    steps.push((step, total));
+                }
+                ControlFlow::Continue(())
+            });
+            assert_eq!(bits(&whole.rows), bits(&resumed.rows), "{n}");
+            assert_eq!(
+                bits(&whole.optimizer.m[0]),
+                bits(&resumed.optimizer.m[0]),
+                "{n}"
+            );
+            assert_eq!(steps.len(), (states.n - 1).saturating_sub(n + 1), "{n}");
+            assert!(steps.last().is_none_or(|last| *last == (3, 3)), "{steps:?}");
+        }
+        let load = || EmState::load(&states.file(states.n - 1), &Device::Cpu).unwrap();
+        let changes: [fn(&mut EmState); 6] = [
+            |state| state.learned.seed += 1,
+            |state| state.learned.step = usize::MAX,
+            |state| state.learned.optimizer.t = usize::MAX,
+            |state| state.learned.initial_rows = state.learned.rows.clone(),
+            |state| state.round = 1,
+            |state| state.energies.push(1.0),
+        ];
+        for (n, change) in changes.iter().enumerate() {
+            let mut state = load();
+            change(&mut state);
+            let (plan, m_step) = (&plan, &config.m_step);
+            let told = learn_tokens(&model, &prepared, plan, m_step, Some(state), &mut Silent);
+            assert!(matches!(told, Err(Error::StateOfOtherWork { .. })), "{n}");
+        }
+    }
+}
+
+#[test]
+fn an_extraction_by_itself_that_was_stopped_anywhere_goes_on_with_the_same_bits() {
+    let (model, config) = (model(), short());
+    let scene = scene(&model);
+    let prepared = PreparedScene::new(&model, &scene).unwrap();
+    let outcome = run(&model, &scene, &config);
+    let seen = outcome.observations.iter();
+    let earlier: Vec<_> = seen.filter_map(|seen| seen.evidence.clone()).collect();
+    let observe =
+        |learned: &LearnedConcepts, earlier: &[_], resumed, observer: &mut dyn Observer| {
+            let config = &config.extraction;
+            // More timesteps than one pass takes.
+            observe(
+                &model, &prepared, learned, config, 12, earlier, resumed, observer,
+            )
+        };
+    let mut states = States::new();
+    let mut save = |event: &Event<'_>| states.save(event);
+    let whole = observe(&outcome.learned, &earlier, None, &mut save).unwrap();
+    assert_eq!(states.n, 4, "two pictures in two passes each");
+    for n in 0..states.n {
+        let state = EmState::load(&states.file(n), &Device::Cpu).unwrap();
+        assert!(state.is_looking());
+        let resumed = observe(&outcome.learned, &earlier, Some(state), &mut Silent);
+        assert!(whole == resumed.unwrap(), "{n}");
+    }
+    let load = || EmState::load(&states.file(1), &Device::Cpu).unwrap();
+    let start = first_rows(&model, &prepared, &config.tokens, 7).unwrap();
+    let other = observe(&start, &earlier, Some(load()), &mut Silent);
+    assert!(matches!(other, Err(Error::StateOfOtherWork { .. })));
+    let mut of_one_picture = load();
+    of_one_picture.learned.concepts.pop();
+    let other = observe(
+        &outcome.learned,
+        &earlier,
+        Some(of_one_picture),
+        &mut Silent,
+    );
+    assert!(matches!(other, Err(Error::StateOfOtherWork { .. })));
+    // The pictures are of two sizes.
+    let reversed: Vec<_> = earlier.iter().rev().cloned().collect();
+    for other in [&reversed[..], &earlier[..1]] {
+        let told = observe(&outcome.learned, other, None, &mut Silent);
+        assert!(matches!(told, Err(Error::EvidenceDoesNotFit)));
+    }
+}
+
+#[test]
 fn a_state_of_other_work_is_refused() {
     let (model, config) = (model(), short());
     let scene = scene(&model);
