@@ -1,6 +1,7 @@
 """The nodes, made from the library's description, at work."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 
 import folder_paths
+import server
 from conceptloom import contract, folders
 from conceptloom.library import Library
 from conceptloom.nodes import ConceptloomError
 from conceptloom.work import work
-from conftest import BUILT, HERE, ROOT, executed, loaded
+from conftest import BUILT, HERE, ROOT, executed, graph, loaded
 
 LIST = "<a> ball\n<b> wall (background)"
 
@@ -51,7 +53,17 @@ def test_schemas_are_the_librarys_description(nodes, comfyui):
         assert names[: len(node["outputs"])] == [slot["name"] for slot in node["outputs"]]
     learner = {slot.id: slot for slot in nodes["ConceptloomEmLoop"].define_schema().inputs}
     assert learner["model"].io_type == "CONCEPTLOOM_DIFFUSION_MODEL" and learner["images"].io_type == "IMAGE"
-    assert learner["seed"].options["control_after_generate"] and learner["masks"].options["optional"]
+    assert learner["masks"].options["optional"]
+
+
+def test_what_learns_keeps_its_seed(nodes):
+    slots = {name: slot for name, node in nodes.items() for slot in node.define_schema().inputs if slot.id == "seed"}
+    # False alone keeps it in every editor; True and nothing are a new one after every run.
+    assert {name.removeprefix("Conceptloom"): slot.options.get("control_after_generate") for name, slot in slots.items()} == {
+        "EmLoop": False,
+        "ConceptTokenLearner": False,
+        "PersonalizedSampler": True,
+    }
 
 
 def test_parameters_that_name_files_are_the_librarys():
@@ -162,8 +174,12 @@ def kept(comfyui):
     return [path.name for path in (comfyui.root / "user/__conceptloom/work").iterdir()]
 
 
-@pytest.mark.parametrize("dies_at", [3, 5], ids=["in the loop", "before anything is saved"])
-def test_a_loop_that_was_killed_with_comfyui_goes_on_in_the_next_one(comfyui, tmp_path, dies_at):
+@pytest.mark.parametrize(
+    ("dies_at", "code"),
+    [(3, -9), (5, -9), (6, 1)],
+    ids=["killed in the loop", "killed before anything is saved", "stopped when nothing could be saved"],
+)
+def test_a_loop_goes_on_in_the_next_comfyui(comfyui, tmp_path, dies_at, code):
     def run(dies_at):
         # Every state is kept.
         environment = os.environ | {"CONCEPTLOOM_TESTS_PACE": "0", "CONCEPTLOOM_TESTS_TRACE": str(tmp_path / "trace")}
@@ -177,7 +193,9 @@ def test_a_loop_that_was_killed_with_comfyui_goes_on_in_the_next_one(comfyui, tm
     assert whole.returncode == 0, whole.stderr
     expected = learned()
     shutil.rmtree(comfyui.models)
-    assert run(dies_at).returncode == -9 and not learned()
+    assert run(dies_at).returncode == code and not learned()
+    # Somebody has made room.
+    shutil.rmtree(comfyui.models, ignore_errors=True)
     # ComfyUI empties this when it starts.
     shutil.rmtree(comfyui.root / "temp")
     last = run(dies_at=0)
@@ -185,31 +203,42 @@ def test_a_loop_that_was_killed_with_comfyui_goes_on_in_the_next_one(comfyui, tm
     assert learned() == expected and not kept(comfyui)
 
 
+class Result:
+    pass
+
+
+def done(step, n_results=2):
+    """What was there before, and results."""
+    with work("mine") as own:
+        path = pathlib.Path(own.folder, "state")
+        before = path.read_text() if path.exists() else None
+        path.write_text(step)
+        results = [Result() for _ in range(n_results)]
+        own.keep_for([1, "text", *results])
+        return before, results
+
+
+def done_in_a_graph(step, n_results=2):
+    with graph():
+        return done(step, n_results)
+
+
 def test_work_is_kept_until_its_results_are_gone(comfyui):
-    class Result:
-        pass
-
-    def done(step, n_results=2):
-        with work("mine") as own:
-            path = pathlib.Path(own.folder, "state")
-            before = path.read_text() if path.exists() else None
-            path.write_text(step)
-            results = [Result() for _ in range(n_results)]
-            own.keep_for([1, "text", *results])
-            return before, results
-
-    before, first = done("1")
+    before, first = done_in_a_graph("1")
     assert before is None and sorted(kept(comfyui)) == ["mine", "mine.lock"]
     # The same again goes on; results of before have no say any more.
-    before, second = done("2")
+    before, second = done_in_a_graph("2")
     assert before == "1"
     del first
     second.pop()
     assert sorted(kept(comfyui)) == ["mine", "mine.lock"]
     del second
     assert not kept(comfyui)
-    before, _ = done("3", n_results=0)
-    assert before is None and not kept(comfyui)
+    # They may be gone before their graph has ended.
+    before, _ = done_in_a_graph("3", n_results=0)
+    assert before is None and sorted(kept(comfyui)) == ["mine", "mine.lock"]
+    with work("other"):
+        assert sorted(kept(comfyui)) == ["other", "other.lock"]
     with work("empty") as own:
         result = Result()
         own.keep_for([result])
@@ -220,20 +249,62 @@ def test_work_is_kept_until_its_results_are_gone(comfyui):
         own.keep_for([result])
 
 
+def test_work_of_a_graph_that_did_not_end_well_is_kept(comfyui):
+    history = server.PromptServer.instance.prompt_queue.history
+
+    def of_a_later_node_that_fails():
+        with graph():
+            results = done("1")
+            raise ZeroDivisionError
+
+    def of_a_later_graph_that_fails():
+        _, results = done_in_a_graph("1")
+        with graph(), work("saves", results):
+            raise ZeroDivisionError
+
+    def of_a_graph_that_is_in_no_history_any_more():
+        results = done_in_a_graph("1")
+        history.clear()
+
+    for of_what in [
+        of_a_later_node_that_fails,
+        of_a_later_graph_that_fails,
+        of_a_graph_that_is_in_no_history_any_more,
+        lambda: done("1"),
+    ]:
+        with contextlib.suppress(ZeroDivisionError):
+            of_what()
+        assert "mine" in kept(comfyui), of_what
+        # Nobody has it: the next one goes on, and what ends well goes.
+        with work("other"):
+            assert "mine.lock" not in kept(comfyui), of_what
+        before, results = done_in_a_graph("2")
+        assert before == "1"
+        del results
+        assert "mine" not in kept(comfyui), of_what
+
+
 def test_work_of_a_fortnight_ago_and_of_another_process(comfyui):
     with work("old"), contextlib.suppress(ZeroDivisionError), work("older"):
         raise ZeroDivisionError
     root = comfyui.root / "user/__conceptloom/work"
     assert kept(comfyui) == ["older"]
     (root / "lost.lock").write_text("")
+    # A state of today, beside the lock of a process that was killed long ago or in a folder of that time.
+    (root / "of today").mkdir()
+    (root / "of today.lock").write_text("")
+    (root / "with today's").mkdir()
+    (root / "with today's/state").write_text("")
     with work("mine") as mine:
-        for name in ("older", "lost.lock", "mine"):
+        for name in ("older", "lost.lock", "mine", "of today.lock", "with today's"):
             os.utime(root / name, (0, 0))
         # As another process would find it: what is old goes, but for what somebody is at.
         with work("mine") as other:
             assert pathlib.Path(mine.folder) == root / "mine" and pathlib.Path(other.folder).parent != root
-        assert sorted(kept(comfyui)) == ["mine", "mine.lock"]
-    assert not kept(comfyui)
+        assert sorted(kept(comfyui)) == ["mine", "mine.lock", "of today", "of today.lock", "with today's"]
+    with work("of today"):
+        assert (root / "of today.lock").stat().st_mtime > 0, "who goes on with it renews its time"
+    assert kept(comfyui) == ["with today's"]
     # Where the claim cannot be made, work is done elsewhere.
     (root / "mine.lock").mkdir()
     with work("mine") as elsewhere:
@@ -310,11 +381,68 @@ def test_a_whole_network_stays_a_folder(nodes, comfyui):
     concepts, tuned, *_ = executed(
         nodes["ConceptloomEmLoop"], model=model, images=images, masks=masks, concept_list=LIST, **loop
     ).args
-    for name in ("mine", "mine-2"):
-        executed(nodes["ConceptloomSaveConcepts"], concepts=concepts, model=tuned, filename_prefix="mine/")
-        assert (comfyui.root / "output" / name / "unet/config.json").is_file()
-    assert "mine" in folders.NAMED["LoadTunedModel", "path"].options()
-    executed(nodes["ConceptloomLoadTunedModel"], model=model, path="mine-2")
+    before = set(comfyui.root.iterdir())
+    places = {"mine/": ("mine", "mine-2"), "v1.5/": ("v1.5", "v1.5-2"), "": ("", "unet-2", "unet-3")}
+    for prefix, names in places.items():
+        for name in names:
+            saved = executed(nodes["ConceptloomSaveConcepts"], concepts=concepts, model=tuned, filename_prefix=prefix)
+            assert (comfyui.root / "output" / name / "unet/config.json").is_file()
+            line = "/".join(filter(None, ["output", name, "unet"]))
+            assert line in saved.ui["text"][0].splitlines()
+    assert set(comfyui.root.iterdir()) == before, "nothing is put beside the output folder"
+    listed = folders.NAMED["LoadTunedModel", "path"].options()
+    assert listed == ["mine", "mine-2", "unet", "unet-2", "unet-3", "v1.5", "v1.5-2"]
+    for path in ("mine-2", "unet", "unet-3"):
+        executed(nodes["ConceptloomLoadTunedModel"], model=model, path=path)
+
+
+def test_a_token_with_lora_in_its_name_is_no_lora(nodes, comfyui):
+    _, result = learned(nodes, concept_list="<flora> ball\n<b> wall")
+    saved = executed(
+        nodes["ConceptloomSaveConcepts"], concepts=result.args[0], format="diffusers", filename_prefix="mine/"
+    )
+    assert saved.args[0] == ["embedding:mine/flora", "embedding:mine/b"]
+    assert not folder_paths.get_filename_list("loras")
+
+
+def test_what_comes_from_another_file_system_is_whole_and_on_the_disk(nodes, comfyui, monkeypatch):
+    _, result = learned(nodes)
+    rename, link, fsync = os.rename, os.link, os.fsync
+    on_disk, placed = set(), []
+
+    def renamed(source, target):
+        if "temp" in pathlib.Path(source).relative_to(comfyui.root).parts:
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(source))
+        rename(source, target)
+
+    def synced(file):
+        fsync(file)
+        on_disk.add(os.fstat(file).st_ino)
+
+    def linked(source, target):
+        # A kill now leaves nothing that ComfyUI lists.
+        assert folder_paths.get_filename_list("embeddings") == placed
+        assert os.stat(source).st_ino in on_disk
+        link(source, target)
+        placed.append(str(target.relative_to(embeddings)))
+        # Its name is not yet.
+        on_disk.discard(os.stat(target.parent).st_ino)
+
+    embeddings = pathlib.Path(folder_paths.get_folder_paths("embeddings")[0])
+    unfinished = embeddings / "mine/.conceptloom-1.tmp"
+    of_today, of_others = embeddings / "mine/.conceptloom-2.tmp", embeddings / "mine/.other.tmp"
+    unfinished.mkdir(parents=True)
+    for path in (unfinished / "unet", of_today, of_others):
+        path.write_text("")
+    for path in (unfinished, of_others):
+        os.utime(path, (0, 0))
+    for name, function in {"rename": renamed, "link": linked, "fsync": synced}.items():
+        monkeypatch.setattr(os, name, function)
+    saved = executed(nodes["ConceptloomSaveConcepts"], concepts=result.args[0], filename_prefix="mine/")
+    assert saved.args[0] == ["embedding:mine/a", "embedding:mine/b"]
+    assert os.stat(embeddings / "mine").st_ino in on_disk
+    names = {path.name for path in (embeddings / "mine").iterdir()}
+    assert names == {"a.safetensors", "b.safetensors", of_today.name, of_others.name}
 
 
 def test_errors_are_one_sentence(nodes, comfyui):
@@ -339,11 +467,16 @@ def test_a_checkpoint_without_a_vocabulary_gets_comfyuis(nodes, comfyui, monkeyp
     (tmp_path / "sd1_tokenizer/vocab.json").write_text("{}")
     checkpoint = pathlib.Path(folder_paths.get_folder_paths("checkpoints")[0]) / "x.safetensors"
     checkpoint.write_bytes(b"nothing")
+    (checkpoint.parent / "scheduler").mkdir()
+    for name in ("scheduler_config.json", "scheduler/scheduler_config.json"):
+        (checkpoint.parent / name).write_text(name)
     load = nodes["ConceptloomLoadDiffusionModel"]
     assert "x.safetensors" in {slot.id: slot for slot in load.define_schema().inputs}["checkpoint"].options["options"]
     for _ in range(2):
         linked = pathlib.Path(folders.resolved("LoadDiffusionModel", {"checkpoint": "x.safetensors"})["checkpoint"])
         assert linked.resolve() == checkpoint and (linked.parent / "tokenizer/vocab.json").is_file()
+        for name in ("scheduler_config.json", "scheduler/scheduler_config.json"):
+            assert (linked.parent / name).read_text() == name
     with pytest.raises(ConceptloomError) as told:
         executed(load, checkpoint="x.safetensors")
     assert str(checkpoint) in str(told.value) and str(linked.parent) not in str(told.value)

@@ -9,8 +9,18 @@ import pathlib
 import shutil
 import struct
 import tempfile
+import time
+import uuid
 
 import folder_paths
+
+# Ends of the names of a LoRA's tensors, as the library writes them.
+_OF_LORA = (".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight")
+
+# What is not in its place yet is called so: no list of ComfyUI's has files that end so.
+_UNFINISHED = (".conceptloom-", ".tmp")
+# Nobody is at it any more after so many seconds, a day.
+_LEFT = 24 * 3600
 
 
 def _files(kind):
@@ -27,7 +37,9 @@ def _diffusers():
 def _tuned():
     root = pathlib.Path(folder_paths.get_output_directory())
     found = [path.parent.parent for path in root.glob("*/unet/config.json")]
-    return sorted(str(path.relative_to(root)) for path in found)
+    # Saved without a folder's name.
+    found += [path.parent for path in root.glob("unet/config.json")]
+    return sorted({str(path.relative_to(root)) for path in found})
 
 
 # Folders that checkpoints are linked in, and where they are.
@@ -52,7 +64,7 @@ def _below(kind, name):
 
 
 def _beside_tokenizer(checkpoint):
-    """The checkpoint, linked beside ComfyUI's own vocabulary of CLIP if nothing is beside it: the file holds none."""
+    """The checkpoint, linked beside ComfyUI's own vocabulary of CLIP if none is beside it: the file holds none."""
     folder = os.path.dirname(checkpoint)
     if any(os.path.exists(os.path.join(folder, name)) for name in ("tokenizer", "tokenizer.json", "vocab.json")):
         return checkpoint
@@ -65,7 +77,10 @@ def _beside_tokenizer(checkpoint):
     key = hashlib.blake2b(f"{checkpoint} {stat.st_mtime_ns} {stat.st_size}".encode(), digest_size=8).hexdigest()
     linked = os.path.join(own("checkpoints"), key)
     os.makedirs(linked, exist_ok=True)
-    for source, name in ((checkpoint, os.path.basename(checkpoint)), (vocabulary, "tokenizer")):
+    # Whatever else the library reads beside it; a link that leads nowhere is nothing.
+    beside = [os.path.basename(checkpoint), "scheduler_config.json", "scheduler"]
+    links = {name: os.path.join(folder, name) for name in beside} | {"tokenizer": vocabulary}
+    for name, source in links.items():
         with contextlib.suppress(FileExistsError):
             os.symlink(source, os.path.join(linked, name))
     _linked[linked] = folder
@@ -170,10 +185,7 @@ def put_in_place(files, folder):
                 placed.append(_put_in_place(path, path.relative_to(folder), saved))
     except BaseException:
         for place in placed:
-            if place.is_dir():
-                shutil.rmtree(place, ignore_errors=True)
-            else:
-                place.unlink(missing_ok=True)
+            _remove(place)
         raise
     return saved
 
@@ -183,16 +195,17 @@ def _put_in_place(path, inside, saved):
     output = pathlib.Path(folder_paths.get_output_directory())
     if (path.parent / "config.json").exists():
         # A whole network: all of its folder at once, as the library names it.
-        place = _moved_folder(path.parent, output / inside.parent.parent, inside.parent.name)
+        stem, leaf = inside.parent.parent, inside.parent.name
+        place = _moved(path.parent, (folder / leaf for folder in _folders(output, stem, leaf)), output / stem.parent)
         saved.others.append(place.relative_to(output).as_posix())
         return place
     if path.suffix != ".safetensors":
-        place = _moved(path, output / inside)
+        place = _moved_file(path, output / inside)
         saved.others.append(place.relative_to(output).as_posix())
         return place
     kind = "loras" if _is_lora(path) else "embeddings"
     root = pathlib.Path(folder_paths.get_folder_paths(kind)[0])
-    place = _moved(path, root / inside)
+    place = _moved_file(path, root / inside)
     name = place.relative_to(root)
     if kind == "loras":
         # As the list of LoraLoader has it.
@@ -206,13 +219,18 @@ def _is_lora(path):
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         names = json.loads(file.read(length))
-    return any("lora" in name for name in names if name != "__metadata__")
+    return any(name.endswith(_OF_LORA) for name in names)
 
 
-def _numbered(path):
-    yield path
-    for n in itertools.count(2):
-        yield path.with_name(f"{path.stem}-{n}{path.suffix}")
+def _numbered(path, ending=""):
+    """The path, and then with -2, -3, … before the ending of its name."""
+    stem = path.name.removesuffix(ending)
+    return itertools.chain([path], (path.with_name(f"{stem}-{n}{ending}") for n in itertools.count(2)))
+
+
+def _folders(output, stem, leaf):
+    """Where a `leaf` may go: concepts, concepts-2, …; without a name the output folder itself, and then unet-2, … in it."""
+    return itertools.chain([output / stem], itertools.islice(_numbered(output / (stem if stem.name else leaf)), 1, None))
 
 
 @contextlib.contextmanager
@@ -224,30 +242,70 @@ def _told_of(place):
         raise OSError(error.errno, error.strerror or str(error), str(place)) from error
 
 
-def _moved(source, target):
-    """The name that it got; a taken one gets a number."""
-    with _told_of(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as near:
-            # On the file system of its place, where a name is taken or not, and never half a file.
-            near = pathlib.Path(shutil.move(source, near))
-            for name in _numbered(target):
-                try:
-                    os.link(near, name)
-                except FileExistsError:
+def _moved_file(source, target):
+    return _moved(source, _numbered(target, target.suffix), target.parent)
+
+
+def _moved(source, names, folder):
+    """By way of this folder, under the first of these names that nobody has: whole and on the disk, or not at all."""
+    first = next(names)
+    with _told_of(first), _unfinished(source, folder) as near:
+        for name in itertools.chain([first], names):
+            name.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(near, name)
+            except FileExistsError:
+                continue
+            except OSError:  # A folder, or no hard links here.
+                if name.exists():
                     continue
-                except OSError:  # No hard links here.
-                    if name.exists():
-                        continue
-                    os.rename(near, name)
-                return name
+                os.rename(near, name)
+            _sync_names(name.parent)
+            return name
 
 
-def _moved_folder(source, parent, leaf):
-    with _told_of(parent / leaf):
-        for place in _numbered(parent):
-            if not (place / leaf).exists():
-                place.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=place, prefix=".") as near:
-                    os.rename(shutil.move(source, near), place / leaf)
-                return place / leaf
+@contextlib.contextmanager
+def _unfinished(source, folder):
+    """`source`, moved into this folder: on the disk, and under no name that anybody looks for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start, end = _UNFINISHED
+    for left in folder.glob(f"{start}*{end}"):
+        # What a dead ComfyUI left; another one may be at its own.
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _LEFT:
+                _remove(left)
+    near = folder / f"{start}{uuid.uuid4().hex}{end}"
+    try:
+        shutil.move(source, near)
+        _sync(near)
+        yield near
+    finally:
+        _remove(near)
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path):
+    """Waits until a file, or a folder with all that is in it, is on the disk."""
+    if path.is_dir():
+        for inside in path.iterdir():
+            _sync(inside)
+        _sync_names(path)
+    else:
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _sync_names(folder):
+    """Waits until the names in a folder are on the disk, where the system can do that."""
+    with contextlib.suppress(OSError):
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)

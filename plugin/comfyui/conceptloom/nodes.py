@@ -127,7 +127,10 @@ def schema(described):
         _socket_type(socket["port"]).Input(socket["name"], optional=socket["optional"], tooltip=socket["tooltip"])
         for socket in described["inputs"]
     ]
-    inputs += [_widget(class_name, widget) for widget in described["widgets"]]
+    # Pictures are wanted anew. What is learned goes on after a cancel with the same seed only, and an editor that offers to change
+    # it does so from the first run on; newer ones than 1.27 can be told otherwise, that one cannot. So there it is not offered.
+    paints = all(socket["port"] in STOCK for socket in described["outputs"])
+    inputs += [_widget(class_name, widget, changes_seed=paints) for widget in described["widgets"]]
     # ComfyUI wants ids of inputs and outputs to differ; names may be the same.
     outputs = [
         _socket_type(socket["port"]).Output(
@@ -166,14 +169,15 @@ def _socket_type(port):
     return STOCK.get(port) or io.Custom(f"{PREFIX.upper()}_{port}")
 
 
-def _widget(class_name, widget):
+def _widget(class_name, widget, changes_seed):
     name, kind = widget["name"], widget["kind"]
     shown = {"tooltip": widget["tooltip"], "default": kind["default"]}
     named = folders.NAMED.get((class_name, name))
     if isinstance(named, folders.Choice):
         return io.Combo.Input(name, options=[kind["default"], *named.options()], **shown)
     if kind["type"] == "integer":
-        seed = {"control_after_generate": True} if kind["seed"] else {}
+        # Said in any case: where nothing is said, what is called seed is changed.
+        seed = {"control_after_generate": changes_seed} if kind["seed"] else {}
         return io.Int.Input(name, min=kind["min"], max=kind["max"], **seed, **shown)
     if kind["type"] == "float":
         return io.Float.Input(name, min=kind["min"], max=kind["max"], step=kind["step"], round=False, **shown)
@@ -201,7 +205,7 @@ def _run(library, described, parameters, values, hidden):
     inputs = {socket["name"]: values.get(socket["name"]) for socket in described["inputs"]}
     inputs = {name: value for name, value in inputs.items() if value is not None}
     key = _key(library, described["class"], parameters, inputs)
-    with work(key) as own, folders.staging() as staged:
+    with work(key, inputs.values()) as own, folders.staging() as staged:
         output_dir = staged if described["output_node"] else folder_paths.get_output_directory()
         services = Services(hidden.unique_id, output_dir, own.folder, _metadata(hidden))
         outputs = _run_twice(library, described["class"], inputs, parameters, services)

@@ -10,6 +10,8 @@ import tempfile
 import time
 import weakref
 
+from comfy_execution.utils import get_executing_context
+
 from . import folders
 
 try:
@@ -20,7 +22,7 @@ except ImportError:  # Not Unix.
 # What nobody went on with for this long is not kept: a fortnight, in seconds.
 KEPT = 14 * 24 * 3600
 
-# Work that is done, by folder, for as long as its results are there: its claim, and what removes it when they go.
+# Work that is done and may be needed yet, by folder.
 _done = {}
 
 
@@ -39,6 +41,8 @@ class _Claim:
                 raise
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._file), os.stat(self._lock)):
+                    # A killed process's lock is as old as that.
+                    os.utime(self._file)
                     break
             # Whoever had it has removed the file.
             os.close(self._file)
@@ -60,38 +64,67 @@ class _Claim:
 class _Holder:
     """Part of results: it is gone when they are."""
 
+    def __init__(self):
+        # The graphs that made or took them, by ComfyUI's ids.
+        self.prompts = {_prompt()}
+
 
 class Work:
     """One run of a node."""
 
     def __init__(self, folder):
         self.folder = folder
-        self._holder = lambda: None
+        self._holder = _Holder()
 
     def keep_for(self, results):
         """Until these results are gone nobody may have saved them: the same run again is short as long as the folder is there."""
-        holder = _Holder()
         for result in results:
             # Numbers and texts take nothing.
             with contextlib.suppress(AttributeError, TypeError):
-                result.conceptloom_work = holder
-        self._holder = weakref.ref(holder)
+                result.conceptloom_work = self._holder
 
     def end(self, claim):
         """Without an exception."""
-        holder = self._holder()
-        if holder is None or _is_empty(claim.folder):
+        if _is_empty(claim.folder):
             claim.remove()
-            return
-        removal = weakref.finalize(holder, _remove_done, claim)
+        else:
+            _done[claim.folder] = _Done(claim, self._holder)
+
+
+class _Done:
+    """Work that is done, until its results are gone and the graphs that had them have ended."""
+
+    def __init__(self, claim, holder):
+        self.claim, self._prompts = claim, holder.prompts
+        self.results = weakref.finalize(holder, self.settle)
         # At the end of ComfyUI all results go, saved or not.
-        removal.atexit = False
-        _done[claim.folder] = claim, removal
+        self.results.atexit = False
+
+    def settle(self):
+        """Removes it where all those graphs ended well, and put the results in their places; else it stays, as of a failed run."""
+        queue = _queue()
+        # What still runs may fail.
+        if queue is None or self._prompts & {prompt for _, prompt, *_ in list(queue.currently_running.values())}:
+            return
+        if _done.pop(self.claim.folder, None) is not self:
+            return
+        if all(_ended_well(queue, prompt) for prompt in self._prompts):
+            self.claim.remove()
+        else:
+            self.claim.give_back()
 
 
 @contextlib.contextmanager
-def work(key):
+def work(key, inputs=()):
     """A folder that stays if what is done in it ends with an exception, or with ComfyUI: the same key goes on there."""
+    for value in inputs:
+        # Who fails with them may want them again.
+        if holder := getattr(value, "conceptloom_work", None):
+            holder.prompts.add(_prompt())
+    for done in list(_done.values()):
+        # Its results may have been gone before their graph had ended.
+        if not done.results.alive:
+            done.settle()
     root = folders.own_for_good("work")
     _forget_what_is_old(root)
     try:
@@ -118,25 +151,40 @@ def _is_empty(folder):
 
 
 def _done_before(folder):
-    """The claim of the same work, if its results are there still; they remove nothing any more when they go."""
-    claim, removal = _done.pop(folder, (None, None))
-    return claim if removal and removal.detach() else None
+    """The claim of the same work, if it is still this process's; its results remove nothing any more when they go."""
+    done = _done.pop(folder, None)
+    if done:
+        done.results.detach()
+    return done and done.claim
 
 
-def _remove_done(claim):
-    _done.pop(claim.folder, None)
-    claim.remove()
+def _queue():
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    return getattr(getattr(server, "instance", None), "prompt_queue", None)
+
+
+def _prompt():
+    """The graph that runs, where ComfyUI says which."""
+    context = get_executing_context()
+    return context and context.prompt_id
+
+
+def _ended_well(queue, prompt):
+    """Whether every node of a graph is done; of what is in no history any more that is not known."""
+    status = queue.history.get(prompt, {}).get("status")
+    return bool(status) and status["completed"]
 
 
 def _forget_what_is_old(root):
-    old = set()
-    with os.scandir(root) as entries:
-        for entry in entries:
+    newest = {}
+    for name in os.listdir(root):
+        key, path = name.removesuffix(".lock"), os.path.join(root, name)
+        files = (os.path.join(folder, file) for folder, _, files in os.walk(path) for file in files)
+        for one in (path, *files):
             # Another process may be done with it now.
             with contextlib.suppress(FileNotFoundError):
-                if time.time() - entry.stat().st_mtime > KEPT:
-                    old.add(entry.name.removesuffix(".lock"))
-    for key in old:
+                newest[key] = max(newest.get(key, 0), os.stat(one).st_mtime)
+    for key in (key for key, changed in newest.items() if time.time() - changed > KEPT):
         # Somebody may be at it.
         with contextlib.suppress(OSError):
             _Claim(root, key).remove()
@@ -145,10 +193,8 @@ def _forget_what_is_old(root):
 @atexit.register
 def _end():
     """What was not interrupted is where its graph put it."""
-    server = getattr(sys.modules.get("server"), "PromptServer", None)
-    queue = getattr(getattr(server, "instance", None), "prompt_queue", None)
+    queue = _queue()
     if queue is None or queue.currently_running:
         return
-    for folder in list(_done):
-        if claim := _done_before(folder):
-            claim.remove()
+    for done in list(_done.values()):
+        done.settle()

@@ -4,6 +4,9 @@ import pathlib
 
 ROOT = pathlib.Path()
 
+# Ends of the names that lists of models have.
+EXTENSIONS = {".ckpt", ".pt", ".pt2", ".bin", ".pth", ".safetensors", ".pkl", ".sft"}
+
 
 def _folder(*parts):
     folder = ROOT.joinpath(*parts)
@@ -29,7 +32,7 @@ def get_folder_paths(kind):
 
 def get_filename_list(kind):
     root = pathlib.Path(_folder("models", kind))
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.suffix in EXTENSIONS and path.is_file())
 
 
 def get_full_path(kind, name):

@@ -4,4 +4,4 @@ import types
 
 
 class PromptServer:
-    instance = types.SimpleNamespace(prompt_queue=types.SimpleNamespace(currently_running={}))
+    instance = types.SimpleNamespace(prompt_queue=types.SimpleNamespace(currently_running={}, history={}))
