@@ -78,6 +78,10 @@ impl Root {
     pub(crate) fn place(&self, name: &str) -> Result<PathBuf, PathError> {
         let path = self.0.join(relative(name)?);
         let outside = || PathError::Outside(name.to_owned());
+        if name.split('/').any(durable_files::is_torn) {
+            // The next start would take it for one that a dead process was writing.
+            return Err(PathError::NotRelative(name.to_owned()));
+        }
         if path.is_symlink() {
             return Err(outside());
         }

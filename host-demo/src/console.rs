@@ -11,6 +11,8 @@ use crate::clock;
 
 /// Lines that are remembered, for clients of the server that ask.
 const REMEMBERED: usize = 300;
+/// Characters of one that are.
+const LONGEST: usize = 4096;
 
 /// The last lines on standard error, with their moments.
 static LAST: Mutex<VecDeque<(String, String)>> = Mutex::new(VecDeque::new());
@@ -23,7 +25,8 @@ pub(crate) fn complain(line: &str) {
     if last.len() == REMEMBERED {
         last.pop_front();
     }
-    last.push_back((clock::iso(Timestamp::now()), line.to_owned()));
+    let line: String = line.chars().take(LONGEST).collect();
+    last.push_back((clock::iso(Timestamp::now()), line));
 }
 
 /// Says where plugins compute.

@@ -7,6 +7,7 @@ use plugin_api::{OutputSocket, Progress, Value};
 use serde::{Deserialize, Serialize};
 
 use crate::cache::Signature;
+use crate::graph::{GraphNode, NodeId};
 use crate::pictures::RgbPicture;
 
 /// A node as observers name it.
@@ -15,6 +16,16 @@ pub(crate) struct NodeLabel {
     pub(crate) id: String,
     pub(crate) class: String,
     pub(crate) title: String,
+}
+
+impl NodeLabel {
+    pub(crate) fn of(id: &NodeId, node: &GraphNode) -> Self {
+        Self {
+            id: id.to_string(),
+            class: node.class.clone(),
+            title: node.title.clone(),
+        }
+    }
 }
 
 /// Something that happened to a node.

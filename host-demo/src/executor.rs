@@ -132,11 +132,7 @@ impl<'a> Worker<'a> {
         cache.begin_run();
         for (index, id) in self.job.plan.iter().enumerate() {
             let node = &self.job.graph.nodes[id];
-            let label = NodeLabel {
-                id: id.to_string(),
-                class: node.class.clone(),
-                title: node.title.clone(),
-            };
+            let label = NodeLabel::of(id, node);
             let outputs = match self.run_node(index, id, node, &label, cache) {
                 Ok(outputs) => outputs,
                 Err(error) => return Err(self.ended(label, error)),

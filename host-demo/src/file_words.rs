@@ -14,6 +14,8 @@ use serde_json::{Map, Value};
 
 use crate::graph::{Graph, GraphNode, Input};
 
+/// Bytes of the longest name that any system has.
+const LONGEST: usize = 4096;
 /// The parameter that names files.
 const PARAMETER: &str = "filename_prefix";
 
@@ -42,11 +44,12 @@ fn replaced(name: &str, meaning: impl Fn(&str) -> Option<String>) -> String {
         text.push_str(before);
         let word = behind.split_once('%');
         match word.and_then(|(word, rest)| Some((meaning(word)?, rest))) {
-            Some((value, behind)) => {
+            // Longer than any system's names: a word may stand for a whole text.
+            Some((value, behind)) if text.len() + value.len() <= LONGEST => {
                 text.push_str(&value);
                 rest = behind;
             }
-            None => {
+            _ => {
                 text.push('%');
                 rest = behind;
             }

@@ -15,7 +15,7 @@ pub(crate) fn class(descriptor: &NodeDescriptor, pack: &str) -> Value {
     };
     let (mut required, optional) = (entries(false), entries(true));
     let widgets = descriptor.widgets.iter();
-    required.extend(widgets.map(|one| (one.name.clone(), widget(one))));
+    required.extend(widgets.map(|one| (one.name.clone(), widget(one, paints(descriptor)))));
     let names = |map: &Map<String, Value>| map.keys().cloned().collect::<Vec<_>>();
     let outputs = |field: fn(&OutputSocket) -> &String| {
         descriptor.outputs.iter().map(field).collect::<Vec<_>>()
@@ -44,15 +44,23 @@ pub(crate) fn class(descriptor: &NodeDescriptor, pack: &str) -> Value {
 pub(crate) fn input(descriptor: &NodeDescriptor, name: &str) -> Option<Value> {
     let of_socket = descriptor.inputs.iter().find(|input| input.name == name);
     let of_widget = || descriptor.widgets.iter().find(|input| input.name == name);
-    of_socket.map(socket).or_else(|| of_widget().map(widget))
+    let of_widget = || of_widget().map(|one| widget(one, paints(descriptor)));
+    of_socket.map(socket).or_else(of_widget)
+}
+
+/// Whether a node gives pictures and nothing that was learned.
+fn paints(descriptor: &NodeDescriptor) -> bool {
+    let mut outputs = descriptor.outputs.iter();
+    outputs.all(|output| ["IMAGE", "MASK"].contains(&output.port.as_str()))
 }
 
 fn socket(socket: &InputSocket) -> Value {
     json!([socket.port, {"tooltip": socket.tooltip}])
 }
 
-/// `[type, options]`.
-fn widget(widget: &Widget) -> Value {
+/// `[type, options]`. Pictures are wanted anew after every run: `changes_seed`. What is learned goes on after a stop with the same
+/// seed only, so that no editor is to change it by itself.
+fn widget(widget: &Widget, changes_seed: bool) -> Value {
     let (kind, mut options) = match &widget.kind {
         WidgetKind::Integer {
             default,
@@ -62,7 +70,8 @@ fn widget(widget: &Widget) -> Value {
         } => {
             let mut options = json!({"default": default, "min": min, "max": max, "step": 1});
             if *seed {
-                options["control_after_generate"] = json!(true);
+                // Where nothing is said, editors change what is called seed.
+                options["control_after_generate"] = json!(changes_seed);
             }
             ("INT", options)
         }

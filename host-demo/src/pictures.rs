@@ -104,6 +104,14 @@ impl LoadedPicture {
         limits.max_alloc = Some(MAX_BYTES);
         reader.limits(limits);
         let mut decoder = reader.into_decoder().map_err(unreadable)?;
+        // The decoder of a format asks for itself at most.
+        if decoder.total_bytes() > MAX_BYTES {
+            return Err(refuse(format!(
+                "takes {} MiB, at most {} are read; scale it down, or save it with 8 bits",
+                decoder.total_bytes() >> 20,
+                MAX_BYTES >> 20
+            )));
+        }
         // Cameras turn the sensor's picture by a note in the file.
         let orientation = decoder.orientation().map_err(unreadable)?;
         let mut picture = DynamicImage::from_decoder(decoder).map_err(unreadable)?;
@@ -443,5 +451,18 @@ mod tests {
             heat(2, 1, &[0.0, 1.0]).pixels[..3],
             heat(2, 1, &[0.0, 1.0]).pixels[3..]
         );
+    }
+
+    #[test]
+    fn a_picture_of_too_many_bytes_is_refused_before_it_is_read() {
+        let mut bytes = Vec::new();
+        let mut encoder = png::Encoder::new(&mut bytes, MAX_SIDE, MAX_SIDE);
+        encoder.set_color(png::ColorType::Rgba);
+        encoder.set_depth(png::BitDepth::Sixteen);
+        let mut writer = encoder.write_header().unwrap();
+        writer.write_chunk(png::chunk::IDAT, &[]).unwrap();
+        drop(writer);
+        let error = LoadedPicture::decode("a.png", &bytes).err().unwrap();
+        assert!(error.message.contains("takes 512 MiB, at most"), "{error}");
     }
 }

@@ -38,6 +38,9 @@ pub(crate) fn encode(
     Ok(bytes)
 }
 
+/// Bytes that a packed text may unfold to.
+const MAX_TEXT: usize = 16 << 20;
+
 /// The workflow inside of a PNG file: the editor's document, else its API form. Of another format, or without either,
 /// `None`.
 pub(crate) fn workflow(png: &[u8]) -> Option<String> {
@@ -55,11 +58,19 @@ pub(crate) fn workflow(png: &[u8]) -> Option<String> {
             .chain(
                 packed
                     .filter(|chunk| chunk.keyword == keyword)
-                    .filter_map(|chunk| chunk.get_text().ok()),
+                    .filter_map(|chunk| {
+                        let mut chunk = chunk.clone();
+                        chunk.decompress_text_with_limit(MAX_TEXT).ok()?;
+                        chunk.get_text().ok()
+                    }),
             )
             .chain(
                 utf8.filter(|chunk| chunk.keyword == keyword)
-                    .filter_map(|chunk| chunk.get_text().ok()),
+                    .filter_map(|chunk| {
+                        let mut chunk = chunk.clone();
+                        chunk.decompress_text_with_limit(MAX_TEXT).ok()?;
+                        chunk.get_text().ok()
+                    }),
             )
             .next()
     };
@@ -120,6 +131,29 @@ mod tests {
         assert_eq!(
             serde_json::from_str::<Value>(&chunks[1].text).unwrap(),
             workflow
+        );
+    }
+
+    #[test]
+    fn packed_text_unfolds_to_a_bound() {
+        let png = |n: usize| {
+            let mut bytes = Vec::new();
+            let mut encoder = png::Encoder::new(&mut bytes, 1, 1);
+            let text = "7".repeat(n);
+            encoder
+                .add_ztxt_chunk("workflow".to_owned(), text.clone())
+                .unwrap();
+            encoder.add_itxt_chunk("prompt".to_owned(), text).unwrap();
+            let mut writer = encoder.write_header().unwrap();
+            writer.write_image_data(&[0]).unwrap();
+            writer.finish().unwrap();
+            bytes
+        };
+        assert_eq!(super::workflow(&png(100)).unwrap().len(), 100);
+        let read = super::workflow(&png(MAX_TEXT + 1));
+        assert!(
+            read.is_none_or(|text| text.len() > MAX_TEXT),
+            "only as it stands in the file"
         );
     }
 }

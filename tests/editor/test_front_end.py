@@ -183,6 +183,17 @@ def test_it_starts_without_a_murmur_and_with_the_demo_wired(editor):
 
 
 @both
+def test_a_setting_is_there_after_the_page_is_opened_again(editor):
+    editor.open()
+    editor.page.evaluate("app.api.storeSetting('Comfy.LinkRenderMode', 1)")
+    wait_until(lambda: editor.server.get("/settings").json.get("Comfy.LinkRenderMode") == 1)
+    editor.page.evaluate("app.api.storeSettings({'Comfy.Graph.CanvasInfo': false})")
+    wait_until(lambda: editor.server.get("/settings").json.get("Comfy.Graph.CanvasInfo") is False)
+    editor.open()
+    assert editor.page.evaluate("app.ui.settings.getSettingValue('Comfy.LinkRenderMode')") == 1
+
+
+@both
 def test_a_run_shows_progress_pictures_and_text(editor):
     editor.open()
     few_steps(editor)

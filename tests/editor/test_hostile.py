@@ -173,6 +173,53 @@ def test_huge_and_deep_graphs_are_refused(server):
     assert refused(reply, 400) and "cycle" in reply.body.decode()
 
 
+def test_what_is_nested_too_deep_to_be_kept_is_refused(server):
+    nested = lambda n: json.loads("[" * n + "]" * n)
+    refused(server.post("/settings", {"x": nested(120)}), 400)
+    refused(server.post("/api/settings/x", nested(120)), 400)
+    reply = server.post("/prompt", {"prompt": quick(), "extra_data": {"x": nested(100)}})
+    assert refused(reply, 400) and "nested more than" in reply.json["error"]["message"]
+    kept = server.post("/prompt", {"prompt": quick(), "extra_data": {"x": nested(90), "extra_pnginfo": {"workflow": nested(90)}}})
+    assert server.finished(kept.json["prompt_id"])["status"]["completed"]
+    assert server.post("/api/settings/x", nested(90)).status == 200
+    assert server.get("/api/settings/x").json == nested(90)
+
+
+def test_a_server_starts_with_the_deepest_setting_that_it_took(tmp_path):
+    deepest = lambda n: json.loads("[" * n + "]" * n)
+    with Server(tmp_path / "deep") as server:
+        n = max(n for n in range(80, 130) if server.post("/api/settings/x", deepest(n)).status == 200)
+    with Server(tmp_path / "deep") as again:
+        assert again.get("/api/settings/x").json == deepest(n)
+
+
+def test_the_settings_are_not_written_as_a_file(server):
+    assert server.post("/api/settings/x", 1).status == 200
+    for name in ("settings.json", "Settings.json", "settings.json%2Fx"):
+        refused(server.request("POST", f"/api/userdata/{name}", b"[]"), 403)
+    refused(server.request("DELETE", "/api/userdata/settings.json"), 403)
+    assert server.request("POST", "/api/userdata/a.json", b"[]").status == 200
+    refused(server.request("POST", "/api/userdata/a.json/move/settings.json?overwrite=true", b""), 403)
+    refused(server.request("POST", "/api/userdata/settings.json/move/b.json", b""), 403)
+    refused(server.request("POST", "/api/userdata/.conceptloom-1.tmp", b"[]"), 400, 403)
+    assert server.get("/api/settings/x").json == 1
+
+
+def test_keys_of_others_are_not_kept(server):
+    keys = {"auth_token_comfy_org": "secret-1", "api_key_comfy_org": "secret-2", "other": "kept"}
+    prompt_id = server.post("/prompt", {"prompt": quick(), "extra_data": keys}).json["prompt_id"]
+    server.finished(prompt_id)
+    shown = server.get("/history").body + server.get(f"/api/jobs/{prompt_id}").body
+    shown += (server.data / "queue.jsonl").read_bytes()
+    assert b"kept" in shown and b"secret" not in shown
+
+
+def test_a_body_that_ends_early_is_called_so(server):
+    head = "POST /api/settings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer = raw(server, head + "zz\r\n")
+    assert b" 400 " in answer.split(b"\r\n")[0] and b"larger" not in answer
+
+
 def test_a_thousand_half_open_connections(server):
     silent = []
     for _ in range(1000):

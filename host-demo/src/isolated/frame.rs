@@ -57,9 +57,18 @@ pub(crate) enum Reply {
 /// How a job ended.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum EndText {
-    Done,
-    Canceled { node: NodeLabel, resumable: bool },
-    Failed { node: NodeLabel, error: ErrorText },
+    /// `work` are the folders that nobody needs once the results are kept.
+    Done {
+        work: Vec<String>,
+    },
+    Canceled {
+        node: NodeLabel,
+        resumable: bool,
+    },
+    Failed {
+        node: NodeLabel,
+        error: ErrorText,
+    },
     Worker(String),
 }
 

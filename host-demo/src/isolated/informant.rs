@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use super::frame::{self, ErrorText};
 use super::process::{Next, Process};
-use crate::child;
 use crate::loader::{self, Plugin};
+use crate::{child, interrupt};
 
 /// Most time for an answer. Looking at parameters takes less than a second, opening devices some.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
@@ -178,8 +178,7 @@ fn unexpected(answer: &Answer) -> String {
 /// What keeps it from working.
 pub(super) fn answer_questions(path: &Path) -> anyhow::Result<()> {
     child::without_core_files();
-    // The host hears of Ctrl-C itself.
-    ctrlc::set_handler(|| {}).context("Ctrl-C cannot be handled")?;
+    interrupt::leave_to_parent()?;
     let stdin = io::stdin().as_fd().try_clone_to_owned();
     let mut socket = UnixStream::from(stdin.context("there is no socket of a host")?);
     let plugin = match loader::load(path) {

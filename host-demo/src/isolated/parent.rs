@@ -13,8 +13,8 @@ use crate::executor::{Job, RunError};
 
 /// How often it is looked whether the user asked to stop.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// Sign of life that is waited for at most once the user asked to stop.
-const HANG_LIMIT_CANCELED: Duration = Duration::from_secs(10);
+/// Sign of life that is waited for at most once the user asked to stop: a step may take as long, and ends with a state.
+const HANG_LIMIT_CANCELED: Duration = Duration::from_secs(60);
 /// See the module above.
 pub(crate) struct Isolated {
     setup: Setup,
@@ -76,6 +76,15 @@ impl Isolated {
             Heard::Gone(node, how) => {
                 let ended = worker.end();
                 let how = how.unwrap_or(ended);
+                // Whoever asked it to stop need not hear that it was ended for it.
+                if job.cancel.load(Ordering::SeqCst)
+                    && let Some(node) = node.clone().or_else(|| first_of(job))
+                {
+                    return Err(RunError::Canceled {
+                        node,
+                        resumable: true,
+                    });
+                }
                 Err(match node {
                     Some(node) => RunError::Crashed { node, how },
                     None => RunError::Worker(format!(
@@ -101,6 +110,11 @@ enum Heard {
     End(Result<(), RunError>),
     /// With the process, at this node; and why, where it was ended from here.
     Gone(Option<NodeLabel>, Option<String>),
+}
+
+fn first_of(job: &Job<'_>) -> Option<NodeLabel> {
+    let id = job.plan.first()?;
+    Some(NodeLabel::of(id, &job.graph.nodes[id]))
 }
 
 fn start(setup: &Setup) -> io::Result<Process<Reply>> {
@@ -130,7 +144,7 @@ fn listen(worker: &Process<Reply>, job: &Job<'_>, hang_limit: Duration) -> Heard
                             return Heard::Gone(node, Some("what it tells is torn".to_owned()));
                         }
                     }
-                    Reply::Ended(end) => return Heard::End(end.result()),
+                    Reply::Ended(end) => return Heard::End(end.result(job)),
                 }
             }
             Next::Gone(how) => return Heard::Gone(node, how),
@@ -151,9 +165,12 @@ fn listen(worker: &Process<Reply>, job: &Job<'_>, hang_limit: Duration) -> Heard
 }
 
 impl EndText {
-    fn result(self) -> Result<(), RunError> {
+    fn result(self, job: &Job<'_>) -> Result<(), RunError> {
         match self {
-            Self::Done => Ok(()),
+            Self::Done { work } => {
+                job.work_dirs.take_over(&work);
+                Ok(())
+            }
             Self::Canceled { node, resumable } => Err(RunError::Canceled { node, resumable }),
             Self::Failed { node, error } => Err(RunError::Node {
                 node,

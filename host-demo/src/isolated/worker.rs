@@ -19,7 +19,7 @@ use crate::events::{Event, NodeLabel, Observer};
 use crate::executor::{self, Job, RunError};
 use crate::graph::{Graph, NodeId};
 use crate::run_folder::WorkDirs;
-use crate::{child, loader, memory};
+use crate::{child, interrupt, loader, memory};
 
 /// How often a sign of life is passed on.
 const SIGN_EVERY: Duration = Duration::from_millis(200);
@@ -32,8 +32,7 @@ pub(crate) fn serve(setup: &str) -> anyhow::Result<()> {
     let setup: Setup = serde_json::from_str(setup).context("only this program calls itself so")?;
     child::without_core_files();
     child::first_to_go();
-    // The host hears of Ctrl-C itself and says what to do.
-    ctrlc::set_handler(|| {}).context("Ctrl-C cannot be handled")?;
+    interrupt::leave_to_parent()?;
     let stdin = io::stdin().as_fd().try_clone_to_owned();
     let socket = UnixStream::from(stdin.context("there is no socket of a host")?);
     let plugins = setup.plugins.iter().map(|path| loader::load(path));
@@ -158,10 +157,9 @@ fn run(
         observer: teller.clone(),
     };
     match executor::run(&job, cache) {
-        Ok(()) => {
-            work_dirs.finish();
-            EndText::Done
-        }
+        Ok(()) => EndText::Done {
+            work: work_dirs.hand_over(),
+        },
         Err(RunError::Canceled { node, resumable }) => EndText::Canceled { node, resumable },
         Err(RunError::Node { node, error }) => EndText::Failed {
             node,

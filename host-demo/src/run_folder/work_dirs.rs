@@ -41,6 +41,23 @@ impl WorkDirs {
         self.done.lock().extend(work);
     }
 
+    /// Leaves the folders of a run whose nodes are all done to another process, which keeps the results.
+    pub(crate) fn hand_over(&self) -> Vec<String> {
+        let name = |work: WorkDir| {
+            let name = work.path.file_name()?.to_string_lossy().into_owned();
+            work.keep().then_some(name)
+        };
+        self.done.lock().drain(..).filter_map(name).collect()
+    }
+
+    /// Takes the folders of another process whose nodes are all done.
+    pub(crate) fn take_over(&self, names: &[String]) {
+        // One that somebody else has is theirs.
+        let open = |name: &String| self.open_within(name, Duration::ZERO).ok();
+        let ours = names.iter().filter(|name| is_ours(name));
+        self.all_done(ours.filter_map(open).collect());
+    }
+
     /// The results are kept: nothing is needed any more.
     pub(crate) fn finish(&self) {
         for work in self.done.lock().drain(..) {
@@ -104,17 +121,19 @@ impl WorkDirs {
             }
             // A claim that nobody gave back, or a folder.
             let signature = name.strip_suffix(LOCK).unwrap_or(&name);
-            // A folder called as ours may be somebody else's.
-            let is_ours =
-                signature.len() == SIGNATURE && signature.chars().all(|c| c.is_ascii_hexdigit());
             if is_old
-                && is_ours
+                && is_ours(signature)
                 && let Ok(work) = self.open_within(signature, Duration::ZERO)
             {
                 work.finish();
             }
         }
     }
+}
+
+/// Whether a folder is called as ours; another may be somebody else's.
+fn is_ours(name: &str) -> bool {
+    name.len() == SIGNATURE && name.chars().all(|c| c.is_ascii_hexdigit())
 }
 
 /// A node's own folder between runs.
@@ -192,5 +211,26 @@ mod tests {
         fs::remove_dir(&dirs.root).unwrap();
         assert_eq!(names(folder.path()), [] as [&str; 0]);
         assert!(!dirs.open("abc").unwrap().keep());
+    }
+
+    #[test]
+    fn what_a_process_hands_over_is_there_until_the_other_one_has_kept_the_results() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("work");
+        let signature = "0123456789abcdef0123456789abcdef";
+        let child = WorkDirs::new(root.clone());
+        let work = child.open(signature).unwrap();
+        fs::write(work.path().join("state"), "step 3").unwrap();
+        let empty = child.open(&signature.replace('0', "1")).unwrap();
+        child.all_done(vec![work, empty]);
+        let mut handed = child.hand_over();
+        assert_eq!(handed, [signature], "there is something in it");
+        let host = WorkDirs::new(root.clone());
+        handed.push("../of somebody else".to_owned());
+        fs::create_dir(folder.path().join("of somebody else")).unwrap();
+        host.take_over(&handed);
+        assert_eq!(names(&root.join(signature)), ["state"]);
+        host.finish();
+        assert_eq!(names(folder.path()), ["of somebody else"]);
     }
 }

@@ -40,6 +40,8 @@ pub(crate) struct Results {
 pub(crate) struct Ended {
     pub(crate) id: String,
     pub(crate) outcome: Outcome,
+    /// Whether it was begun.
+    pub(crate) has_run: bool,
     /// `{"prompt", "outputs", "status", "meta"}`.
     pub(crate) history_entry: Box<str>,
     /// The entry of `/jobs`.
@@ -61,6 +63,7 @@ impl Ended {
         Self {
             id: job.id.clone(),
             outcome,
+            has_run: true,
             history_entry: history.to_string().into(),
             job_entry: job_entry(job, outcome, results).to_string().into(),
         }

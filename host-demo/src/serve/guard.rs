@@ -159,12 +159,19 @@ impl Guard {
                 .is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
         });
         // A page can make a browser send other bodies without being asked for leave. `comfy-cli` posts JSON under
-        // another name; it is no browser, and says so.
+        // another name; it is no browser, and says so. ComfyUI's editor does too, and its origin is this server.
         let may_be_page = ["origin", "referer", "sec-fetch-site", "cookie"]
             .iter()
             .any(|name| headers.contains_key(*name))
             || text(USER_AGENT).is_none_or(|agent| agent.starts_with("Mozilla/"));
-        if method == Method::POST && has_body && !takes_other && !is_json && may_be_page {
+        let is_own_page = headers.contains_key(ORIGIN);
+        if method == Method::POST
+            && has_body
+            && !takes_other
+            && !is_json
+            && may_be_page
+            && !is_own_page
+        {
             let message = "the body has to be JSON, with the header content-type: application/json";
             return Some((StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
         }

@@ -30,18 +30,26 @@ pub(crate) struct Job {
     pub(crate) outputs: Vec<String>,
     /// When it was accepted.
     pub(crate) created_ms: u64,
-    /// How often it was running when a server died.
-    #[serde(default)]
-    pub(crate) n_cut_short: u32,
-    /// When it was begun first, by the clock of the disk, if a crash has cut it short.
+    /// When it was begun, by the clock of the disk, if it was neither ended nor left since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) begun: Option<SystemTime>,
+    /// The times at which it was running when a server died.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) cut_short: Vec<CutShort>,
     /// What it had saved then.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) saved: Vec<SavedFile>,
     /// Left over from a crash: waits until somebody says so.
     #[serde(skip)]
     pub(crate) is_held: bool,
+}
+
+/// A time in which a job was running until its server died, by the clock of the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct CutShort {
+    pub(crate) begun: SystemTime,
+    /// The next server was there.
+    pub(crate) until: SystemTime,
 }
 
 /// A file that a job has saved.
@@ -65,16 +73,22 @@ impl SavedFile {
         })
     }
 
-    /// A file beside this one with the same content, written since then and none of `others`: the job's own, saved in the moment
-    /// of the crash and not written down any more.
-    pub(crate) fn twin_since(&self, begun: SystemTime, others: &[PathBuf]) -> Option<PathBuf> {
+    /// A file beside this one with the same content, written at one of these times and none of `others`: the job's own, saved in
+    /// the moment of the crash and not written down any more.
+    pub(crate) fn twin_of(&self, times: &[CutShort], others: &[PathBuf]) -> Option<PathBuf> {
+        if times.is_empty() {
+            return None;
+        }
         let bytes = self.path.metadata().ok()?.len();
+        let is_of = |time: SystemTime| {
+            let mut times = times.iter();
+            times.any(|cut| cut.begun <= time && time <= cut.until)
+        };
         let entries = std::fs::read_dir(self.path.parent()?).ok()?.flatten();
         entries
             .filter(|entry| {
                 let is_like = |meta: std::fs::Metadata| {
-                    let is_new = meta.modified().is_ok_and(|time| time >= begun);
-                    meta.is_file() && meta.len() == bytes && is_new
+                    meta.is_file() && meta.len() == bytes && meta.modified().is_ok_and(is_of)
                 };
                 entry.metadata().is_ok_and(is_like)
             })
@@ -116,7 +130,7 @@ impl Job {
 
     /// Whether it may be what takes the server down.
     pub(crate) fn is_suspected(&self) -> bool {
-        self.n_cut_short >= MAX_CUT_SHORT
+        self.cut_short.len() >= MAX_CUT_SHORT as usize
     }
 
     /// As it stands in `/jobs`.

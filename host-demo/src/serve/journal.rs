@@ -10,11 +10,12 @@ use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use durable_files::disk;
+use durable_files::{disk, numbered, write_numbered};
 use serde::{Deserialize, Serialize};
 
 use super::folders::write_over;
-use super::job::{Job, SavedFile};
+use super::job::{CutShort, Job, SavedFile};
+use crate::console::complain;
 
 /// A shorter file is not begun anew.
 const LEAST_COMPACTED: u64 = 4 << 20;
@@ -57,6 +58,8 @@ pub(crate) struct Journal {
     /// than those that are left, and every line is written anew about once.
     compact_at: u64,
     least_compacted: u64,
+    /// Jobs whose end could not be written yet.
+    unwritten: Vec<String>,
 }
 
 impl Journal {
@@ -73,12 +76,28 @@ impl Journal {
             path: path.to_owned(),
             error,
         };
-        let waiting = match File::open(path) {
+        let Read {
+            mut waiting,
+            n_unreadable,
+        } = match File::open(path) {
             Ok(file) => read(file).map_err(failed)?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Read::default(),
             Err(error) => return Err(failed(error)),
         };
-        let bytes = rewrite(path, &waiting).map_err(failed)?;
+        if n_unreadable > 0 {
+            let kept = keep_aside(path).map_err(failed)?;
+            complain(&format!(
+                "warning: {n_unreadable} lines of the list of jobs cannot be read, and their jobs are not run; the list is kept as {}",
+                kept.display()
+            ));
+        }
+        let mut bytes = rewrite(path, &waiting).map_err(failed)?;
+        // By the clock of the disk; from here on every file is another job's.
+        let now = path.metadata().and_then(|meta| meta.modified());
+        let now = now.map_err(failed)?;
+        if end_those_begun(&mut waiting, now) {
+            bytes = rewrite(path, &waiting).map_err(failed)?;
+        }
         let mut journal = Self {
             path: path.to_owned(),
             file: None,
@@ -86,6 +105,7 @@ impl Journal {
             is_torn: false,
             compact_at: least_compacted.max(2 * bytes),
             least_compacted,
+            unwritten: Vec::new(),
         };
         journal.file().map_err(failed)?;
         Ok((journal, waiting))
@@ -133,24 +153,32 @@ impl Journal {
     /// Writes down that jobs ended.
     ///
     /// # Errors
-    /// See [`JournalError`]; the jobs then run again after a crash.
+    /// See [`JournalError`]; the jobs then run again after a crash, unless anything can be written before it.
     pub(crate) fn ended(&mut self, ids: &[String]) -> Result<(), JournalError> {
-        let lines: Vec<_> = ids.iter().cloned().map(Line::Ended).collect();
-        self.append(&lines)?;
+        self.unwritten.extend_from_slice(ids);
+        self.append(&[])?;
         if self.bytes > self.compact_at {
             self.compact();
         }
         Ok(())
     }
 
+    /// Tries once more to write what could not be.
+    pub(crate) fn catch_up(&mut self) {
+        let _ = self.append(&[]);
+    }
+
     /// Begins the file anew with what has not ended. Where that fails it only stays long.
     fn compact(&mut self) {
         // By what is written: what is accepted meanwhile is in the file, wherever else it is not yet.
-        let waiting = File::open(&self.path).and_then(read);
-        let left = waiting.and_then(|waiting| {
+        let read = File::open(&self.path).and_then(read);
+        let left = read.and_then(|read| {
+            if read.n_unreadable > 0 {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
             // From here on the name may be another file's.
             self.file = None;
-            rewrite(&self.path, &waiting)
+            rewrite(&self.path, &read.waiting)
         });
         let bytes = left.unwrap_or(self.bytes);
         self.compact_at = self.least_compacted.max(2 * bytes);
@@ -168,9 +196,14 @@ impl Journal {
         }
     }
 
-    /// All of the lines or none, and the disk is waited for once.
+    /// All of the lines or none, behind the ends that are not written yet, and the disk is waited for once.
     fn append(&mut self, lines: &[Line]) -> Result<(), JournalError> {
-        let text = text_of(lines).map_err(|error| self.failed(error))?;
+        let ends = self.unwritten.iter().cloned().map(Line::Ended);
+        let ends: Vec<_> = ends.collect();
+        let text = text_of(ends.iter().chain(lines)).map_err(|error| self.failed(error))?;
+        if text.is_empty() {
+            return Ok(());
+        }
         self.mend().map_err(|error| self.failed(error))?;
         let written = self.file().and_then(|file| {
             file.write_all(&text)?;
@@ -183,6 +216,7 @@ impl Journal {
             return Err(self.failed(error));
         }
         self.bytes += text.len() as u64;
+        self.unwritten.clear();
         Ok(())
     }
 
@@ -206,13 +240,30 @@ impl Journal {
     }
 }
 
+/// What a file says.
+#[derive(Default)]
+struct Read {
+    /// In the order of their acceptance.
+    waiting: Vec<Job>,
+    /// Lines that were confirmed to somebody.
+    n_unreadable: usize,
+}
+
 /// A line that was torn by a crash was never confirmed to anybody.
-fn read(file: File) -> io::Result<Vec<Job>> {
+fn read(file: File) -> io::Result<Read> {
     // By the number of their line, which is the order of their acceptance.
     let mut waiting: BTreeMap<usize, Job> = BTreeMap::new();
     let mut numbers: HashMap<String, usize> = HashMap::new();
-    for (number, line) in BufReader::new(file).split(b'\n').enumerate() {
-        let Ok(line) = serde_json::from_slice(&line?) else {
+    let mut n_unreadable = 0;
+    let mut lines = BufReader::new(file);
+    for number in 0.. {
+        let mut line = Vec::new();
+        lines.read_until(b'\n', &mut line)?;
+        if line.last() != Some(&b'\n') {
+            break;
+        }
+        let Ok(line) = serde_json::from_slice(&line) else {
+            n_unreadable += 1;
             continue;
         };
         match line {
@@ -223,8 +274,7 @@ fn read(file: File) -> io::Result<Vec<Job>> {
             }
             Line::Begun { id, at } => {
                 if let Some(job) = numbers.get(&id).and_then(|number| waiting.get_mut(number)) {
-                    job.begun = job.begun.or(Some(at));
-                    job.n_cut_short = job.n_cut_short.saturating_add(1);
+                    job.begun = Some(at);
                 }
             }
             Line::Saved { id, file } => {
@@ -234,7 +284,7 @@ fn read(file: File) -> io::Result<Vec<Job>> {
             }
             Line::Left(id) => {
                 if let Some(job) = numbers.get(&id).and_then(|number| waiting.get_mut(number)) {
-                    job.n_cut_short = job.n_cut_short.saturating_sub(1);
+                    job.begun = None;
                 }
             }
             Line::Ended(id) => {
@@ -243,18 +293,41 @@ fn read(file: File) -> io::Result<Vec<Job>> {
             }
         }
     }
-    Ok(waiting.into_values().collect())
+    Ok(Read {
+        waiting: waiting.into_values().collect(),
+        n_unreadable,
+    })
+}
+
+/// Of jobs that were begun it is known until when they ran at most. Returns whether there are any.
+fn end_those_begun(waiting: &mut [Job], now: SystemTime) -> bool {
+    let mut any = false;
+    for job in waiting {
+        if let Some(begun) = job.begun.take() {
+            any = true;
+            job.cut_short.push(CutShort { begun, until: now });
+        }
+    }
+    any
+}
+
+/// Copies the file beside itself; returns where to.
+fn keep_aside(path: &Path) -> io::Result<PathBuf> {
+    let aside = numbered(path.with_extension("unreadable"), ".jsonl");
+    let content = std::fs::read(path)?;
+    write_numbered(aside, |file| file.write_all(&content))
 }
 
 /// Begins the file anew; returns its bytes.
 fn rewrite(path: &Path, waiting: &[Job]) -> io::Result<u64> {
     let accepted = |job: &Job| Line::Accepted(Box::new(job.clone()));
-    let text = text_of(&waiting.iter().map(accepted).collect::<Vec<_>>())?;
+    let lines: Vec<_> = waiting.iter().map(accepted).collect();
+    let text = text_of(&lines)?;
     write_over(path, &text)?;
     Ok(text.len() as u64)
 }
 
-fn text_of(lines: &[Line]) -> io::Result<Vec<u8>> {
+fn text_of<'a>(lines: impl IntoIterator<Item = &'a Line>) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     for line in lines {
         serde_json::to_writer(&mut text, line)?;
@@ -268,11 +341,52 @@ mod tests {
     use super::*;
     use crate::confined::Root;
 
+    const HOUR: std::time::Duration = std::time::Duration::from_secs(3600);
+
     fn job(id: &str) -> Job {
         Job {
             id: id.to_owned(),
             ..Job::default()
         }
+    }
+
+    #[test]
+    fn an_end_that_could_not_be_written_is_written_with_the_next_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("queue.jsonl");
+        let (mut journal, _) = Journal::with_least(&path, 0).unwrap();
+        journal.accepted(&job("a")).unwrap();
+        // Begun anew with the next end, and then not to be opened.
+        journal.ended(&["nobody".to_owned()]).unwrap();
+        let aside = folder.path().join("aside.jsonl");
+        std::fs::rename(&path, &aside).unwrap();
+        assert!(journal.ended(&["a".to_owned()]).is_err());
+        std::fs::rename(&aside, &path).unwrap();
+        journal.accepted(&job("a")).unwrap();
+        drop(journal);
+        let ids = |path: &Path| Journal::open(path).unwrap().1.len();
+        assert_eq!(ids(&path), 1, "the one of the same id");
+    }
+
+    #[test]
+    fn a_list_that_cannot_be_read_whole_is_kept_aside() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("queue.jsonl");
+        let (mut journal, _) = Journal::with_least(&path, 0).unwrap();
+        journal.accepted(&job("a")).unwrap();
+        let mut file = File::options().append(true).open(&path).unwrap();
+        file.write_all(b"{\"accepted\": of another version}\n")
+            .unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        // Not begun anew: the line would be lost.
+        journal.ended(&["nobody".to_owned()]).unwrap();
+        assert!(std::fs::read(&path).unwrap().starts_with(&whole));
+        drop(journal);
+        assert_eq!(Journal::open(&path).unwrap().1.len(), 1);
+        let kept = std::fs::read(folder.path().join("queue.unreadable.jsonl")).unwrap();
+        assert!(kept.starts_with(&whole));
+        assert_eq!(Journal::open(&path).unwrap().1.len(), 1);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2, "once");
     }
 
     #[test]
@@ -318,7 +432,10 @@ mod tests {
         let waiting = Journal::open(&path).unwrap().1;
         let expected = even.iter().map(String::as_str).chain(["1"]);
         assert!(waiting.iter().map(|job| job.id.as_str()).eq(expected));
-        let begun = waiting.iter().filter(|job| job.begun.is_some()).count();
+        let begun = waiting
+            .iter()
+            .filter(|job| job.cut_short.len() == 1)
+            .count();
         assert_eq!(begun, even.len());
     }
 
@@ -345,7 +462,7 @@ mod tests {
         let copy = folder.path().join("copy.jsonl");
         std::fs::copy(&path, &copy).unwrap();
         assert_eq!(ids(&copy), ["held", "499 next"]);
-        assert!(Journal::open(&copy).unwrap().1[0].begun.is_some());
+        assert_eq!(Journal::open(&copy).unwrap().1[0].cut_short.len(), 1);
         // Begun anew, and then not to be opened: what cannot be written down is not accepted.
         while journal.file.is_some() {
             journal.ended(&["nobody".to_owned()]).unwrap();
@@ -373,22 +490,37 @@ mod tests {
         journal.begun("a").unwrap();
         journal.saved("a", saved.clone()).unwrap();
         drop(journal);
+        // What was not written down any more.
+        let twin = folder.path().join("b.png");
+        std::fs::write(&twin, "a").unwrap();
         // Also when the file was begun anew.
         for _ in 0..2 {
             let (_, waiting) = Journal::open(&path).unwrap();
             assert_eq!(waiting[0].saved, std::slice::from_ref(&saved));
-            assert!(waiting[1].saved.is_empty() && waiting[1].begun.is_none());
-            // What was not written down any more.
-            let twin = folder.path().join("b.png");
-            std::fs::write(&twin, "a").unwrap();
-            let begun = waiting[0].begun.unwrap();
-            assert_eq!(saved.twin_since(begun, &[]).as_ref(), Some(&twin));
+            assert!(waiting[1].saved.is_empty() && waiting[1].cut_short.is_empty());
+            let times = &waiting[0].cut_short;
+            assert_eq!(times.len(), 1);
+            assert_eq!(saved.twin_of(times, &[]).as_ref(), Some(&twin));
             let others = std::slice::from_ref(&twin);
-            assert_eq!(saved.twin_since(begun, others), None);
-            let later = begun + std::time::Duration::from_secs(3600);
-            assert_eq!(saved.twin_since(later, &[]), None);
-            std::fs::write(&twin, "b").unwrap();
-            assert_eq!(saved.twin_since(begun, &[]), None);
+            assert_eq!(saved.twin_of(times, others), None);
+            assert_eq!(saved.twin_of(&[], &[]), None);
+            // Of another job, before it or since.
+            let modify = |time| {
+                File::options()
+                    .write(true)
+                    .open(&twin)
+                    .unwrap()
+                    .set_modified(time)
+            };
+            let own = twin.metadata().unwrap().modified().unwrap();
+            for other in [times[0].begun - HOUR, times[0].until + HOUR] {
+                modify(other).unwrap();
+                assert_eq!(saved.twin_of(times, &[]), None);
+            }
+            modify(own).unwrap();
+            std::fs::write(&picture, "b").unwrap();
+            assert_eq!(SavedFile::of(&picture).unwrap().twin_of(times, &[]), None);
+            std::fs::write(&picture, "a").unwrap();
         }
         let output = Root::create(folder.path()).unwrap();
         let of_another = Root::create(&folder.path().join("copy")).unwrap();

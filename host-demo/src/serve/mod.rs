@@ -35,6 +35,7 @@ use crate::builtin_nodes::Places;
 use crate::catalog::Catalog;
 use crate::console::{complain, say, tell_devices};
 use crate::demo;
+use crate::interrupt;
 use crate::isolated::{Engine, IsolationArguments};
 use crate::plugin_search::Libraries;
 
@@ -89,6 +90,9 @@ impl Server {
     }
 }
 
+/// What a process may have open at once where the system does not say.
+const FEWEST_FILES: u64 = 256;
+
 /// Serves until Ctrl-C.
 ///
 /// # Errors
@@ -117,7 +121,8 @@ pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
     for job in restored.iter().filter(|job| job.is_suspected()) {
         complain(&format!(
             "job {} was cut short {} times; it runs after the others",
-            job.id, job.n_cut_short
+            job.id,
+            job.cut_short.len()
         ));
     }
     let server = Arc::new(Server {
@@ -139,7 +144,8 @@ pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
         ));
     }
     // Half-open connections must not use up what answers the others.
-    let _ = rlimit::increase_nofile_limit(u64::from(u16::MAX));
+    let n_files = rlimit::increase_nofile_limit(u64::from(u16::MAX));
+    let most_connections = listener::most_connections(n_files.unwrap_or(FEWEST_FILES));
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         // Each thread keeps memory of its own.
@@ -160,10 +166,13 @@ pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
             .spawn(work)
             .context("the worker cannot be started")?
     };
-    let served = runtime.block_on(answer(&server, options, ended));
+    let served = runtime.block_on(answer(&server, options, most_connections, ended));
     server.queue.close();
-    complain("stopping; the running job ends at its next step, and waiting jobs are kept");
+    complain(
+        "stopping; the running job ends at its next step, and waiting jobs are kept; Ctrl-C again stops at once",
+    );
     runtime.shutdown_background();
+    interrupt::end_at_next_signal();
     // Told already where it is why the server ends.
     if worker.join().is_err() && served.is_ok() {
         complain("warning: the worker ended in disorder");
@@ -175,6 +184,7 @@ pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
 async fn answer(
     server: &Arc<Server>,
     options: &Options,
+    most_connections: usize,
     worker_ended: oneshot::Receiver<Infallible>,
 ) -> anyhow::Result<()> {
     let address = SocketAddr::new(options.listen, options.port);
@@ -199,7 +209,7 @@ async fn answer(
     }
     let router = routes::router(server.clone());
     tokio::select! {
-        () = listener::accept(listener, router) => Ok(()),
+        () = listener::accept(listener, router, most_connections) => Ok(()),
         result = tokio::signal::ctrl_c() => result.context("Ctrl-C cannot be handled"),
         () = terminated() => Ok(()),
         _ = worker_ended => Err(anyhow!(

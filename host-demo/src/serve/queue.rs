@@ -35,6 +35,8 @@ pub(crate) struct Running {
 struct State {
     waiting: Vec<Arc<Job>>,
     running: Option<Running>,
+    /// A client wants the running job no more.
+    is_unwanted: bool,
     ended: VecDeque<Arc<Ended>>,
     next_number: u64,
     free_cache: bool,
@@ -53,11 +55,19 @@ impl State {
     }
 
     fn remember(&mut self, ended: Ended) {
+        // Those that never ran push out none that did.
+        let of_its_kind = |other: &Arc<Ended>| other.has_run == ended.has_run;
+        if self.ended.iter().filter(|other| of_its_kind(other)).count() >= MAX_HISTORY {
+            let oldest = self.ended.iter().position(of_its_kind);
+            oldest.and_then(|oldest| self.ended.remove(oldest));
+        }
         self.ended.push_back(Arc::new(ended));
         let bytes = |ended: &Arc<Ended>| ended.bytes();
         let mut all: usize = self.ended.iter().map(bytes).sum();
-        while self.ended.len() > MAX_HISTORY || all > MAX_HISTORY_BYTES && self.ended.len() > 1 {
-            all -= self.ended.pop_front().as_ref().map_or(all, bytes);
+        while all > MAX_HISTORY_BYTES && self.ended.len() > 1 {
+            let oldest = self.ended.iter().position(|ended| !ended.has_run);
+            let gone = self.ended.remove(oldest.unwrap_or(0));
+            all -= gone.as_ref().map_or(all, bytes);
         }
     }
 }
@@ -180,6 +190,7 @@ impl Queue {
                     started_ms: now_ms(),
                 };
                 state.running = Some(running.clone());
+                state.is_unwanted = false;
                 return Task::Run(running);
             }
             self.changed.wait(&mut state);
@@ -196,15 +207,17 @@ impl Queue {
     /// The worker is done with the running job.
     pub(crate) fn end(&self, ended: Ended) {
         let id = ended.id.clone();
+        // Held until the end is written: else one that is accepted under the same id could be ended by it.
+        let mut journal = self.journal.lock();
         let mut state = self.state.lock();
         // A server that is being stopped leaves its job for the next start.
-        let is_left = state.is_closed && ended.outcome == Outcome::Canceled;
+        let is_left = state.is_closed && ended.outcome == Outcome::Canceled && !state.is_unwanted;
         state.running = None;
         state.remember(ended);
         drop(state);
         if !is_left {
-            self.write_ended(&[id]);
-        } else if let Err(error) = self.journal.lock().left(&id) {
+            write_ended(&mut journal, &[id]);
+        } else if let Err(error) = journal.left(&id) {
             complain(&format!("warning: {error}"));
         }
     }
@@ -231,7 +244,7 @@ impl Queue {
                 return path.to_owned();
             }
         };
-        let twin = job.begun.and_then(|begun| file.twin_since(begun, others));
+        let twin = file.twin_of(&job.cut_short, others);
         if let Some(twin) = twin.filter(|twin| disk::rename(path, twin).is_ok()) {
             file.path = twin;
         }
@@ -245,17 +258,10 @@ impl Queue {
         path
     }
 
-    fn write_ended(&self, ids: &[String]) {
-        if let Err(error) = self.journal.lock().ended(ids) {
-            complain(&format!(
-                "warning: {error}; after a crash the job would run again"
-            ));
-        }
-    }
-
     /// Takes waiting jobs out; those that `is_meant` names. Returns how many.
     pub(crate) fn remove_waiting(&self, is_meant: impl Fn(&Job) -> bool) -> usize {
         let mut removed = Vec::new();
+        let mut journal = self.journal.lock();
         let mut state = self.state.lock();
         state.waiting.retain(|job| {
             let goes = is_meant(job);
@@ -273,26 +279,31 @@ impl Queue {
                 ended_ms: now,
                 ..Results::default()
             };
-            state.remember(Ended::new(job, Outcome::Canceled, &results));
+            state.remember(Ended {
+                has_run: false,
+                ..Ended::new(job, Outcome::Canceled, &results)
+            });
         }
         drop(state);
         if !ids.is_empty() {
-            self.write_ended(&ids);
+            write_ended(&mut journal, &ids);
         }
         ids.len()
     }
 
     /// Asks the running job to stop, if it is the one named (or any, if none is). Returns whether it was.
     pub(crate) fn interrupt(&self, id: Option<&str>) -> bool {
-        let state = self.state.lock();
+        let mut state = self.state.lock();
         let running = state
             .running
             .as_ref()
             .filter(|running| id.is_none_or(|id| id == running.job.id));
+        let is_running = running.is_some();
         if let Some(running) = running {
             running.cancel.store(true, Ordering::SeqCst);
         }
-        running.is_some()
+        state.is_unwanted |= is_running;
+        is_running
     }
 
     /// Takes these jobs out, or stops the one that runs. Returns whether one of them waited or ran.
@@ -320,9 +331,14 @@ impl Queue {
 
     /// Stops the running job and the worker; what waits stays in the journal.
     pub(crate) fn close(&self) {
-        self.state.lock().is_closed = true;
-        self.interrupt(None);
+        let mut state = self.state.lock();
+        state.is_closed = true;
+        if let Some(running) = &state.running {
+            running.cancel.store(true, Ordering::SeqCst);
+        }
+        drop(state);
         self.changed.notify_all();
+        self.journal.lock().catch_up();
     }
 
     /// The job that runs.
@@ -354,6 +370,14 @@ impl Queue {
     /// Forgets ended jobs that `is_meant` names.
     pub(crate) fn forget(&self, is_meant: impl Fn(&Ended) -> bool) {
         self.state.lock().ended.retain(|ended| !is_meant(ended));
+    }
+}
+
+fn write_ended(journal: &mut Journal, ids: &[String]) {
+    if let Err(error) = journal.ended(ids) {
+        complain(&format!(
+            "warning: {error}; after a crash the job would run again"
+        ));
     }
 }
 
@@ -411,6 +435,18 @@ mod tests {
             end(format!("small {i}"), 1);
         }
         assert_eq!(queue.history().len(), MAX_HISTORY);
+        // Those that never ran push out none that did.
+        for i in 0..MAX_HISTORY + 3 {
+            queue
+                .accept(job(&format!("waiting {i}")), None, false)
+                .unwrap();
+        }
+        queue.remove_waiting(|_| true);
+        let n_run = queue.history().iter().filter(|ended| ended.has_run).count();
+        assert_eq!(
+            (n_run, queue.history().len()),
+            (MAX_HISTORY, 2 * MAX_HISTORY)
+        );
         for i in 0..5 {
             end(format!("large {i}"), MAX_HISTORY_BYTES / 4);
         }
@@ -489,6 +525,28 @@ mod tests {
             }
             queue.close();
         });
+    }
+
+    #[test]
+    fn a_job_that_a_client_cancelled_does_not_come_back_with_the_next_server() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("queue.jsonl");
+        for (is_cancelled, n_left) in [(true, 0), (false, 1)] {
+            let (journal, restored) = Journal::open(&path).unwrap();
+            let queue = Queue::new(journal, restored);
+            queue.accept(job("a"), None, false).unwrap();
+            assert_eq!(next_id(&queue), "a");
+            queue.begin("a");
+            if is_cancelled {
+                assert!(queue.cancel(&HashSet::from(["a".to_owned()])));
+            }
+            queue.close();
+            let results = Results::default();
+            queue.end(Ended::new(&job("a"), Outcome::Canceled, &results));
+            drop(queue);
+            let (_, restored) = Journal::open(&path).unwrap();
+            assert_eq!(restored.len(), n_left, "{is_cancelled}");
+        }
     }
 
     #[test]

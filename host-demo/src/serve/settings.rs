@@ -18,6 +18,9 @@ pub(crate) enum SettingsError {
     File { path: PathBuf, error: io::Error },
 }
 
+/// Their file, beneath the user's.
+pub(crate) const FILE: &str = "settings.json";
+
 /// See the module.
 pub(crate) struct Settings {
     path: PathBuf,
@@ -31,7 +34,7 @@ impl Settings {
     /// # Errors
     /// See [`SettingsError`].
     pub(crate) fn open(user: &Root, front_end_version: &str) -> Result<Self, SettingsError> {
-        let path = user.path().join("settings.json");
+        let path = user.path().join(FILE);
         let mut values = match std::fs::read(&path) {
             Ok(bytes) => lenient_json::from_slice(&bytes)
                 .map_err(|_| SettingsError::NotAnObject(path.clone()))?,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::support::{Place, done, interrupt, node, wait_for};
+use crate::support::{Place, done, interrupt, node, send, wait_for};
 
 fn slow(place: &Place) {
     let workflow = json!({
@@ -26,34 +26,37 @@ fn find(folder: &Path, name: &str) -> Option<PathBuf> {
 }
 
 #[test]
-fn ctrl_c_stops_within_a_step_and_the_same_command_goes_on() {
-    let place = Place::with_faulty();
-    slow(&place);
-    let mut child = place.command(&["run", "w.json"]).spawn().unwrap();
-    wait_for(&mut child, "counting 1/60");
-    std::thread::sleep(Duration::from_millis(400));
-    let asked = Instant::now();
-    interrupt(&child);
-    let ended = done(child.wait_with_output().unwrap());
-    assert!(
-        asked.elapsed() < Duration::from_secs(2),
-        "{:?}",
-        asked.elapsed()
-    );
-    assert_eq!(ended.code, Some(130), "{}", ended.stderr);
-    assert_eq!(
-        ended.sentence(),
-        "canceled at node 1 (Slow); nothing was written; the same command goes on where it stopped"
-    );
-    assert_eq!(place.names("runs"), [".work"]);
+fn who_is_asked_to_stop_does_within_a_step_and_the_same_command_goes_on() {
+    // Ctrl-C, and a scheduler that wants the machine back.
+    for signal in ["-INT", "-TERM"] {
+        let place = Place::with_faulty();
+        slow(&place);
+        let mut child = place.command(&["run", "w.json"]).spawn().unwrap();
+        wait_for(&mut child, "counting 1/60");
+        std::thread::sleep(Duration::from_millis(400));
+        let asked = Instant::now();
+        send(&child, signal);
+        let ended = done(child.wait_with_output().unwrap());
+        assert!(
+            asked.elapsed() < Duration::from_secs(2),
+            "{:?}",
+            asked.elapsed()
+        );
+        assert_eq!(ended.code, Some(130), "{}", ended.stderr);
+        assert_eq!(
+            ended.sentence(),
+            "canceled at node 1 (Slow); nothing was written; the same command goes on where it stopped"
+        );
+        assert_eq!(place.names("runs"), [".work"]);
 
-    let again = place.host(&["run", "w.json"]).succeeded();
-    assert!(again.stderr.contains("goes on at step"), "{}", again.stderr);
-    let runs = place.names("runs");
-    assert_eq!(runs.len(), 1, "what was kept is gone: {runs:?}");
-    let points = place.json(&format!("runs/{}/run.json", runs[0]))["metrics"][0]["points"].clone();
-    let n = points.as_array().unwrap().len();
-    assert!(n > 0 && n < 60, "{n} steps were left");
+        let again = place.host(&["run", "w.json"]).succeeded();
+        assert!(again.stderr.contains("goes on at step"), "{}", again.stderr);
+        let runs = place.names("runs");
+        assert_eq!(runs.len(), 1, "what was kept is gone: {runs:?}");
+        let run = place.json(&format!("runs/{}/run.json", runs[0]));
+        let n = run["metrics"][0]["points"].as_array().unwrap().len();
+        assert!(n > 0 && n < 60, "{n} steps were left");
+    }
 }
 
 #[test]

@@ -154,10 +154,13 @@ impl Server {
     }
 
     fn with(place: &Place, more: &[&str], habit: &str) -> Self {
-        let arguments = [&["serve", "--port", "0"], more].concat();
-        let mut child = place
-            .command(&arguments)
-            .env("FAULTY_HABIT", habit)
+        let mut command = place.command(&[&["serve", "--port", "0"], more].concat());
+        command.env("FAULTY_HABIT", habit);
+        Self::of(command)
+    }
+
+    fn of(mut command: Command) -> Self {
+        let mut child = command
             .stderr(std::process::Stdio::inherit())
             .spawn()
             .unwrap();
@@ -247,6 +250,40 @@ fn a_server_loses_the_job_that_crashes_and_goes_on() {
         assert_eq!(told, ["PluginCrashed", "2", "Hazard"], "{habit}");
     }
     assert_eq!(place.names("conceptloom-data/output").len(), 2);
+}
+
+#[test]
+fn an_isolated_job_is_kept_when_the_server_is_stopped() {
+    use std::os::unix::process::CommandExt as _;
+    let slow = json!({
+        "1": node("Slow", json!({"steps": 10_000, "wait": 20})),
+        "2": node("SaveImage", json!({"images": ["1", 0]})),
+    });
+    // By a service manager, which asks all of its processes to end; and at a node that does not hear it.
+    for (workflow, is_group) in [(slow, true), (through_hazard("hang"), false)] {
+        let place = Place::with_faulty();
+        let arguments = ["serve", "--port", "0", "--isolate", "--hang-limit", "2"];
+        let mut command = place.command(&arguments);
+        command.process_group(0);
+        let server = Server::of(command);
+        let id = server.submit(&workflow);
+        let running = || server.ask("GET", "/api/queue", "")["queue_running"].clone();
+        while running() == json!([]) {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        std::thread::sleep(Duration::from_millis(500));
+        let process = i64::from(server.child.id());
+        let whom = if is_group { -process } else { process };
+        let status = Command::new("kill")
+            .args(["-TERM", "--", &whom.to_string()])
+            .status();
+        assert!(status.unwrap().success());
+        let mut server = server;
+        server.child.wait().unwrap();
+        let next = Server::start(&place);
+        let waiting = next.ask("GET", "/api/queue", "")["queue_pending"].clone();
+        assert_eq!(waiting[0][1], json!(id), "{waiting}");
+    }
 }
 
 #[test]

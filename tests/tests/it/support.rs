@@ -240,11 +240,16 @@ pub(crate) fn wait_for(child: &mut Child, text: &str) {
 /// Ctrl-C.
 #[cfg(unix)]
 pub(crate) fn interrupt(child: &Child) {
+    send(child, "-INT");
+}
+
+/// A signal, as `kill` names it.
+#[cfg(unix)]
+pub(crate) fn send(child: &Child, signal: &str) {
     let status = Command::new("kill")
-        .args(["-INT", &child.id().to_string()])
-        .status()
-        .unwrap();
-    assert!(status.success());
+        .args([signal, &child.id().to_string()])
+        .status();
+    assert!(status.unwrap().success());
 }
 
 /// A node of a workflow in the API format.

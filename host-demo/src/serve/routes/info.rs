@@ -9,9 +9,9 @@ use axum::response::Response;
 use plugin_api::{DeviceDescriptor, DeviceKind};
 use serde_json::{Map, Value, json};
 
-use super::super::answer::{bad_request, cannot_write, done, not_found, ok};
+use super::super::answer::{cannot_write, done, not_found, ok};
 use super::super::{PACK, Server};
-use super::{MAX_JSON, MAX_UPLOAD, blocking, body, either, json_body};
+use super::{MAX_JSON, MAX_UPLOAD, blocking, body, either, json_body, json_of};
 use crate::confined::Root;
 use crate::demo;
 
@@ -209,11 +209,9 @@ pub(crate) async fn change_setting(
         Ok(bytes) => bytes,
         Err(refusal) => return refusal,
     };
-    match lenient_json::from_slice(&bytes) {
+    match json_of(&bytes, &format!("the value of the setting {id}")) {
         Ok(value) => change(server, Map::from_iter([(id, value)])).await,
-        Err(error) => bad_request(&format!(
-            "the value of the setting {id} is no JSON: {error}"
-        )),
+        Err(refusal) => refusal,
     }
 }
 

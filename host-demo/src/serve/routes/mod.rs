@@ -16,21 +16,28 @@ mod upload;
 mod userdata;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
-use axum::body::{Body, Bytes, to_bytes};
+use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::StatusCode;
 use axum::middleware::from_fn_with_state;
 use axum::response::Response;
 use axum::routing::{get, patch, post};
+use futures_util::StreamExt as _;
 use serde_json::{Map, Value};
+use tokio::time::timeout;
 
 use super::answer::{bad_request, refuse};
 use super::{Server, guard};
 
 /// Largest JSON body.
 const MAX_JSON: usize = 16 << 20;
+/// Deepest JSON that is taken: less than what serde reads, as it is kept and passed on within more of it.
+const MAX_DEPTH: usize = 96;
+/// How long a client may take for the next piece of a body.
+const PIECE_LIMIT: Duration = Duration::from_secs(60);
 /// Largest file that is uploaded; told to clients.
 const MAX_UPLOAD: usize = 100 << 20;
 
@@ -114,8 +121,42 @@ async fn body(request: Request, limit: usize) -> Result<Bytes, Response> {
     if announced.is_some_and(|length| length > limit) {
         return Err(too_large());
     }
-    let body: Body = request.into_body();
-    to_bytes(body, limit).await.map_err(|_| too_large())
+    let mut pieces = request.into_body().into_data_stream();
+    let mut bytes = Vec::new();
+    loop {
+        match timeout(PIECE_LIMIT, pieces.next()).await {
+            Ok(None) => return Ok(bytes.into()),
+            Ok(Some(Ok(piece))) if bytes.len() + piece.len() > limit => return Err(too_large()),
+            Ok(Some(Ok(piece))) => bytes.extend_from_slice(&piece),
+            Ok(Some(Err(_))) => return Err(bad_request("the body ends before it is whole")),
+            Err(_) => {
+                let seconds = PIECE_LIMIT.as_secs();
+                let message = format!("nothing more of the body came for {seconds} s");
+                return Err(refuse(StatusCode::REQUEST_TIMEOUT, "timeout", &message));
+            }
+        }
+    }
+}
+
+/// Whether arrays and objects lie in each other more than `levels` deep.
+fn is_deeper(value: &Value, levels: usize) -> bool {
+    let inside = |value| levels == 0 || is_deeper(value, levels - 1);
+    match value {
+        Value::Array(values) => levels == 0 || values.iter().any(inside),
+        Value::Object(values) => levels == 0 || values.values().any(inside),
+        _ => false,
+    }
+}
+
+/// JSON that came with a request; `what` names it.
+fn json_of(bytes: &[u8], what: &str) -> Result<Value, Response> {
+    match lenient_json::from_slice(bytes) {
+        Ok(value) if is_deeper(&value, MAX_DEPTH) => Err(bad_request(&format!(
+            "{what} is nested more than {MAX_DEPTH} levels deep"
+        ))),
+        Ok(value) => Ok(value),
+        Err(error) => Err(bad_request(&format!("{what} is no JSON: {error}"))),
+    }
 }
 
 /// The JSON object that a request carries; an empty body is an empty object.
@@ -124,11 +165,10 @@ async fn json_body(request: Request) -> Result<Map<String, Value>, Response> {
     if bytes.is_empty() {
         return Ok(Map::new());
     }
-    match lenient_json::from_slice(&bytes) {
-        Ok(Value::Object(object)) => Ok(object),
-        Ok(Value::Null) => Ok(Map::new()),
-        Ok(_) => Err(bad_request("the body is no JSON object")),
-        Err(error) => Err(bad_request(&format!("the body is no JSON: {error}"))),
+    match json_of(&bytes, "the body")? {
+        Value::Object(object) => Ok(object),
+        Value::Null => Ok(Map::new()),
+        _ => Err(bad_request("the body is no JSON object")),
     }
 }
 

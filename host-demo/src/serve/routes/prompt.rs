@@ -195,6 +195,10 @@ fn extra_data(body: &mut Map<String, Value>) -> Value {
         Some(Value::Object(data)) => data,
         _ => Map::new(),
     };
+    // Keys to somebody else's service, which no node here asks for, and which lists would show to everybody.
+    for key in ["auth_token_comfy_org", "api_key_comfy_org"] {
+        data.remove(key);
+    }
     if let Some(client) = body.get("client_id") {
         data.insert("client_id".to_owned(), client.clone());
     }

@@ -18,6 +18,8 @@ use super::info::server_features;
 
 /// Clients send little.
 const MAX_MESSAGE: usize = 64 << 10;
+/// Bytes that are read at once; every client has them.
+const READ_BUFFER: usize = 4 << 10;
 /// How long a client may take nothing of what it is sent; what waits for it takes memory.
 const SEND_LIMIT: Duration = Duration::from_secs(60);
 /// How long a client may take none of the frame that says that no more come.
@@ -39,6 +41,8 @@ pub(crate) async fn connect(
         .unwrap_or_else(|| Uuid::new_v4().simple().to_string());
     upgrade
         .max_message_size(MAX_MESSAGE)
+        .max_frame_size(MAX_MESSAGE)
+        .read_buffer_size(READ_BUFFER)
         .on_upgrade(move |socket| attend(server, socket, id))
 }
 

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::path::Path as FilePath;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::extract::{Path, Query, Request, State};
@@ -14,6 +15,7 @@ use serde_json::{Value, json};
 use super::super::Server;
 use super::super::answer::{bad_request, cannot_write, not_found, ok, refuse};
 use super::super::folders::{write_new, write_over};
+use super::super::settings::FILE as SETTINGS;
 use super::files::FileFacts;
 use super::{blocking, body, either};
 use crate::confined::{PathError, Root};
@@ -31,6 +33,21 @@ fn refuse_path(error: &PathError) -> Response {
             refuse(StatusCode::FORBIDDEN, "forbidden", &error.to_string())
         }
     }
+}
+
+/// A file that may be written here; the settings have requests of their own.
+///
+/// # Errors
+/// The answer.
+fn place(user: &Root, file: &str) -> Result<PathBuf, Response> {
+    let path = user.place(file).map_err(|error| refuse_path(&error))?;
+    let name = user.name_of(&path).unwrap_or_default();
+    let first = name.split('/').next().unwrap_or_default();
+    if first.eq_ignore_ascii_case(SETTINGS) {
+        let message = format!("{SETTINGS} is the server's; post to /settings instead");
+        return Err(refuse(StatusCode::FORBIDDEN, "forbidden", &message));
+    }
+    Ok(path)
 }
 
 fn taken(file: &str) -> Response {
@@ -202,11 +219,7 @@ pub(crate) async fn write(
         Err(refusal) => return refusal,
     };
     let written = blocking(move || {
-        let path = server
-            .folders
-            .user
-            .place(&file)
-            .map_err(|error| refuse_path(&error))?;
+        let path = place(&server.folders.user, &file)?;
         let may_overwrite = query.get("overwrite").is_none_or(|value| value != "false");
         if path.is_dir() {
             return Err(taken(&file));
@@ -236,11 +249,9 @@ pub(crate) async fn remove(
     Path(file): Path<String>,
 ) -> Response {
     let removed = blocking(move || {
-        let path = server
-            .folders
-            .user
-            .existing(&file)
-            .map_err(|error| refuse_path(&error))?;
+        let user = &server.folders.user;
+        let path = user.existing(&file).map_err(|error| refuse_path(&error))?;
+        place(user, &file)?;
         disk::remove_file(&path).map_err(|error| cannot_write(&file, &error))?;
         Ok(StatusCode::NO_CONTENT.into_response())
     });
@@ -256,7 +267,8 @@ pub(crate) async fn rename(
     let renamed = blocking(move || {
         let root = &server.folders.user;
         let from = root.existing(&file).map_err(|error| refuse_path(&error))?;
-        let path = root.place(&to).map_err(|error| refuse_path(&error))?;
+        place(root, &file)?;
+        let path = place(root, &to)?;
         let name = if is_set(&query, "overwrite") {
             disk::rename
         } else {

@@ -103,7 +103,7 @@ impl Generations {
         write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
     ) -> io::Result<()> {
         let (number, which) = match self.last {
-            Some((number, which)) => (number + 1, 1 - which),
+            Some((number, which)) => (number.saturating_add(1), 1 - which),
             None => (0, 0),
         };
         write_over(&self.files[which], |file| {

@@ -120,7 +120,7 @@ pub fn load_concepts(paths: &[&Path], device: &Device) -> Result<LearnedConcepts
         rows,
         // What was saved has learned.
         from_words: true,
-        step: number("steps") as usize,
+        step: (number("steps") as usize).min(MAX_STEPS),
         seed: number("seed"),
         base_fingerprint: first
             .metadata
@@ -131,6 +131,8 @@ pub fn load_concepts(paths: &[&Path], device: &Device) -> Result<LearnedConcepts
     })
 }
 
+/// More than anybody learned; from there on steps can still be counted.
+const MAX_STEPS: usize = u32::MAX as usize;
 /// Names of a tensor that is the whole embedding, whatever it is called.
 const UNNAMED: [&str; 3] = ["emb_params", "*", "string_to_param.*"];
 /// Beside the embedding in files that were converted from A1111's.

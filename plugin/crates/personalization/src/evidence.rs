@@ -101,7 +101,7 @@ impl Affinity {
     /// From its parts, as [`Self::parts`] gives them.
     #[must_use]
     pub fn from_parts(size: Size, sums: Vec<f32>, n_draws: f64) -> Option<Self> {
-        (sums.len() == size.area().pow(2)).then_some(Self {
+        (sums.len() == size.area().saturating_pow(2)).then_some(Self {
             size,
             sums,
             n_draws,

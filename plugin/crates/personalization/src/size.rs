@@ -26,10 +26,10 @@ impl Size {
         Self::new(side, side)
     }
 
-    /// Values of a plane.
+    /// Values of a plane. A file may claim any size: one that no plane has is the largest.
     #[must_use]
     pub const fn area(self) -> usize {
-        self.width * self.height
+        self.width.saturating_mul(self.height)
     }
 
     /// Width and height divided by `n`.

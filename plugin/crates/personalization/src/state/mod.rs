@@ -212,7 +212,10 @@ impl EmState {
             .enumerate()
             .map(|(picture, &(n_concepts, size))| {
                 let planes = file.read_u8(&format!("masks.{picture}"))?;
-                if n_concepts == 0 || size.area() == 0 || planes.len() != n_concepts * size.area() {
+                if n_concepts == 0
+                    || size.area() == 0
+                    || planes.len() != n_concepts.saturating_mul(size.area())
+                {
                     let reason = "holds masks of another size than it says";
                     return Err(Error::file(path, reason));
                 }
@@ -422,7 +425,7 @@ impl Reader<'_> {
         }
         let values = self.file.read(&name, &Device::Cpu)?;
         let values = values.flatten_all()?.to_vec1::<f32>()?;
-        if size.area() == 0 || values.len() != n * size.area() {
+        if size.area() == 0 || values.len() != n.saturating_mul(size.area()) {
             let reason = format!("holds {name} of another size than it says");
             return Err(Error::file(self.path, reason));
         }
