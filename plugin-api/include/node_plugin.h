@@ -254,7 +254,8 @@ typedef struct NodePluginHost {
   const char *node_id;
   // Where results go; exists.
   const char *output_dir;
-  // A directory of this node's own that survives a cancellation; empty if the host keeps none.
+  // A directory of this node's own that survives a cancellation and is empty for other inputs and parameters; empty text if
+  // the host keeps none. A node stores there what it needs to resume.
   const char *work_dir;
   // Not 0 once the user asked to stop. A node asks at least once per step or every quarter of a second, and then returns
   // NODE_PLUGIN_CANCELED within one step.

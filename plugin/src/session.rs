@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use parking_lot::Mutex;
 use plugin_api::NodeError;
 use stable_diffusion::memory::Memory;
+use stable_diffusion::model::files_beside;
 use stable_diffusion::ops::Precision;
 use stable_diffusion::{CheckpointSource, DiffusionModel, Error};
 
@@ -97,6 +98,10 @@ fn described(path: &Path) -> String {
         );
     }
     seen.extend(describe(path));
+    if path.is_file() {
+        let beside = files_beside(path);
+        seen.extend(beside.iter().filter_map(|path| describe(path)));
+    }
     seen.sort();
     seen.join("\n")
 }
@@ -125,5 +130,29 @@ mod tests {
         assert!(weak.upgrade().is_some());
         drop(second);
         assert!(weak.upgrade().is_none(), "the session keeps nothing");
+    }
+
+    #[test]
+    fn what_is_read_beside_a_single_file_changes_its_fingerprint() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("model.safetensors");
+        std::fs::write(&file, "").unwrap();
+        let name = file.display().to_string();
+        let mut seen = vec![fingerprint(&name, "")];
+        for beside in [
+            "scheduler_config.json",
+            "vocab.json",
+            "tokenizer/merges.txt",
+            "scheduler/scheduler_config.json",
+        ] {
+            let path = folder.path().join(beside);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "{}").unwrap();
+            let now = fingerprint(&name, "");
+            assert!(!seen.contains(&now), "{beside}");
+            seen.push(now);
+        }
+        std::fs::write(folder.path().join("another.safetensors"), "").unwrap();
+        assert_eq!(seen.last(), Some(&fingerprint(&name, "")));
     }
 }

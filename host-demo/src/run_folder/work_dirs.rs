@@ -111,18 +111,22 @@ impl WorkDirs {
     }
 
     fn forget_older_than(&self, age: Duration) {
+        let is_old = |path: &Path| {
+            let modified = path.metadata().and_then(|meta| meta.modified());
+            modified.map_or(true, |time| time.elapsed().is_ok_and(|since| since > age))
+        };
         for entry in fs::read_dir(&self.root).into_iter().flatten().flatten() {
-            let modified = entry.metadata().and_then(|meta| meta.modified());
-            let is_old = modified.is_ok_and(|time| time.elapsed().is_ok_and(|since| since > age));
             let name = entry.file_name().to_string_lossy().into_owned();
-            if is_old && name.ends_with(tries::SUFFIX) {
-                let _ = disk::remove_file(&entry.path());
-                continue;
-            }
             // A claim that nobody gave back, or a folder.
             let signature = name.strip_suffix(LOCK).unwrap_or(&name);
-            if is_old
-                && is_ours(signature)
+            let path = self.root.join(signature);
+            // A state that is written renews its folder, and a run that begins its claim.
+            if !is_old(&path) || !is_old(&lock_of(&path)) {
+                continue;
+            }
+            if signature.ends_with(tries::SUFFIX) {
+                let _ = disk::remove_file(&path);
+            } else if is_ours(signature)
                 && let Ok(work) = self.open_within(signature, Duration::ZERO)
             {
                 work.finish();
@@ -232,5 +236,25 @@ mod tests {
         assert_eq!(names(&root.join(signature)), ["state"]);
         host.finish();
         assert_eq!(names(folder.path()), ["of somebody else"]);
+    }
+
+    #[test]
+    fn what_was_gone_on_with_lately_is_kept_whatever_is_old_of_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let dirs = WorkDirs::new(folder.path().join("work"));
+        let signature = "0123456789abcdef0123456789abcdef";
+        let work = dirs.open(signature).unwrap();
+        fs::write(work.path().join("state"), "step 3").unwrap();
+        let path = work.path().to_owned();
+        // As a process leaves it that is killed.
+        drop(work);
+        let old = std::time::SystemTime::now() - 2 * KEEP;
+        let age = |path: &Path| fs::File::open(path).unwrap().set_modified(old).unwrap();
+        age(&lock_of(&path));
+        dirs.sweep();
+        assert_eq!(names(&path), ["state"]);
+        age(&path);
+        dirs.sweep();
+        assert_eq!(names(folder.path()), [] as [&str; 0]);
     }
 }

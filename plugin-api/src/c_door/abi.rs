@@ -197,7 +197,8 @@ pub struct NodePluginHost {
     pub node_id: *const c_char,
     /// Where results go; exists.
     pub output_dir: *const c_char,
-    /// A directory of this node's own that survives a cancellation; empty if the host keeps none.
+    /// A directory of this node's own that survives a cancellation and is empty for other inputs and parameters; empty text if
+    /// the host keeps none. A node stores there what it needs to resume.
     pub work_dir: *const c_char,
     /// Not 0 once the user asked to stop. A node asks at least once per step or every quarter of a second, and then returns
     /// NODE_PLUGIN_CANCELED within one step.

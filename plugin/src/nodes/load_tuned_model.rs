@@ -6,6 +6,7 @@ use plugin_api::host::LogLevel;
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs};
 use schemars::JsonSchema;
 use serde::Deserialize;
+use stable_diffusion::PEFT_CONFIGURATION;
 
 use crate::failure::from_model;
 use crate::ports;
@@ -109,6 +110,8 @@ fn files(path: &Path) -> Vec<PathBuf> {
         .collect();
     if path.is_file() {
         files.push(path.to_owned());
+        let configuration = path.with_file_name(PEFT_CONFIGURATION);
+        files.extend(configuration.is_file().then_some(configuration));
     }
     files.sort();
     files

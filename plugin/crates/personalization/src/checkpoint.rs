@@ -128,7 +128,7 @@ impl Keeper {
             generations.step_back();
         }
         let then = match state {
-            Some(_) => "going on from the one before it",
+            Some(_) => "going on from the other one",
             None => "starting anew",
         };
         for sentence in &mut said {

@@ -54,6 +54,8 @@ pub enum Start {
 
 /// Bytes of answers of the model that are kept of one picture: those of a thousand steps at 512 pixels.
 const KEPT: usize = 64 << 20;
+/// Answers that are kept of any picture: those of a hundred steps with two each. A step takes far more memory than they do.
+const ALWAYS_KEPT: usize = 200;
 
 /// How far [`generate_from`] has come. Going on from it gives the same bits: a sampler is a function of what the model answers,
 /// so it is run again with the answers that are known.
@@ -236,7 +238,8 @@ impl Problem for Denoising<'_> {
         let answer = self.guided.clean(x, sigma)?;
         // The first ones are of use without the later ones.
         let is_next = answers.len() + 1 == self.n_asked;
-        if is_next && self.n_asked * answer.elem_count() * size_of::<f32>() <= KEPT {
+        let is_little = self.n_asked * answer.elem_count() * size_of::<f32>() <= KEPT;
+        if is_next && (is_little || self.n_asked <= ALWAYS_KEPT) {
             answers.push(answer.clone());
         }
         Ok(answer)

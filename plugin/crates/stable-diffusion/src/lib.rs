@@ -55,6 +55,7 @@ pub mod generate;
 
 pub use error::{Error, Result};
 pub use generate::{GenerateConfig, Start};
+pub use lora_file::PEFT_CONFIGURATION;
 pub use model::{CheckpointSource, DiffusionModel};
 pub use sampling::{Sampler, Schedule};
 pub use unet::UNet;

@@ -38,7 +38,7 @@ const IN_FOLDER: [&str; 2] = [
     "adapter_model.safetensors",
 ];
 /// What PEFT writes beside its file.
-const PEFT_CONFIGURATION: &str = "adapter_config.json";
+pub const PEFT_CONFIGURATION: &str = "adapter_config.json";
 /// Starts the names in a file of PEFT's own.
 const PEFT_PREFIX: &str = "base_model.model.";
 /// Key of a file's metadata under which diffusers keeps PEFT's configuration, as JSON.

@@ -585,6 +585,21 @@ fn load_folder(
         .with_precision(precision)
 }
 
+/// Where the scheduler of a single file may be, beside it.
+const SCHEDULERS: [&str; 2] = ["scheduler_config.json", "scheduler/scheduler_config.json"];
+
+/// Files that are read with the single file of a checkpoint where they lie beside it: another of them is another model.
+#[must_use]
+pub fn files_beside(single_file: &Path) -> Vec<PathBuf> {
+    let beside = single_file.parent().unwrap_or(Path::new("."));
+    let vocabularies = Tokenizer::FILES
+        .into_iter()
+        .flat_map(|name| [beside.join(name), beside.join("tokenizer").join(name)]);
+    let schedulers = SCHEDULERS.into_iter().map(|name| beside.join(name));
+    let all = schedulers.chain(vocabularies);
+    all.filter(|path| path.is_file()).collect()
+}
+
 fn load_single_file(
     path: &Path,
     vae: Option<&Path>,
@@ -600,7 +615,7 @@ fn load_single_file(
     }
     let mut config = single_file::detect(&file)?;
     let beside = path.parent().unwrap_or(Path::new("."));
-    for place in ["scheduler_config.json", "scheduler/scheduler_config.json"] {
+    for place in SCHEDULERS {
         let place = beside.join(place);
         if let Some(json) = read_optional(&place)? {
             config.scheduler = SchedulerConfig::from_json(&place.display().to_string(), &json)?;

@@ -65,6 +65,16 @@ impl fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
+    /// What a `tokenizer` folder may hold.
+    pub const FILES: [&str; 6] = [
+        "tokenizer.json",
+        "vocab.json",
+        "merges.txt",
+        "added_tokens.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    ];
+
     /// Builds the tokenizer from a checkpoint's `tokenizer` folder: `tokenizer.json`, or
     /// `vocab.json` and `merges.txt`; with `added_tokens.json`, `tokenizer_config.json` and
     /// `special_tokens_map.json` where they exist.

@@ -382,7 +382,7 @@ fn a_state_that_is_damaged_gives_way_to_the_one_before() {
         assert_eq!(state.unwrap().round, last.round);
         assert_eq!(said.len(), 1, "{said:?}");
         assert!(
-            said[0].ends_with("; going on from the one before it"),
+            said[0].ends_with("; going on from the other one"),
             "{said:?}"
         );
     }

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde_json::{Map, Value, json};
 
 use crate::error::Result;
@@ -83,7 +83,8 @@ fn header(
 }
 
 fn bytes_of(tensor: &Tensor, dtype: DType) -> Result<Vec<u8>> {
-    let flat = in_rows(tensor)?.flatten_all()?;
+    // Where there is room: a device that is full of a model has none for its copy.
+    let flat = in_rows(&tensor.to_device(&Device::Cpu)?)?.flatten_all()?;
     Ok(match stored(tensor, dtype).0 {
         DType::U8 => flat.to_vec1::<u8>()?,
         DType::F16 => little_endian(
@@ -107,8 +108,6 @@ fn little_endian<T: Copy, const N: usize>(values: &[T], bytes: impl Fn(T) -> [u8
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
     use crate::Error;
     use crate::weights::TensorFile;
