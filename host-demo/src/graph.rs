@@ -3,16 +3,21 @@
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
+/// Bytes of the longest id of a node.
+const MAX_ID: usize = 1024;
+
 /// Name of a node in its graph; inside of subgraphs `outer:inner`. Ordered as people count: 2 before 10.
+/// Orders and lists of problems name nodes over and over: a copy is cheap.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct NodeId(String);
+pub(crate) struct NodeId(Arc<str>);
 
 impl NodeId {
-    pub(crate) fn new(id: impl Into<String>) -> Self {
-        Self(id.into())
+    pub(crate) fn new(id: impl AsRef<str>) -> Self {
+        Self(id.as_ref().into())
     }
 
     pub(crate) fn as_str(&self) -> &str {
@@ -94,6 +99,12 @@ impl Graph {
     /// # Errors
     /// The first entry that is no node, in one sentence.
     pub(crate) fn from_api(document: &Map<String, Value>) -> Result<Self, String> {
+        if let Some(id) = document.keys().find(|id| id.len() > MAX_ID) {
+            let start: String = id.chars().take(40).collect();
+            return Err(format!(
+                "the id of the node {start}… is longer than {MAX_ID} bytes"
+            ));
+        }
         let nodes = document
             .iter()
             .map(|(id, entry)| Ok((NodeId::new(id), node_from_api(id, entry)?)));

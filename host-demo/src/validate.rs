@@ -164,6 +164,9 @@ pub(crate) fn judge(graph: &Graph, catalog: &Catalog, wanted: Option<&[NodeId]>)
     verdict
 }
 
+/// Outputs that are listed of a node with problems.
+const MAX_DEPENDENTS: usize = 64;
+
 /// Which output nodes can run, and which hang on a problem.
 fn settle(graph: &Graph, needs: &[(NodeId, Option<Plan>)], verdict: &mut Verdict) {
     let broken: BTreeSet<NodeId> = verdict
@@ -182,7 +185,9 @@ fn settle(graph: &Graph, needs: &[(NodeId, Option<Plan>)], verdict: &mut Verdict
         }
         for id in hit {
             let dependents = verdict.dependents.entry(id.clone()).or_default();
-            dependents.push(target.clone());
+            if dependents.len() < MAX_DEPENDENTS {
+                dependents.push(target.clone());
+            }
         }
     }
     // The outputs were ordered one by one: together there is no cycle either.

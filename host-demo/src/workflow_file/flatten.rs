@@ -72,6 +72,8 @@ struct Scope<'a> {
     graph: &'a EditorGraph,
     nodes: BTreeMap<String, &'a EditorNode>,
     links: BTreeMap<i64, &'a EditorLink>,
+    /// Links to the outputs of this subgraph, by their slots.
+    outward: BTreeMap<usize, i64>,
     /// The scope and node that stand for this subgraph.
     outer: Option<(usize, &'a EditorNode)>,
     /// `12:` inside of node 12.
@@ -115,16 +117,25 @@ impl<'a> Scopes<'a> {
         let index = self.all.len();
         let nodes: BTreeMap<String, &EditorNode> =
             graph.nodes.iter().map(|node| (node.id(), node)).collect();
+        let links: BTreeMap<i64, &EditorLink> = graph
+            .links
+            .iter()
+            .flatten()
+            .map(|link| (link.id(), link))
+            .collect();
+        let mut outward = BTreeMap::new();
+        for (&id, link) in &links {
+            let (target, slot) = link.target();
+            if target == SUBGRAPH_OUTPUT {
+                outward.entry(slot).or_insert(id);
+            }
+        }
         self.all.push(Scope {
             graph,
             widgets: promoted_widgets(graph, &nodes),
             nodes,
-            links: graph
-                .links
-                .iter()
-                .flatten()
-                .map(|link| (link.id(), link))
-                .collect(),
+            links,
+            outward,
             outer,
             prefix,
             inner: BTreeMap::new(),
@@ -329,9 +340,8 @@ impl<'a> Scopes<'a> {
 
     /// From a subgraph's output to the node inside that makes it.
     fn follow_inward(&self, inner: usize, slot: usize, hops: usize) -> Result<Source, String> {
-        let leads_out = |link: &&&EditorLink| link.target() == (SUBGRAPH_OUTPUT.to_owned(), slot);
-        match self.all[inner].links.values().find(leads_out) {
-            Some(link) => self.follow(inner, link.id(), hops + 1),
+        match self.all[inner].outward.get(&slot) {
+            Some(&link) => self.follow(inner, link, hops + 1),
             None => Ok(Source::Nothing),
         }
     }
