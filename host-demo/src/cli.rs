@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::anyhow;
 use clap::{Args, Parser, Subcommand};
 use jiff::Timestamp;
 use serde_json::Value;
@@ -392,7 +392,7 @@ fn run(arguments: &RunArguments) -> Result<(), Ended> {
         },
     };
     let folder = RunFolder::create(&destination).map_err(anyhow::Error::from)?;
-    let cancel = interrupt::flag().context("Ctrl-C cannot be handled")?;
+    let cancel = interrupt::flag()?;
     let recorder = Arc::new(Recorder::new(folder.path()));
     let work_dirs = folder.work_dirs();
     let outcome = execute(&prepared, arguments, &folder, &work_dirs, &recorder, cancel);

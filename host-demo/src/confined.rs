@@ -9,6 +9,8 @@ use std::path::{Component, Path, PathBuf};
 pub(crate) enum PathError {
     #[error("\"{0}\" is no name of a file beneath this folder; write for example pictures/dog.png")]
     NotRelative(String),
+    #[error("\"{0}\" is called as what is being written; choose another name")]
+    Reserved(String),
     #[error("\"{0}\" leads out of its folder")]
     Outside(String),
     #[error("there is no file \"{0}\"")]
@@ -80,7 +82,7 @@ impl Root {
         let outside = || PathError::Outside(name.to_owned());
         if name.split('/').any(durable_files::is_torn) {
             // The next start would take it for one that a dead process was writing.
-            return Err(PathError::NotRelative(name.to_owned()));
+            return Err(PathError::Reserved(name.to_owned()));
         }
         if path.is_symlink() {
             return Err(outside());

@@ -99,18 +99,29 @@ impl Graph {
     /// # Errors
     /// The first entry that is no node, in one sentence.
     pub(crate) fn from_api(document: &Map<String, Value>) -> Result<Self, String> {
-        if let Some(id) = document.keys().find(|id| id.len() > MAX_ID) {
-            let start: String = id.chars().take(40).collect();
-            return Err(format!(
-                "the id of the node {start}… is longer than {MAX_ID} bytes"
-            ));
-        }
         let nodes = document
             .iter()
             .map(|(id, entry)| Ok((NodeId::new(id), node_from_api(id, entry)?)));
-        Ok(Self {
+        let graph = Self {
             nodes: nodes.collect::<Result<_, String>>()?,
-        })
+        };
+        graph.check_ids()?;
+        Ok(graph)
+    }
+
+    /// Whether lists may name the nodes.
+    ///
+    /// # Errors
+    /// A sentence about an id that is too long.
+    pub(crate) fn check_ids(&self) -> Result<(), String> {
+        let is_long = |id: &&NodeId| id.as_str().len() > MAX_ID;
+        let Some(id) = self.nodes.keys().find(is_long) else {
+            return Ok(());
+        };
+        let start: String = id.as_str().chars().take(40).collect();
+        Err(format!(
+            "the id of the node {start}… is longer than {MAX_ID} bytes"
+        ))
     }
 
     /// Writes that form.

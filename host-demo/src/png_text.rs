@@ -136,24 +136,27 @@ mod tests {
 
     #[test]
     fn packed_text_unfolds_to_a_bound() {
-        let png = |n: usize| {
+        let png = |n: usize, is_utf8: bool| {
             let mut bytes = Vec::new();
             let mut encoder = png::Encoder::new(&mut bytes, 1, 1);
             let text = "7".repeat(n);
-            encoder
-                .add_ztxt_chunk("workflow".to_owned(), text.clone())
-                .unwrap();
-            encoder.add_itxt_chunk("prompt".to_owned(), text).unwrap();
+            if !is_utf8 {
+                encoder.add_ztxt_chunk("workflow".to_owned(), text).unwrap();
+            }
             let mut writer = encoder.write_header().unwrap();
+            if is_utf8 {
+                let mut chunk = png::text_metadata::ITXtChunk::new("workflow", "7".repeat(n));
+                chunk.compressed = true;
+                writer.write_text_chunk(&chunk).unwrap();
+            }
             writer.write_image_data(&[0]).unwrap();
             writer.finish().unwrap();
             bytes
         };
-        assert_eq!(super::workflow(&png(100)).unwrap().len(), 100);
-        let read = super::workflow(&png(MAX_TEXT + 1));
-        assert!(
-            read.is_none_or(|text| text.len() > MAX_TEXT),
-            "only as it stands in the file"
-        );
+        for is_utf8 in [false, true] {
+            let read = |n| super::workflow(&png(n, is_utf8));
+            assert_eq!(read(MAX_TEXT).unwrap().len(), MAX_TEXT);
+            assert_eq!(read(MAX_TEXT + 1), None);
+        }
     }
 }

@@ -44,7 +44,7 @@ pub struct RunInfo {
     pub node_id: RString,
     /// Where results go; exists.
     pub output_dir: RString,
-    /// A directory of this node's own that survives a cancellation and is empty for other inputs; empty if the host
+    /// A directory of this node's own that survives a cancellation and is empty for other inputs and parameters; empty if the host
     /// keeps none. A node stores there what it needs to resume.
     pub work_dir: RString,
 }

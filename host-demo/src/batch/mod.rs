@@ -13,7 +13,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::Context as _;
 use serde_json::Value;
 
 use crate::builtin_nodes::Places;
@@ -55,7 +54,7 @@ pub(crate) enum BatchEnd {
     Complete,
     /// Some entry failed.
     Failed,
-    /// Ctrl-C.
+    /// Ctrl-C, or a signal to end.
     Canceled,
 }
 
@@ -110,7 +109,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<BatchEnd> {
     if let Some(catalog) = catalogs.values().next() {
         tell_devices(&catalog.devices()?);
     }
-    let cancel = interrupt::flag().context("Ctrl-C cannot be handled")?;
+    let cancel = interrupt::flag()?;
     complain(&format!(
         "shard {shard}: {} of {n_all} entries",
         prepared.len()
@@ -157,8 +156,14 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<BatchEnd> {
 /// Puts those behind the others that may be what takes every process down.
 fn put_back_suspects(prepared: &mut [Prepared], out: &Path) {
     prepared.sort_by_cached_key(|one| {
-        let n_cut_short = Tries::of(out, &one.entry.id).n_cut_short();
-        let is_suspect = !one.is_done && n_cut_short >= MAX_CUT_SHORT;
+        let tries = Tries::of(out, &one.entry.id);
+        if one.is_done {
+            // A kill may have come between.
+            tries.end();
+            return false;
+        }
+        let n_cut_short = tries.n_cut_short();
+        let is_suspect = n_cut_short >= MAX_CUT_SHORT;
         if is_suspect {
             complain(&format!(
                 "entry {} was cut short {n_cut_short} times; it runs after the others",

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -181,6 +182,7 @@ pub(super) fn answer_questions(path: &Path) -> anyhow::Result<()> {
     interrupt::leave_to_parent()?;
     let stdin = io::stdin().as_fd().try_clone_to_owned();
     let mut socket = UnixStream::from(stdin.context("there is no socket of a host")?);
+    let questions = questions(socket.try_clone()?)?;
     let plugin = match loader::load(path) {
         Ok(plugin) => plugin,
         Err(error) => {
@@ -196,10 +198,24 @@ pub(super) fn answer_questions(path: &Path) -> anyhow::Result<()> {
         nodes: plugin.nodes.clone(),
     };
     frame::write(&mut socket, &Answer::Loaded(Box::new(facts)), &[])?;
-    while let Ok(Some((question, _))) = frame::read(&mut socket) {
+    for question in questions {
         frame::write(&mut socket, &answered(&plugin, question), &[])?;
     }
     Ok(())
+}
+
+/// What the host asks; the process ends when it is gone, also where the plugin never answers.
+fn questions(mut socket: UnixStream) -> io::Result<Receiver<Question>> {
+    let (sender, asked) = channel();
+    std::thread::Builder::new().spawn(move || {
+        while let Ok(Some((question, _))) = frame::read(&mut socket) {
+            if sender.send(question).is_err() {
+                break;
+            }
+        }
+        std::process::exit(0);
+    })?;
+    Ok(asked)
 }
 
 fn answered(plugin: &Plugin, question: Question) -> Answer {

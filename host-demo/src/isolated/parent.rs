@@ -15,6 +15,8 @@ use crate::executor::{Job, RunError};
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// Sign of life that is waited for at most once the user asked to stop: a step may take as long, and ends with a state.
 const HANG_LIMIT_CANCELED: Duration = Duration::from_secs(60);
+/// Signals to a group of processes arrive within this time.
+const SAME_MOMENT: Duration = Duration::from_millis(200);
 /// See the module above.
 pub(crate) struct Isolated {
     setup: Setup,
@@ -43,7 +45,7 @@ impl Isolated {
     /// Runs a job.
     ///
     /// # Errors
-    /// The job's own, or [`RunError::Crashed`].
+    /// The job's own, or [`RunError::Crashed`]; once it was asked to stop, [`RunError::Canceled`] however it ended.
     pub(crate) fn run(&mut self, job: &Job<'_>) -> Result<(), RunError> {
         let request = Request::Run(Box::new(JobText {
             graph: job.graph.to_api(),
@@ -76,14 +78,12 @@ impl Isolated {
             Heard::Gone(node, how) => {
                 let ended = worker.end();
                 let how = how.unwrap_or(ended);
-                // Whoever asked it to stop need not hear that it was ended for it.
-                if job.cancel.load(Ordering::SeqCst)
+                // Whoever asked it to stop, or both processes at one time, need not hear how it ended.
+                if is_canceled(job)
                     && let Some(node) = node.clone().or_else(|| first_of(job))
                 {
-                    return Err(RunError::Canceled {
-                        node,
-                        resumable: true,
-                    });
+                    let resumable = job.work_dirs.has_any();
+                    return Err(RunError::Canceled { node, resumable });
                 }
                 Err(match node {
                     Some(node) => RunError::Crashed { node, how },
@@ -110,6 +110,15 @@ enum Heard {
     End(Result<(), RunError>),
     /// With the process, at this node; and why, where it was ended from here.
     Gone(Option<NodeLabel>, Option<String>),
+}
+
+/// Whether the job is to stop, or is asked to at about this moment.
+fn is_canceled(job: &Job<'_>) -> bool {
+    let asked = || job.cancel.load(Ordering::SeqCst);
+    asked() || {
+        std::thread::sleep(SAME_MOMENT);
+        asked()
+    }
 }
 
 fn first_of(job: &Job<'_>) -> Option<NodeLabel> {

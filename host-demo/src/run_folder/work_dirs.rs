@@ -65,6 +65,13 @@ impl WorkDirs {
         }
     }
 
+    /// Whether any node left anything.
+    pub(crate) fn has_any(&self) -> bool {
+        let folders = fs::read_dir(&self.root).into_iter().flatten().flatten();
+        let mut contents = folders.filter_map(|entry| fs::read_dir(entry.path()).ok());
+        contents.any(|mut content| content.next().is_some())
+    }
+
     /// Where they are.
     pub(crate) fn root(&self) -> &Path {
         &self.root

@@ -8,7 +8,7 @@
 //!   user/            settings.json and workflows/
 //!   models/          checkpoints/, embeddings/, loras/: listed for clients that ask
 //!   work/            what an interrupted node needs to go on
-//!   queue.jsonl      the journal of jobs
+//!   queue.jsonl      the journal of jobs; one that could not be read whole is kept as queue.unreadable.jsonl
 //!   .lock            held while a server runs
 //! ```
 

@@ -160,10 +160,11 @@ impl Guard {
         });
         // A page can make a browser send other bodies without being asked for leave. `comfy-cli` posts JSON under
         // another name; it is no browser, and says so. ComfyUI's editor does too, and its origin is this server.
-        let may_be_page = ["origin", "referer", "sec-fetch-site", "cookie"]
+        let may_be_page = ["referer", "sec-fetch-site", "cookie"]
             .iter()
             .any(|name| headers.contains_key(*name))
             || text(USER_AGENT).is_none_or(|agent| agent.starts_with("Mozilla/"));
+        // Another origin was refused above.
         let is_own_page = headers.contains_key(ORIGIN);
         if method == Method::POST
             && has_body
@@ -407,6 +408,17 @@ mod tests {
         let agent = |agent| status(Method::POST, &[local, body, form, ("user-agent", agent)]);
         assert_eq!(agent("Python-urllib/3.11"), None);
         assert_eq!(agent("Mozilla/5.0 (X11; Linux x86_64)"), Some(415));
+        let of = |origin| {
+            let agent = ("user-agent", "Mozilla/5.0");
+            status(
+                Method::POST,
+                &[local, body, form, agent, ("origin", origin)],
+            )
+        };
+        assert_eq!(of("http://localhost"), None, "the editor's");
+        for foreign in ["null", "", "http://evil.example", "http://localhost:1"] {
+            assert_eq!(of(foreign), Some(403), "{foreign}");
+        }
     }
 
     #[test]

@@ -167,12 +167,17 @@ pub(crate) fn serve(options: &Options) -> anyhow::Result<()> {
             .context("the worker cannot be started")?
     };
     let served = runtime.block_on(answer(&server, options, most_connections, ended));
-    server.queue.close();
-    complain(
-        "stopping; the running job ends at its next step, and waiting jobs are kept; Ctrl-C again stops at once",
-    );
-    runtime.shutdown_background();
     interrupt::end_at_next_signal();
+    let again = if cfg!(unix) {
+        "; Ctrl-C again stops at once"
+    } else {
+        ""
+    };
+    complain(&format!(
+        "stopping; the running job ends at its next step, and waiting jobs are kept{again}"
+    ));
+    server.queue.close();
+    runtime.shutdown_background();
     // Told already where it is why the server ends.
     if worker.join().is_err() && served.is_ok() {
         complain("warning: the worker ended in disorder");

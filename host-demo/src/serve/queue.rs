@@ -15,7 +15,7 @@ use super::live::Live;
 use crate::clock::now_ms;
 use crate::console::complain;
 
-/// Ended jobs that are remembered, and the bytes of what is remembered of them; the last one always is.
+/// Ended jobs that are remembered, of those that ran and of those that did not, and the bytes of what is remembered of them; the last one always is.
 const MAX_HISTORY: usize = 256;
 const MAX_HISTORY_BYTES: usize = 64 << 20;
 /// Numbers of jobs that are counted on from: beyond, `f64` is not exact.
@@ -65,7 +65,8 @@ impl State {
         let bytes = |ended: &Arc<Ended>| ended.bytes();
         let mut all: usize = self.ended.iter().map(bytes).sum();
         while all > MAX_HISTORY_BYTES && self.ended.len() > 1 {
-            let oldest = self.ended.iter().position(|ended| !ended.has_run);
+            let older = self.ended.iter().take(self.ended.len() - 1);
+            let oldest = { older }.position(|ended| !ended.has_run);
             let gone = self.ended.remove(oldest.unwrap_or(0));
             all -= gone.as_ref().map_or(all, bytes);
         }
@@ -453,6 +454,9 @@ mod tests {
         let ended = queue.history();
         let ids: Vec<_> = ended.iter().map(|ended| ended.id.clone()).collect();
         assert_eq!(ids, ["large 2", "large 3", "large 4"]);
+        queue.accept(job("taken out"), None, false).unwrap();
+        queue.remove_waiting(|_| true);
+        assert_eq!(queue.history().last().unwrap().id, "taken out");
         end("huge".to_owned(), 2 * MAX_HISTORY_BYTES);
         assert_eq!(queue.history().len(), 1);
     }

@@ -162,7 +162,9 @@ impl Workflow {
         };
         let (editor, graph) = match Form::of(&document) {
             Some(Form::Editor) => {
-                let graph = flatten::graph_of(&document, catalog, MAX_NODES).map_err(malformed)?;
+                let graph = flatten::graph_of(&document, catalog, MAX_NODES);
+                let graph = graph.and_then(|graph| graph.check_ids().map(|()| graph));
+                let graph = graph.map_err(malformed)?;
                 (Some(document), graph)
             }
             Some(Form::Api(entries)) => (None, Graph::from_api(entries).map_err(malformed)?),

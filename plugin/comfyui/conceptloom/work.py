@@ -106,8 +106,9 @@ class _Done:
         # What still runs may fail.
         if queue is None or self._prompts & {prompt for _, prompt, *_ in list(queue.currently_running.values())}:
             return
-        if _done.pop(self.claim.folder, None) is not self:
+        if _done.get(self.claim.folder) is not self:
             return
+        del _done[self.claim.folder]
         if all(_ended_well(queue, prompt) for prompt in self._prompts):
             self.claim.remove()
         else:

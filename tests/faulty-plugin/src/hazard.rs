@@ -9,7 +9,7 @@
 //! | `panic-create`, `panic-drop`, `panic-validate`, `panic-fingerprint`, `panic-run` | panics there |
 //! | `loose-extension` | has extensions of all names |
 //! | `leak` | a node leaves memory behind |
-//! | `abort-validate` | ends the process when it looks at parameters |
+//! | `abort-validate`, `hang-validate` | ends the process when it looks at parameters, or looks for ever |
 //! | `abort`, `segfault`, `hang`, `exit`, `memory` | what ends or stops a process; the last asks for memory until there is none |
 //! | `too-few`, `wrong-type`, `wrong-shape`, `not-finite` | what it returns |
 //! | `scribble` | writes to its input |
@@ -122,6 +122,9 @@ impl Node for Hazard {
         panic_if("panic-validate");
         if process_habit() == "abort-validate" {
             std::process::abort();
+        }
+        while process_habit() == "hang-validate" {
+            std::thread::sleep(Duration::from_secs(1));
         }
         Ok(())
     }

@@ -7,8 +7,8 @@ use candle_core::Device;
 use personalization::{
     Concept, EmConfig, EmStart, EmState, Event, ImageMasks, JointConfig, JointScope, JointState,
     LearnedConcepts, MStepConfig, Observer, Picture, PreparedScene, Role, SamplePrompts, Sampled,
-    Scene, ScenePicture, Silent, Size, TokenConfig, TokenInit, em, init_tokens, joint_stage,
-    sample, sample_from,
+    Scene, ScenePicture, Silent, Size, TokenConfig, TokenInit, TokenPlan, em, first_rows,
+    joint_stage, learn_tokens, observe, sample, sample_from,
 };
 use stable_diffusion::{DiffusionModel, GenerateConfig, Sampler, Schedule, Start};
 
@@ -60,9 +60,7 @@ impl SmallWork {
             init: TokenInit::Class,
             vectors_per_concept: 2,
         };
-        let m_step = MStepConfig::break_a_scene();
-        let learned =
-            init_tokens(&model, &prepared, &tokens, &m_step, 5, &mut Silent).map_err(said)?;
+        let learned = first_rows(&model, &prepared, &tokens, 5).map_err(said)?;
         drop(prepared);
         Ok(Self {
             model,
@@ -153,6 +151,40 @@ pub(crate) fn state(folder: &Path, work: &SmallWork, bytes: &[u8]) -> Result<(),
         let scene = PreparedScene::new(model, scene).map_err(said)?;
         let mut impatient = Impatient(N_EVENTS);
         if let Ok(state) = EmState::load(path, &Device::Cpu) {
+            let halves = [halves().map_err(said)?];
+            let m_step = MStepConfig::break_a_scene();
+            for (inversion_steps, masks) in
+                [(4, None), (4, Some(&halves[..])), (0, Some(&halves[..]))]
+            {
+                let plan = TokenPlan {
+                    first: learned,
+                    inversion_steps,
+                    masks,
+                    steps: 2,
+                };
+                let state = Some(state.clone());
+                let _ = learn_tokens(
+                    model,
+                    &scene,
+                    &plan,
+                    &m_step,
+                    state,
+                    &mut Impatient(N_EVENTS),
+                );
+            }
+            let extraction = config().extraction;
+            let looking = Some(state.clone());
+            let mut stop = Impatient(N_EVENTS);
+            let _ = observe(
+                model,
+                &scene,
+                learned,
+                &extraction,
+                2,
+                &[],
+                looking,
+                &mut stop,
+            );
             let start = EmStart::Resume(Box::new(state));
             let _ = em(model, &scene, start, &config(), 5, &mut impatient);
         }

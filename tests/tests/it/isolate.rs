@@ -347,6 +347,46 @@ fn a_question_that_takes_its_process_down_is_lost_alone() {
     assert_eq!(server.wait(&id)["status"]["status_str"], "success");
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn nothing_is_left_of_a_server_that_was_killed_while_a_plugin_never_answers() {
+    let place = Place::with_faulty();
+    let mut server = Server::with(&place, &["--isolate"], "hang-validate");
+    let prompt = json!({"prompt": through_hazard("")}).to_string();
+    let mut asking = TcpStream::connect(&server.address).unwrap();
+    write!(
+        asking,
+        "POST /api/prompt HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{prompt}",
+        server.address,
+        prompt.len()
+    )
+    .unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    let own = server.child.id();
+    // Name of the program in brackets, state, parent.
+    let facts = |process: u32| {
+        let text = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+        let (_, behind) = text.rsplit_once(") ")?;
+        let mut words = behind.split(' ');
+        let is_dead = words.next()? == "Z";
+        (!is_dead).then_some(words.next()?.parse::<u32>().ok()?)
+    };
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let all = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let children: Vec<u32> = all.filter(|process| facts(*process) == Some(own)).collect();
+    assert!(!children.is_empty(), "nobody was asked");
+    server.child.kill().unwrap();
+    server.child.wait().unwrap();
+    let killed = Instant::now();
+    while children.iter().any(|process| facts(*process).is_some()) {
+        assert!(
+            killed.elapsed() < Duration::from_secs(20),
+            "it is there still"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
 #[test]
 fn an_isolated_library_that_cannot_be_loaded_is_told_in_one_sentence() {
     let place = Place::with_faulty();

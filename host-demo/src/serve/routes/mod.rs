@@ -19,13 +19,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Bytes;
+use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::StatusCode;
-use axum::middleware::from_fn_with_state;
+use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::Response;
 use axum::routing::{get, patch, post};
 use futures_util::StreamExt as _;
+use futures_util::stream::unfold;
 use serde_json::{Map, Value};
 use tokio::time::timeout;
 
@@ -49,6 +50,7 @@ pub(crate) fn router(server: Arc<Server>) -> Router {
         .nest("/api", api.fallback(pages::no_route))
         .fallback(pages::page)
         .layer(DefaultBodyLimit::max(MAX_UPLOAD))
+        .layer(from_fn(pace))
         .layer(from_fn_with_state(server.clone(), guard::check))
         .with_state(server)
 }
@@ -123,27 +125,36 @@ async fn body(request: Request, limit: usize) -> Result<Bytes, Response> {
     }
     let mut pieces = request.into_body().into_data_stream();
     let mut bytes = Vec::new();
-    loop {
-        match timeout(PIECE_LIMIT, pieces.next()).await {
-            Ok(None) => return Ok(bytes.into()),
-            Ok(Some(Ok(piece))) if bytes.len() + piece.len() > limit => return Err(too_large()),
-            Ok(Some(Ok(piece))) => bytes.extend_from_slice(&piece),
-            Ok(Some(Err(_))) => return Err(bad_request("the body ends before it is whole")),
-            Err(_) => {
-                let seconds = PIECE_LIMIT.as_secs();
-                let message = format!("nothing more of the body came for {seconds} s");
-                return Err(refuse(StatusCode::REQUEST_TIMEOUT, "timeout", &message));
-            }
+    while let Some(piece) = pieces.next().await {
+        let piece = piece.map_err(|_| bad_request("the body ends before it is whole"))?;
+        if bytes.len() + piece.len() > limit {
+            return Err(too_large());
         }
+        bytes.extend_from_slice(&piece);
     }
+    Ok(bytes.into())
+}
+
+/// Ends a body of which nothing more comes: who says half of it does not keep a place among the connections.
+async fn pace(request: Request, next: Next) -> Response {
+    let (head, body) = request.into_parts();
+    let pieces = unfold(body.into_data_stream(), |mut pieces| async move {
+        let piece = match timeout(PIECE_LIMIT, pieces.next()).await {
+            Ok(piece) => piece?,
+            Err(late) => Err(axum::Error::new(late)),
+        };
+        Some((piece, pieces))
+    });
+    next.run(Request::from_parts(head, Body::from_stream(pieces)))
+        .await
 }
 
 /// Whether arrays and objects lie in each other more than `levels` deep.
 fn is_deeper(value: &Value, levels: usize) -> bool {
-    let inside = |value| levels == 0 || is_deeper(value, levels - 1);
+    let is_inside = |value| is_deeper(value, levels - 1);
     match value {
-        Value::Array(values) => levels == 0 || values.iter().any(inside),
-        Value::Object(values) => levels == 0 || values.values().any(inside),
+        Value::Array(values) => levels == 0 || values.iter().any(is_inside),
+        Value::Object(values) => levels == 0 || values.values().any(is_inside),
         _ => false,
     }
 }

@@ -28,25 +28,28 @@ const MAX_LISTED: usize = 10_000;
 fn refuse_path(error: &PathError) -> Response {
     match error {
         PathError::NotFound(_) => not_found(&error.to_string()),
-        PathError::NotRelative(_) => bad_request(&error.to_string()),
+        PathError::NotRelative(_) | PathError::Reserved(_) => bad_request(&error.to_string()),
         PathError::Outside(_) | PathError::Unreadable(..) => {
             refuse(StatusCode::FORBIDDEN, "forbidden", &error.to_string())
         }
     }
 }
 
-/// A file that may be written here; the settings have requests of their own.
-///
-/// # Errors
-/// The answer.
-fn place(user: &Root, file: &str) -> Result<PathBuf, Response> {
-    let path = user.place(file).map_err(|error| refuse_path(&error))?;
-    let name = user.name_of(&path).unwrap_or_default();
+/// Refuses the settings, which have requests of their own.
+fn spare_settings(user: &Root, path: &FilePath) -> Result<(), Response> {
+    let name = user.name_of(path).unwrap_or_default();
     let first = name.split('/').next().unwrap_or_default();
     if first.eq_ignore_ascii_case(SETTINGS) {
         let message = format!("{SETTINGS} is the server's; post to /settings instead");
         return Err(refuse(StatusCode::FORBIDDEN, "forbidden", &message));
     }
+    Ok(())
+}
+
+/// Where a file may be written.
+fn place(user: &Root, file: &str) -> Result<PathBuf, Response> {
+    let path = user.place(file).map_err(|error| refuse_path(&error))?;
+    spare_settings(user, &path)?;
     Ok(path)
 }
 
@@ -251,7 +254,7 @@ pub(crate) async fn remove(
     let removed = blocking(move || {
         let user = &server.folders.user;
         let path = user.existing(&file).map_err(|error| refuse_path(&error))?;
-        place(user, &file)?;
+        spare_settings(user, &path)?;
         disk::remove_file(&path).map_err(|error| cannot_write(&file, &error))?;
         Ok(StatusCode::NO_CONTENT.into_response())
     });
@@ -267,7 +270,7 @@ pub(crate) async fn rename(
     let renamed = blocking(move || {
         let root = &server.folders.user;
         let from = root.existing(&file).map_err(|error| refuse_path(&error))?;
-        place(root, &file)?;
+        spare_settings(root, &from)?;
         let path = place(root, &to)?;
         let name = if is_set(&query, "overwrite") {
             disk::rename

@@ -6,7 +6,7 @@
 //!
 //! | step | equation | function | node |
 //! | --- | --- | --- | --- |
-//! | 1a start the tokens | v_c := row of the class word | [`token::init_tokens`] | ConceptTokenLearner |
+//! | 1a start the tokens | v_c := row of the class word | [`token::first_rows`], [`token_learning::learn_tokens`] | ConceptTokenLearner |
 //! | 1b, E attention of every concept | A_c = mean of softmax(QKᵀ/√d) (P Eq. 2) | [`observation::observe`] | AttentionMaskExtractor |
 //! | E likelihood of the noise | ℓ_c = Σ -e_c / 2σ_t² (P Eq. 3) | [`evidence::Evidence`] | AttentionMaskExtractor |
 //! | E posterior | q_c ∝ attention · likelihood, part by part | [`posterior::posterior`] | AttentionMaskExtractor |
@@ -127,5 +127,5 @@ pub use sampler::{SamplePrompts, Sampled, Sampling, sample, sample_from};
 pub use scene::{Concept, Picture, Role, Scene, ScenePicture};
 pub use size::Size;
 pub use state::{EmMoment, EmState};
-pub use token::{first_rows, init_tokens};
+pub use token::first_rows;
 pub use token_learning::{TokenPlan, learn_tokens};

@@ -4,36 +4,13 @@ use candle_core::{DType, Device, Tensor};
 use stable_diffusion::DiffusionModel;
 use stable_diffusion::rng::Rng;
 
-use crate::config::{MStepConfig, TokenConfig, TokenInit};
+use crate::config::{TokenConfig, TokenInit};
 use crate::error::Result;
 use crate::learned::LearnedConcepts;
-use crate::m_step::inversion;
-use crate::observer::Observer;
 use crate::optimizer::AdamWState;
 use crate::prepared::PreparedScene;
 
-/// Stage 1a: rows for all concepts of the scene, and textual inversion if it is asked for.
-///
-/// # Errors
-/// A class word that the tokenizer does not know, or a stop.
-pub fn init_tokens(
-    model: &DiffusionModel,
-    scene: &PreparedScene<'_>,
-    config: &TokenConfig,
-    m_step: &MStepConfig,
-    seed: u64,
-    observer: &mut dyn Observer,
-) -> Result<LearnedConcepts> {
-    let learned = first_rows(model, scene, config, seed)?;
-    match config.init {
-        TokenInit::Inversion { steps } => {
-            inversion(model, scene, &learned, m_step, steps, observer)
-        }
-        TokenInit::Class | TokenInit::Random => Ok(learned),
-    }
-}
-
-/// The rows before textual inversion.
+/// Stage 1a: rows for all concepts of the scene, before textual inversion.
 ///
 /// # Errors
 /// A class word that the tokenizer does not know.

@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use personalization::config::{EmConfig, JointConfig, JointScope, MStepConfig};
 use personalization::{
     Concept, Event, ImageMasks, LearnedConcepts, Picture, PreparedScene, Role, SamplePrompts,
-    Scene, ScenePicture, Silent, Size, init_tokens, joint_stage, m_step, observe, sample,
+    Scene, ScenePicture, Size, first_rows, joint_stage, m_step, observe, sample,
 };
 use stable_diffusion::generate::{GenerateConfig, Start};
 use stable_diffusion::{DiffusionModel, Sampler, Schedule};
@@ -159,14 +159,11 @@ impl Bench {
 
     fn learned(&self) -> Result<LearnedConcepts> {
         let config = EmConfig::likelihood();
-        let (tokens, m_step) = (&config.tokens, &config.m_step);
-        Ok(init_tokens(
+        Ok(first_rows(
             &self.model,
             &self.scene()?,
-            tokens,
-            m_step,
+            &config.tokens,
             SEED,
-            &mut Silent,
         )?)
     }
 

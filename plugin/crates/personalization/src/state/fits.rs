@@ -71,6 +71,7 @@ impl EmState {
         (n_inversion, n_steps): (usize, usize),
     ) -> Result<()> {
         self.of_one_part(model, scene, first)?;
+        same(!self.is_inverting || n_inversion > 0, OTHER_PART)?;
         let learned = &self.learned;
         let (begun, n_most) = match (self.is_inverting, n_inversion) {
             (true, _) => (first.step, n_inversion.saturating_sub(first.step)),

@@ -24,7 +24,7 @@ use personalization::{
     Checkpoint, Concept, EmOutcome, EmStart, EmState, Error, Event, JointState, Keeper,
     LearnedConcepts, MaskMode, Observer, Picture, PreparedScene, Role, SamplePrompts, Sampled,
     Scene, SceneMasks, ScenePicture, Silent, Size, TokenInit, TokenPlan, checkpoint, em,
-    first_rows, init_tokens, joint_stage, learn_tokens, m_step, observe, sample, sample_from,
+    first_rows, joint_stage, learn_tokens, m_step, observe, sample, sample_from,
 };
 use stable_diffusion::memory::Memory;
 use stable_diffusion::ops::{Backend, Precision};
@@ -107,15 +107,14 @@ fn initial(
     config: &EmConfig,
     seed: u64,
 ) -> LearnedConcepts {
-    init_tokens(
-        model,
-        scene,
-        &config.tokens,
-        &config.m_step,
-        seed,
-        &mut Silent,
-    )
-    .unwrap()
+    let first = first_rows(model, scene, &config.tokens, seed).unwrap();
+    let plan = TokenPlan {
+        first: &first,
+        inversion_steps: config.tokens.inversion_steps(),
+        masks: None,
+        steps: 0,
+    };
+    learn_tokens(model, scene, &plan, &config.m_step, None, &mut Silent).unwrap()
 }
 
 /// The joint stage on what was learned.

@@ -247,7 +247,12 @@ fn tokens_by_themselves_that_were_stopped_anywhere_go_on_with_the_same_bits() {
             assert!(steps.last().is_none_or(|last| *last == (3, 3)), "{steps:?}");
         }
         let load = || EmState::load(&states.file(states.n - 1), &Device::Cpu).unwrap();
-        let changes: [fn(&mut EmState); 6] = [
+        let changes: [fn(&mut EmState); 7] = [
+            |state| {
+                state.is_inverting = true;
+                // More than any inversion here.
+                state.learned.step = state.learned.step.max(3);
+            },
             |state| state.learned.seed += 1,
             |state| state.learned.step = usize::MAX,
             |state| state.learned.optimizer.t = usize::MAX,
