@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -13,6 +13,8 @@ use serde::de::DeserializeOwned;
 use super::frame;
 use crate::child::Ended;
 
+/// What a process may tell ahead: pictures among it take memory, and one that tells faster than it is heard has to wait.
+const MAX_UNHEARD: usize = 16;
 /// How long a process may take to end once its socket is closed.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
@@ -41,7 +43,7 @@ impl<R: DeserializeOwned + Send + 'static> Process<R> {
     pub(super) fn start(command: &mut Command) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         let child = command.stdin(Stdio::from(OwnedFd::from(theirs))).spawn()?;
-        let (sender, from) = channel();
+        let (sender, from) = sync_channel(MAX_UNHEARD);
         let mut reader = ours.try_clone()?;
         std::thread::Builder::new()
             .name("isolated".to_owned())

@@ -13,11 +13,14 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Sleep, sleep};
 
 /// Connections at one time, websockets among them.
 const MAX_CONNECTIONS: usize = 8192;
 /// A request's head has to arrive in this time; also how long an idle connection is kept.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a client may take nothing of an answer, which takes memory.
+const WRITE_LIMIT: Duration = Duration::from_secs(60);
 /// Pause after the system refused a connection, for example for want of file handles.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -35,25 +38,54 @@ pub(crate) async fn accept(listener: TcpListener, router: Router, most: usize) {
             return;
         };
         let Ok((stream, _)) = listener.accept().await else {
-            tokio::time::sleep(PAUSE).await;
+            sleep(PAUSE).await;
             continue;
         };
         let router = router.clone();
         tokio::spawn(async move {
             let _ = stream.set_nodelay(true);
-            let stream = Placed {
-                stream,
-                _place: place,
-            };
+            let stream = Placed::new(stream, place, WRITE_LIMIT);
             attend(stream, router).await;
         });
     }
 }
 
-/// A connection that keeps its place for as long as anybody has it: a websocket outlives [`attend`].
+/// A connection that keeps its place for as long as anybody has it, as a websocket outlives [`attend`], and that is not written to
+/// for ever.
 struct Placed<S> {
     stream: S,
     _place: OwnedSemaphorePermit,
+    limit: Duration,
+    /// When nothing having been taken is too long.
+    deadline: Option<Pin<Box<Sleep>>>,
+}
+
+impl<S> Placed<S> {
+    fn new(stream: S, place: OwnedSemaphorePermit, limit: Duration) -> Self {
+        Self {
+            stream,
+            _place: place,
+            limit,
+            deadline: None,
+        }
+    }
+
+    fn in_time<T>(
+        &mut self,
+        written: Poll<io::Result<T>>,
+        context: &mut Context<'_>,
+    ) -> Poll<io::Result<T>> {
+        if written.is_ready() {
+            self.deadline = None;
+            return written;
+        }
+        let limit = self.limit;
+        let deadline = self.deadline.get_or_insert_with(|| Box::pin(sleep(limit)));
+        deadline
+            .as_mut()
+            .poll(context)
+            .map(|()| Err(io::ErrorKind::TimedOut.into()))
+    }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Placed<S> {
@@ -72,15 +104,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Placed<S> {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.in_time(written, context)
     }
 
     fn poll_write_vectored(
@@ -88,11 +113,21 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Placed<S> {
         context: &mut Context<'_>,
         pieces: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(context, pieces)
+        let written = Pin::new(&mut self.stream).poll_write_vectored(context, pieces);
+        self.in_time(written, context)
     }
 
     fn is_write_vectored(&self) -> bool {
         self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let flushed = Pin::new(&mut self.stream).poll_flush(context);
+        self.in_time(flushed, context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }
 
@@ -155,5 +190,24 @@ mod tests {
         answered.unwrap().unwrap();
         assert_eq!(&answer, b"HTTP/1.1 404");
         assert_eq!([100, 1 << 40].map(most_connections), [50, MAX_CONNECTIONS]);
+    }
+
+    #[tokio::test]
+    async fn who_takes_nothing_of_an_answer_is_not_written_to_for_ever() {
+        let places = Arc::new(Semaphore::new(1));
+        let place = places.acquire_owned().await.unwrap();
+        let (ours, mut theirs) = tokio::io::duplex(16);
+        let mut placed = Placed::new(ours, place, Duration::from_millis(200));
+        // Slow, but never for so long.
+        let reader = async {
+            for _ in 0..8 {
+                sleep(Duration::from_millis(50)).await;
+                theirs.read_exact(&mut [0; 16]).await.unwrap();
+            }
+        };
+        let (written, ()) = tokio::join!(placed.write_all(&[7; 128]), reader);
+        written.unwrap();
+        let error = placed.write_all(&[7; 128]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 }

@@ -16,8 +16,12 @@ pub(crate) enum SettingsError {
     NotAnObject(PathBuf),
     #[error("cannot read or write the settings {}: {error}", path.display())]
     File { path: PathBuf, error: io::Error },
+    #[error("the settings would be larger than {} MiB together", MAX_BYTES >> 20)]
+    TooLarge,
 }
 
+/// Largest file of all of them.
+const MAX_BYTES: usize = 16 << 20;
 /// Their file, beneath the user's.
 pub(crate) const FILE: &str = "settings.json";
 
@@ -71,6 +75,9 @@ impl Settings {
         let mut changed = values.clone();
         changed.extend(changes);
         let text = serde_json::to_vec_pretty(&changed).unwrap_or_default();
+        if text.len() > MAX_BYTES {
+            return Err(SettingsError::TooLarge);
+        }
         write_over(&self.path, &text).map_err(|error| SettingsError::File {
             path: self.path.clone(),
             error,
@@ -98,6 +105,11 @@ mod tests {
             (&json!([1]), &json!(false))
         );
         assert_eq!(again["Comfy.InstalledVersion"], "1.2.3");
+        let half = |id: &str| Map::from_iter([(id.to_owned(), json!("7".repeat(MAX_BYTES / 2)))]);
+        settings.set(half("one")).unwrap();
+        let told = settings.set(half("other"));
+        assert!(matches!(told, Err(SettingsError::TooLarge)));
+        assert!(settings.get("one").is_some() && settings.get("other").is_none());
         std::fs::write(folder.path().join("settings.json"), "[]").unwrap();
         assert!(matches!(
             Settings::open(&user, ""),

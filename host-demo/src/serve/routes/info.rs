@@ -5,11 +5,13 @@ use std::path::Path as FilePath;
 use std::sync::Arc;
 
 use axum::extract::{Path, Query, Request, State};
+use axum::http::StatusCode;
 use axum::response::Response;
 use plugin_api::{DeviceDescriptor, DeviceKind};
 use serde_json::{Map, Value, json};
 
-use super::super::answer::{cannot_write, done, not_found, ok};
+use super::super::answer::{cannot_write, done, not_found, ok, refuse};
+use super::super::settings::SettingsError;
 use super::super::{PACK, Server};
 use super::{MAX_JSON, MAX_UPLOAD, blocking, body, either, json_body, json_of};
 use crate::confined::Root;
@@ -219,6 +221,11 @@ async fn change(server: Arc<Server>, changes: Map<String, Value>) -> Response {
     let changed = blocking(move || server.settings.set(changes)).await;
     either(changed.map(|changed| match changed {
         Ok(()) => done(),
+        Err(error @ SettingsError::TooLarge) => refuse(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "too_large",
+            &error.to_string(),
+        ),
         Err(error) => cannot_write("the settings", &std::io::Error::other(error.to_string())),
     }))
 }
