@@ -1,4 +1,6 @@
 """Programs that were written for ComfyUI and do not know that it is not there."""
+import http.client
+import io
 import json
 import subprocess
 import sys
@@ -6,6 +8,7 @@ import urllib.parse
 
 import pytest
 import websocket
+from PIL import Image
 from support import PATIENCE, WORK, pixels, png, quick, small_demo, small_prompt, wait_until
 
 
@@ -121,6 +124,7 @@ def test_names_of_uploads_in_other_scripts(server):
         ("filename=\"my%20dog.png\"; filename*=utf-8''my%20dog.png", "my dog.png"),
         ("filename*=utf-8''%E7%8C%AB.png", "猫.png"),
         ('filename="Füße.png"', "Füße.png"),
+        ('filename="Screenshot 10:11:12.png"', "Screenshot 10_11_12.png"),
     ]:
         body = f"--b\r\ncontent-disposition: form-data; name=\"image\"; {header}\r\n\r\n".encode() + png() + b"\r\n--b--\r\n"
         reply = server.request("POST", "/upload/image", body, {"content-type": "multipart/form-data; boundary=b"})
@@ -144,6 +148,8 @@ def test_a_client_that_comes_back_goes_on_hearing(server):
 def test_a_connection_that_ends_is_closed_as_such(server, who):
     """Not cut: a client takes that for a network that failed, and tries again."""
     first = websocket.create_connection(f"ws://127.0.0.1:{server.port}/ws?clientId=me", timeout=PATIENCE)
+    # Only now has it its name.
+    assert json.loads(first.recv())["type"] == "status"
     if who == "the client":
         first.send_close()
     else:
@@ -185,6 +191,41 @@ def test_problems_are_told_in_comfyui_s_form(server):
                        ({"prompt": quick(), "prompt_id": "ABC"}, "invalid_prompt_id")]:
         refused = server.post("/prompt", body)
         assert (refused.status, refused.json["error"]["type"]) == (400, kind)
+
+
+def test_a_mask_is_painted_on_a_picture_that_is_built_in(server):
+    """As editors before 1.40 save it: the paint alone, and on what."""
+    paint = png((0, 0, 0, 0), (128, 128), "RGBA")
+    reference = json.dumps({"filename": "demo:man-and-cat.png", "type": "input"})
+    parts = [("original_ref", "", reference.encode()), ("image", '; filename="mask.png"', paint)]
+    body = b"".join(f'--b\r\ncontent-disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + content + b"\r\n"
+                    for name, more, content in parts) + b"--b--\r\n"
+    reply = server.request("POST", "/upload/mask", body, {"content-type": "multipart/form-data; boundary=b"})
+    assert reply.status == 200, reply.body
+    painted = server.view({"filename": reply.json["name"], "type": "input", "channel": "rgb"})
+    assert pixels(painted) == pixels(server.view({"filename": "demo:man-and-cat.png"}))
+
+
+def test_a_photograph_of_another_ending_can_be_chosen(server):
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "JPEG")
+    for ending in ("jfif", "jpe"):
+        assert server.upload(f"photo.{ending}", content.getvalue()).status == 200
+        options = server.get("/object_info/LoadImage").json["LoadImage"]["input"]["required"]["image"]
+        assert f"photo.{ending}" in json.dumps(options)
+
+
+def test_hidden_files_of_the_user_are_not_listed_and_bad_names_are_told(server):
+    for name in (".index.json", "a.json", ".hidden%2Fb.json"):
+        assert server.request("POST", f"/userdata/workflows%2F{name}", b"{}").status == 200
+    listed = server.get("/userdata?dir=workflows&recurse=true&split=false&full_info=true").json
+    assert [entry["path"] for entry in listed] == ["a.json"]
+    assert server.get("/userdata/workflows%2F.index.json").body == b"{}"
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection.request("POST", "/userdata/workflows%2FPortrait%3A.json", b"{}")
+    reply = connection.getresponse()
+    assert reply.status == 400 and reply.reason.startswith("No name for a file")
+    connection.close()
 
 
 def test_a_painted_mask_reaches_the_given_mode(server):

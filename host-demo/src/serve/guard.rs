@@ -164,8 +164,8 @@ impl Guard {
             .iter()
             .any(|name| headers.contains_key(*name))
             || text(USER_AGENT).is_none_or(|agent| agent.starts_with("Mozilla/"));
-        // Another origin was refused above.
-        let is_own_page = headers.contains_key(ORIGIN);
+        // Another origin was refused above, and no page can set the other header.
+        let is_own_page = headers.contains_key(ORIGIN) || site == Some("same-origin");
         if method == Method::POST
             && has_body
             && !takes_other
@@ -416,6 +416,8 @@ mod tests {
             )
         };
         assert_eq!(of("http://localhost"), None, "the editor's");
+        let own = ("sec-fetch-site", "same-origin");
+        assert_eq!(status(Method::POST, &[local, body, form, own]), None);
         for foreign in ["null", "", "http://evil.example", "http://localhost:1"] {
             assert_eq!(of(foreign), Some(403), "{foreign}");
         }

@@ -51,7 +51,10 @@ pub(crate) async fn object_info_of(
 /// The catalog's, with the pictures that were uploaded.
 fn all_nodes(server: &Server) -> Map<String, Value> {
     let mut all = server.catalog.object_info();
-    let uploaded = files_in(&server.folders.input, &["png", "jpg", "jpeg", "webp"]);
+    let uploaded = files_in(
+        &server.folders.input,
+        &["png", "jpg", "jpeg", "jfif", "jpe", "webp"],
+    );
     for class in PICTURE_INPUTS {
         if let Some(options) = all.get_mut(class).and_then(|info| {
             info.pointer_mut("/input/required/image/1/options")?

@@ -18,6 +18,7 @@ use super::super::answer::{bad_request, cannot_write, ok, refuse};
 use super::super::folders::{write_new, write_over};
 use super::files::{joined, media_type, root};
 use super::{blocking, either};
+use crate::demo;
 use crate::pictures::{LoadedPicture, read_file};
 
 /// The fields of the form.
@@ -66,7 +67,8 @@ async fn read(mut form: Multipart) -> Result<Upload, Response> {
     while let Some(field) = form.next_field().await.map_err(broken)? {
         let name = field.name().unwrap_or_default().to_owned();
         if name == "image" {
-            upload.name = file_name(&field);
+            // Whoever names it gets its name back. Not every system has names with these.
+            upload.name = file_name(&field).replace([':', '\\'], "_");
             upload.bytes = field.bytes().await.map_err(broken)?;
             continue;
         }
@@ -189,14 +191,20 @@ fn with_transparency(server: &Server, upload: &Upload) -> Result<Vec<u8>, Respon
         return Err(bad_request("the form has no \"original_ref\""));
     };
     let text = |key: &str| original[key].as_str().unwrap_or_default();
-    let Some(root) = root(server, text("type")) else {
-        return Err(bad_request(
-            "the type of original_ref is input, output or temp",
-        ));
+    let name = text("filename");
+    let bytes = if let Some(bytes) = demo::picture(name) {
+        bytes.to_vec()
+    } else {
+        let Some(root) = root(server, text("type")) else {
+            return Err(bad_request(
+                "the type of original_ref is input, output or temp",
+            ));
+        };
+        let path = root.file(&joined(text("subfolder"), name));
+        let path = path.map_err(|error| bad_request(&error.to_string()))?;
+        read_file(&path).map_err(unreadable)?
     };
-    let path = root.file(&joined(text("subfolder"), text("filename")));
-    let path = path.map_err(|error| bad_request(&error.to_string()))?;
-    let picture = LoadedPicture::decode(text("filename"), &read_file(&path).map_err(unreadable)?);
+    let picture = LoadedPicture::decode(name, &bytes);
     let mask = LoadedPicture::decode(&upload.name, &upload.bytes).map_err(unreadable)?;
     let image = picture.map_err(unreadable)?.with_transparency_of(&mask);
     let mut png = Cursor::new(Vec::new());

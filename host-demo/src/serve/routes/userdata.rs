@@ -10,6 +10,7 @@ use axum::extract::{Path, Query, Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 use durable_files::disk;
+use hyper::ext::ReasonPhrase;
 use serde_json::{Value, json};
 
 use super::super::Server;
@@ -20,6 +21,8 @@ use super::files::FileFacts;
 use super::{blocking, body, either};
 use crate::confined::{PathError, Root};
 
+/// All that the editor shows of a name that is refused.
+const NO_NAME: &[u8] = b"No name for a file; leave out : and backslashes";
 /// Largest file.
 const MAX_FILE: usize = 32 << 20;
 /// Most files that are listed.
@@ -28,7 +31,12 @@ const MAX_LISTED: usize = 10_000;
 fn refuse_path(error: &PathError) -> Response {
     match error {
         PathError::NotFound(_) => not_found(&error.to_string()),
-        PathError::NotRelative(_) | PathError::Reserved(_) => bad_request(&error.to_string()),
+        PathError::NotRelative(_) | PathError::Reserved(_) => {
+            let mut refusal = bad_request(&error.to_string());
+            let reason = ReasonPhrase::from_static(NO_NAME);
+            refusal.extensions_mut().insert(reason);
+            refusal
+        }
         PathError::Outside(_) | PathError::Unreadable(..) => {
             refuse(StatusCode::FORBIDDEN, "forbidden", &error.to_string())
         }
@@ -167,6 +175,10 @@ fn collect(root: &Root, folder: &FilePath, recurse: bool, names: &mut Vec<String
         let Ok(kind) = entry.file_type() else {
             continue;
         };
+        // The editor keeps bookmarks in `.index.json`, and would list it as a workflow that can be removed.
+        if entry.file_name().to_string_lossy().starts_with('.') {
+            continue;
+        }
         if kind.is_dir() && recurse {
             collect(root, &entry.path(), recurse, names);
         } else if kind.is_file() && names.len() < MAX_LISTED {
