@@ -10,8 +10,8 @@ use machine_memory::{KeepFreed, keep_freed};
 use personalization::m_step::{INVERSION, TOKENS};
 use personalization::metrics::mask_ious;
 use personalization::{
-    Checkpoint, Concept, Event, ImageMasks, Keeper, LearnedConcepts, Observation, Observer, Role,
-    SamplePrompts, Scene, Size, overlay, sample,
+    Checkpoint, Concept, EmState, Event, ImageMasks, Keeper, LearnedConcepts, Observation,
+    Observer, Role, SamplePrompts, Scene, Size, checkpoint, overlay, sample,
 };
 use plugin_api::host::LogLevel;
 use plugin_api::{Host, SharedTensor};
@@ -108,6 +108,21 @@ impl<'a> HostObserver<'a> {
         }
         self.keepers.insert(name, keeper);
         state
+    }
+
+    /// The same of the alternation and of its parts by themselves; who goes on is told so.
+    pub(crate) fn keep_learning(
+        &mut self,
+        check: impl Fn(&EmState) -> personalization::Result<()>,
+    ) -> Option<EmState> {
+        let model = self.model;
+        let state = self.keep(checkpoint::EM, |path| {
+            let state = EmState::load(path, &model.device)?;
+            check(&state)?;
+            Ok(state)
+        })?;
+        self.host.log(LogLevel::Info, &state.going_on());
+        Some(state)
     }
 
     fn on_checkpoint(&mut self, checkpoint: &Checkpoint<'_>) {

@@ -159,7 +159,7 @@ fn put_back_suspects(prepared: &mut [Prepared], out: &Path) {
         let tries = Tries::of(out, &one.entry.id);
         if one.is_done {
             // A kill may have come between.
-            tries.end();
+            tries.forget();
             return false;
         }
         let n_cut_short = tries.n_cut_short();
@@ -276,21 +276,7 @@ fn run_one(
     cache: &mut Cache,
 ) -> anyhow::Result<()> {
     let folder = RunFolder::create(&Destination::Exactly(options.out.join(&one.entry.id)))?;
-    let tries = Tries::of(&options.out, &one.entry.id);
-    tries.begin();
-    let ended = fill(folder, one, options, catalog, cancel, cache);
-    tries.end();
-    ended
-}
-
-fn fill(
-    folder: RunFolder,
-    one: &Prepared,
-    options: &Options,
-    catalog: &Catalog,
-    cancel: &Arc<AtomicBool>,
-    cache: &mut Cache,
-) -> anyhow::Result<()> {
+    let _trying = Tries::of(&options.out, &one.entry.id).begin();
     let metadata = |json: Value| {
         if options.disable_metadata {
             String::new()

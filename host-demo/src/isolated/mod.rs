@@ -2,7 +2,8 @@
 //!
 //! The process (`worker`) is this program once more. It loads the plugins, keeps the cache and runs one job after the other;
 //! it is told what to run and tells what happens over a socket (`frame`). Values on wires never leave it. When it is gone, or
-//! gives no sign of life for too long, its job ends with [`RunError::Crashed`], or as canceled if it was to stop, and the next job gets a new process.
+//! gives no sign of life for too long, its job ends with [`RunError::Crashed`], or as canceled if it was to stop, and the next
+//! job gets a new process.
 //!
 //! What is asked of a plugin without running it is asked of another process (`informant`), which answers while a job runs.
 //! The host itself never has a plugin's library in it.

@@ -10,7 +10,7 @@ use super::WORK;
 /// Ends the names of the files beneath `.work` whose length is the number.
 pub(super) const SUFFIX: &str = ".tries";
 /// What was cut short so often may be what takes its process down.
-pub(crate) const MAX_CUT_SHORT: u32 = 3;
+pub(crate) const MAX_CUT_SHORT: usize = 3;
 
 /// Those of the run that fills the folder of a name; written by who has the claim on it. What cannot be read or written
 /// only changes the order of runs.
@@ -26,25 +26,34 @@ impl Tries {
     }
 
     /// How often its process died.
-    pub(crate) fn n_cut_short(&self) -> u32 {
-        let bytes = self.path.metadata().map_or(0, |meta| meta.len());
-        u32::try_from(bytes).unwrap_or(u32::MAX)
+    pub(crate) fn n_cut_short(&self) -> usize {
+        self.path.metadata().map_or(0, |meta| meta.len() as usize)
     }
 
-    /// The run begins.
-    pub(crate) fn begin(&self) {
+    /// The run begins. That it ended is known by what is returned: a process that dies drops nothing.
+    pub(crate) fn begin(self) -> Trying {
         let work = self.path.parent().map_or(Ok(()), disk::create_dir_all);
         let _ = work
             .and_then(|()| disk::File::open_or_create(&self.path))
-            .and_then(|file| file.set_len(u64::from(self.n_cut_short()) + 1));
+            .and_then(|file| file.set_len(self.n_cut_short() as u64 + 1));
+        Trying(self)
     }
 
-    /// It ended, well or not, and its process lives.
-    pub(crate) fn end(self) {
+    /// The run has ended, well or not.
+    pub(crate) fn forget(&self) {
         let _ = disk::remove_file(&self.path);
         if let Some(work) = self.path.parent() {
             // Only if nothing is in it.
             let _ = disk::remove_dir(work);
         }
+    }
+}
+
+/// A run that goes on.
+pub(crate) struct Trying(Tries);
+
+impl Drop for Trying {
+    fn drop(&mut self) {
+        self.0.forget();
     }
 }

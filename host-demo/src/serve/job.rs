@@ -130,7 +130,7 @@ impl Job {
 
     /// Whether it may be what takes the server down.
     pub(crate) fn is_suspected(&self) -> bool {
-        self.cut_short.len() >= MAX_CUT_SHORT as usize
+        self.cut_short.len() >= MAX_CUT_SHORT
     }
 
     /// As it stands in `/jobs`.

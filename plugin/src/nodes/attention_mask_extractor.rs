@@ -1,9 +1,6 @@
 //! AttentionMaskExtractor: where the model looks for every concept, what explains the noise, and the masks that follow.
 
-use personalization::{
-    EmState, ExtractionConfig, ImageMasks, Labels, Scene, ScenePicture, checkpoint, label, observe,
-};
-use plugin_api::host::LogLevel;
+use personalization::{ExtractionConfig, ImageMasks, Labels, Scene, ScenePicture, label, observe};
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -81,14 +78,9 @@ impl Node for AttentionMaskExtractor {
         let mut observer = HostObserver::new(host, model).with_scene(&scene, None);
         let earlier = inputs.optional_object::<EvidenceValue>("evidence")?;
         let earlier = earlier.map_or(&[][..], |value| &value.evidence);
-        let resumed = observer.keep(checkpoint::EM, |path| {
-            let state = EmState::load(path, &model.device)?;
-            state.check_looking(model, &prepared, learned, &config, parameters.timesteps)?;
-            Ok(state)
+        let resumed = observer.keep_learning(|state| {
+            state.check_looking(model, &prepared, learned, &config, parameters.timesteps)
         });
-        if let Some(state) = &resumed {
-            host.log(LogLevel::Info, &state.going_on());
-        }
         let observations = observe(
             model,
             &prepared,

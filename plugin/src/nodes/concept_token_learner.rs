@@ -1,7 +1,6 @@
 //! ConceptTokenLearner: tokens, from their start or from where they stand, under masks if there are any.
 
-use personalization::{EmConfig, EmState, TokenPlan, checkpoint, first_rows, learn_tokens};
-use plugin_api::host::LogLevel;
+use personalization::{EmConfig, TokenPlan, first_rows, learn_tokens};
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs};
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -101,14 +100,7 @@ impl Node for ConceptTokenLearner {
             masks: masks.as_deref(),
             steps: parameters.steps,
         };
-        let resumed = observer.keep(checkpoint::EM, |path| {
-            let state = EmState::load(path, &model.device)?;
-            plan.check(&state, model, &prepared)?;
-            Ok(state)
-        });
-        if let Some(state) = &resumed {
-            host.log(LogLevel::Info, &state.going_on());
-        }
+        let resumed = observer.keep_learning(|state| plan.check(state, model, &prepared));
         let learned = learn_tokens(model, &prepared, &plan, &config, resumed, &mut observer);
         let learned = learned.map_err(failed)?;
         Ok(vec![concepts_value(learned)])

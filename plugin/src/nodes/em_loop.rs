@@ -1,8 +1,8 @@
 //! EmLoop: the whole method in one node.
 
 use personalization::{
-    CrfStage, EmConfig, EmOutcome, EmStart, EmState, ExtractionConfig, JointConfig, JointScope,
-    JointState, MaskMode, checkpoint, em, joint_stage,
+    CrfStage, EmConfig, EmOutcome, EmStart, ExtractionConfig, JointConfig, JointScope, JointState,
+    MaskMode, checkpoint, em, joint_stage,
 };
 use plugin_api::host::LogLevel;
 use plugin_api::{Host, Inputs, Node, NodeDescriptor, NodeError, Outputs};
@@ -216,16 +216,9 @@ impl Node for EmLoop {
                     .tokens
                     .stages(parameters.steps, parameters.joint_steps),
             );
-        let resumed = observer.keep(checkpoint::EM, |path| {
-            let state = EmState::load(path, &model.device)?;
-            state.check(model, &prepared, &config)?;
-            Ok(state)
-        });
+        let resumed = observer.keep_learning(|state| state.check(model, &prepared, &config));
         let start = match resumed {
-            Some(state) => {
-                host.log(LogLevel::Info, &state.going_on());
-                EmStart::Resume(Box::new(state))
-            }
+            Some(state) => EmStart::Resume(Box::new(state)),
             None => given
                 .filter(|_| config.masks == MaskMode::Given)
                 .map_or(EmStart::Fresh, EmStart::Masks),

@@ -13,15 +13,6 @@ use stable_diffusion::{CheckpointSource, DiffusionModel};
 
 use crate::files::{HEAD, files, in_file, in_folder, write};
 
-/// Files of a tokenizer.
-const TOKENIZER: [&str; 6] = [
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-];
 /// Files of a model in diffusers' layout, beside those of its tokenizer.
 const MODEL: [&str; 11] = [
     "scheduler/scheduler_config.json",
@@ -136,7 +127,7 @@ pub(crate) fn tokenizer(bytes: &[u8]) -> Result<(), String> {
 /// A checkpoint in one file, beside its tokenizer.
 pub(crate) fn single_file(folder: &Path, bytes: &[u8]) -> Result<(), String> {
     in_folder(folder, |folder| {
-        let mut known = TOKENIZER.to_vec();
+        let mut known = Tokenizer::FILES.to_vec();
         known.extend(["model.safetensors", "scheduler_config.json", OTHER_VAE]);
         write(folder, bytes, &known)?;
         load(&folder.join("model.safetensors"), &folder.join(OTHER_VAE));
@@ -147,7 +138,7 @@ pub(crate) fn single_file(folder: &Path, bytes: &[u8]) -> Result<(), String> {
 /// A checkpoint in diffusers' layout.
 pub(crate) fn model_folder(folder: &Path, bytes: &[u8]) -> Result<(), String> {
     in_folder(folder, |folder| {
-        let tokenizer = TOKENIZER.map(|name| format!("tokenizer/{name}"));
+        let tokenizer = Tokenizer::FILES.map(|name| format!("tokenizer/{name}"));
         let mut known: Vec<&str> = tokenizer.iter().map(String::as_str).collect();
         known.extend(MODEL);
         known.push(OTHER_VAE);

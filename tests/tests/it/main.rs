@@ -17,7 +17,7 @@
 //! | `bad_plugin` | libraries that cannot be loaded, nodes that fail, lie and panic |
 //! | `plugin_search` | folders of libraries: those that crash are left out and remembered |
 //! | `devices` | where it is computed: on start, in `system_stats`, in the report; devices that cannot be used |
-//! | `method` | the real plugin: the demo, checkpoints and words that cannot be used, a round wired by hand |
+//! | `method` | the real plugin: what comes out (`learning`), and what cannot be used (`refusing`) |
 //!
 //! `doors` opens libraries; `support` builds the programs and runs them; `server` asks one.
 #![expect(

@@ -67,7 +67,7 @@ async fn read(mut form: Multipart) -> Result<Upload, Response> {
     while let Some(field) = form.next_field().await.map_err(broken)? {
         let name = field.name().unwrap_or_default().to_owned();
         if name == "image" {
-            // Whoever names it gets its name back. Not every system has names with these.
+            // Not every system has names with these; the answer tells the client what it is called now.
             upload.name = file_name(&field).replace([':', '\\'], "_");
             upload.bytes = field.bytes().await.map_err(broken)?;
             continue;
