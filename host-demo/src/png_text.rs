@@ -4,8 +4,10 @@
 //! both.
 
 use std::fmt::Write as _;
+use std::io::Cursor;
 
 use plugin_api::{ErrorCode, NodeError};
+use png::text_metadata::EncodableTextChunk;
 
 use crate::pictures::RgbPicture;
 
@@ -44,10 +46,7 @@ const MAX_TEXT: usize = 16 << 20;
 /// The workflow inside of a PNG file: the editor's document, else its API form. Of another format, or without either,
 /// `None`.
 pub(crate) fn workflow(png: &[u8]) -> Option<String> {
-    let reader = png::Decoder::new(std::io::Cursor::new(png))
-        .read_info()
-        .ok()?;
-    let info = reader.info();
+    let info = info(png)?;
     let text = |keyword: &str| {
         let plain = info.uncompressed_latin1_text.iter();
         let packed = info.compressed_latin1_text.iter();
@@ -75,6 +74,36 @@ pub(crate) fn workflow(png: &[u8]) -> Option<String> {
             .next()
     };
     text("workflow").or_else(|| text("prompt"))
+}
+
+/// What a PNG file says of itself, behind its pixels too. Where it breaks off, what stood before.
+fn info(png: &[u8]) -> Option<png::Info<'static>> {
+    let mut reader = png::Decoder::new(Cursor::new(png)).read_info().ok()?;
+    let _ = reader.finish();
+    Some(reader.info().clone())
+}
+
+/// A PNG file with the texts of another one: a picture that was changed keeps its workflow. `original` may be of another
+/// format, which has none.
+pub(crate) fn with_texts_of(original: &[u8], mut png: Vec<u8>) -> Vec<u8> {
+    /// The signature, and a header of 13 bytes with its length, type and checksum.
+    const BEHIND_HEADER: usize = 8 + 13 + 12;
+    let Some(info) = info(original) else {
+        return png;
+    };
+    let mut texts = Vec::new();
+    // One that cannot be written, such as without a keyword, is left out.
+    for text in &info.uncompressed_latin1_text {
+        let _ = text.encode(&mut texts);
+    }
+    for text in &info.compressed_latin1_text {
+        let _ = text.encode(&mut texts);
+    }
+    for text in &info.utf8_text {
+        let _ = text.encode(&mut texts);
+    }
+    png.splice(BEHIND_HEADER..BEHIND_HEADER, texts);
+    png
 }
 
 /// JSON text in ASCII: everything else becomes `\uXXXX`.
@@ -132,6 +161,39 @@ mod tests {
             serde_json::from_str::<Value>(&chunks[1].text).unwrap(),
             workflow
         );
+    }
+
+    #[test]
+    fn a_changed_picture_keeps_the_texts() {
+        let mut original = Vec::new();
+        let mut encoder = png::Encoder::new(&mut original, 1, 1);
+        encoder
+            .add_ztxt_chunk("prompt".to_owned(), "{}".to_owned())
+            .unwrap();
+        let mut writer = encoder.write_header().unwrap();
+        let title = png::text_metadata::ITXtChunk::new("Title", "Füße 🐕");
+        writer.write_text_chunk(&title).unwrap();
+        writer.write_image_data(&[0]).unwrap();
+        let workflow = "{\"nodes\":[]}".to_owned();
+        let behind = png::text_metadata::TEXtChunk::new("workflow", workflow.clone());
+        writer.write_text_chunk(&behind).unwrap();
+        writer.finish().unwrap();
+        assert_eq!(super::workflow(&original).as_ref(), Some(&workflow));
+
+        let picture = RgbPicture {
+            width: 1,
+            height: 1,
+            pixels: vec![1, 2, 3],
+        };
+        let changed = encode(&picture, &[]).unwrap();
+        let with_texts = with_texts_of(&original, changed.clone());
+        assert_eq!(super::workflow(&with_texts), Some(workflow));
+        let read = info(&with_texts).unwrap();
+        assert_eq!(read.utf8_text[0].get_text().unwrap(), "Füße 🐕");
+        assert_eq!(read.compressed_latin1_text[0].get_text().unwrap(), "{}");
+        let pixels = |png: &[u8]| image::load_from_memory(png).unwrap();
+        assert_eq!(pixels(&with_texts), pixels(&changed));
+        assert_eq!(with_texts_of(b"\xff\xd8 no PNG", changed.clone()), changed);
     }
 
     #[test]

@@ -193,17 +193,32 @@ def test_problems_are_told_in_comfyui_s_form(server):
         assert (refused.status, refused.json["error"]["type"]) == (400, kind)
 
 
-def test_a_mask_is_painted_on_a_picture_that_is_built_in(server):
-    """As editors before 1.40 save it: the paint alone, and on what."""
+def paint(server, reference):
+    """As editors before 1.40 save a mask: the paint alone, and on what."""
     paint = png((0, 0, 0, 0), (128, 128), "RGBA")
-    reference = json.dumps({"filename": "demo:man-and-cat.png", "type": "input"})
+    reference = json.dumps(reference)
     parts = [("original_ref", "", reference.encode()), ("image", '; filename="mask.png"', paint)]
     body = b"".join(f'--b\r\ncontent-disposition: form-data; name="{name}"{more}\r\n\r\n'.encode() + content + b"\r\n"
                     for name, more, content in parts) + b"--b--\r\n"
     reply = server.request("POST", "/upload/mask", body, {"content-type": "multipart/form-data; boundary=b"})
     assert reply.status == 200, reply.body
-    painted = server.view({"filename": reply.json["name"], "type": "input", "channel": "rgb"})
+    return reply.json["name"]
+
+
+def test_a_mask_is_painted_on_a_picture_that_is_built_in(server):
+    name = paint(server, {"filename": "demo:man-and-cat.png", "type": "input"})
+    painted = server.view({"filename": name, "type": "input", "channel": "rgb"})
     assert pixels(painted) == pixels(server.view({"filename": "demo:man-and-cat.png"}))
+
+
+def test_a_picture_with_a_mask_keeps_its_workflow(server):
+    prompt = quick()
+    entry = server.finished(server.queue_prompt(prompt, extra_data={"extra_pnginfo": {"workflow": {"nodes": [], "é": 1}}}))
+    [saved] = entry["outputs"]["2"]["images"]
+    name = paint(server, saved)
+    with Image.open(io.BytesIO(server.view({"filename": name, "type": "input"}))) as painted:
+        assert json.loads(painted.text["workflow"]) == {"nodes": [], "é": 1}
+        assert json.loads(painted.text["prompt"]).keys() == prompt.keys()
 
 
 def test_a_photograph_of_another_ending_can_be_chosen(server):

@@ -163,11 +163,13 @@ def leads(columns, runs, kinds):
     def figures(kind):
         return [value(runs[label], field, kind=kind) for label, field in columns.values()]
 
-    ahead = [kind for kind in kinds if figures(kind)[2] - figures(kind)[0] >= LEAD]
-    others = [kind for kind in kinds if kind not in ahead]
-    told = [f"`{kind}` ({figures(kind)[2] - figures(kind)[0]:+.3f})" for kind in others]
-    text = f"The last masks of `em` are ahead of `baseline` by {LEAD:.2f} or more in " + ", ".join(f"`{kind}`" for kind in ahead)
-    return text + (f", by less in {', '.join(told)}." if told else ".")
+    leads = {kind: figures(kind)[2] - figures(kind)[0] for kind in kinds}
+    far = [f"`{kind}`" for kind in kinds if leads[kind] >= LEAD]
+    near = [f"`{kind}` ({leads[kind]:+.3f})" for kind in kinds if 0 <= leads[kind] < LEAD]
+    behind = [f"`{kind}` ({leads[kind]:+.3f})" for kind in kinds if leads[kind] < 0]
+    text = f"The last masks of `em` are ahead of `baseline` by {LEAD:.2f} or more in {', '.join(far)}"
+    text += f", by less in {', '.join(near)}" if near else ""
+    return text + (f", and behind in {', '.join(behind)}." if behind else ".")
 
 
 def last_masks(scene):

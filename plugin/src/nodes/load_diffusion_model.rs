@@ -33,7 +33,7 @@ pub(crate) struct Parameters {
     #[serde(default)]
     precision: PrecisionChoice,
     /// What a step of learning keeps until its gradients are computed. `fast` keeps everything; `lean` computes the parts of
-    /// the U-Net once more, for up to half more time and much less memory, with the same results, and takes pictures
+    /// the U-Net once more, for a third to a half more time and less memory, with the same results, and takes pictures
     /// of half again the model's area through the VAE in tiles, which changes them slightly; `auto` keeps everything where that
     /// is at most a quarter of the machine's memory, computes again where it is not and on GPUs, and never tiles.
     #[serde(default)]

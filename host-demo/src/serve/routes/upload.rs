@@ -20,6 +20,7 @@ use super::files::{joined, media_type, root};
 use super::{blocking, either};
 use crate::demo;
 use crate::pictures::{LoadedPicture, read_file};
+use crate::png_text;
 
 /// The fields of the form.
 #[derive(Default)]
@@ -42,7 +43,8 @@ pub(crate) async fn image(State(server): State<Arc<Server>>, form: Multipart) ->
     either(blocking(move || either(keep(&server, &upload, upload.bytes.to_vec()))).await)
 }
 
-/// `POST /upload/mask`: the same with original_ref; what is kept is the original with the transparency of the upload.
+/// `POST /upload/mask`: the same with original_ref; what is kept is the original, with its workflow, in the
+/// transparency of the upload.
 pub(crate) async fn mask(State(server): State<Arc<Server>>, form: Multipart) -> Response {
     let upload = match read(form).await {
         Ok(upload) => upload,
@@ -211,7 +213,7 @@ fn with_transparency(server: &Server, upload: &Upload) -> Result<Vec<u8>, Respon
     image
         .write_to(&mut png, ImageFormat::Png)
         .map_err(|error| bad_request(&format!("the mask cannot be written: {error}")))?;
-    Ok(png.into_inner())
+    Ok(png_text::with_texts_of(&bytes, png.into_inner()))
 }
 
 #[cfg(test)]
