@@ -220,6 +220,9 @@ impl<'a> Worker<'a> {
             cache.get(&signature)
         };
         if let Some(outputs) = hit {
+            // What an earlier run left of it, which ended behind it.
+            self.work
+                .extend(job.work_dirs.open_left(signature.as_str()));
             job.observer.on_event(
                 label,
                 &Event::Cached {
@@ -252,6 +255,7 @@ impl<'a> Worker<'a> {
         let has_saved = Arc::new(AtomicBool::new(false));
         let context = self.context(label, &signature, &has_saved)?;
         let outputs = run_with_retry(&mut instance, inputs, &parameters, context, cache)?;
+        self.leave_empty();
         check_outputs(descriptor, &outputs)?;
         let seconds = started.elapsed().as_secs_f64();
         job.observer.on_event(
@@ -324,33 +328,34 @@ impl<'a> Worker<'a> {
         Ok((inputs, descriptor.completed_parameters(&parameters)))
     }
 
-    /// The node's own folder; `None` if it is in use.
-    fn open_work(
-        &self,
-        label: &NodeLabel,
-        signature: &Signature,
-    ) -> Result<Option<WorkDir>, NodeError> {
+    /// The node's own folder; `None` if it cannot be had, which is told.
+    fn open_work(&self, label: &NodeLabel, signature: &Signature) -> Option<WorkDir> {
         let dirs = self.job.work_dirs;
         let path = dirs.path_of(signature.as_str());
         // Two output nodes of one run may be the same.
         if self.work.iter().any(|work| work.path() == path) {
-            return Ok(None);
+            return None;
         }
-        match dirs.open(signature.as_str()) {
-            Ok(work) => Ok(Some(work)),
+        let why = match dirs.open(signature.as_str()) {
+            Ok(work) => return Some(work),
             Err(FolderError::InUse { process, .. }) => {
-                let text = format!(
-                    "another run{} does the same now; if this one is stopped it cannot go on where it was",
-                    named(process)
-                );
-                let event = Event::Log {
-                    level: 2,
-                    text: &text,
-                };
-                self.job.observer.on_event(label, &event);
-                Ok(None)
+                format!("another run{} does the same now", named(process))
             }
-            Err(error) => Err(NodeError::new(ErrorCode::CannotWrite, error.to_string())),
+            Err(error) => error.to_string(),
+        };
+        let text = format!("{why}; if this one is stopped it cannot go on where it was");
+        let event = Event::Log {
+            level: 2,
+            text: &text,
+        };
+        self.job.observer.on_event(label, &event);
+        None
+    }
+
+    /// The last node is done. If it kept nothing, other runs of the same need not wait for its folder.
+    fn leave_empty(&mut self) {
+        if let Some(work) = self.work.pop() {
+            self.work.extend(work.leave_if_empty());
         }
     }
 
@@ -361,10 +366,13 @@ impl<'a> Worker<'a> {
         has_saved: &Arc<AtomicBool>,
     ) -> Result<Context, NodeError> {
         let job = self.job;
-        let work = self.open_work(label, signature)?;
+        let output_dir = in_words(job.output_dir)?;
+        let work = self.open_work(label, signature);
         let work_dir = work
             .as_ref()
-            .map(|work| work.path().to_string_lossy().into_owned());
+            .map(|work| in_words(work.path()))
+            .transpose()?;
+        let work_dir = work_dir.unwrap_or_default().into();
         self.work.extend(work);
         Ok(Context {
             label: label.clone(),
@@ -373,15 +381,28 @@ impl<'a> Worker<'a> {
             has_saved: has_saved.clone(),
             info: RunInfo {
                 node_id: label.id.as_str().into(),
-                output_dir: job.output_dir.to_string_lossy().as_ref().into(),
-                work_dir: work_dir.unwrap_or_default().into(),
+                output_dir: output_dir.into(),
+                work_dir,
             },
             metadata: metadata(job),
         })
     }
 }
 
-/// Runs the node; once more if memory ran out and the cache held some. A second time it is final, and said so.
+/// A path as nodes are told it.
+fn in_words(path: &Path) -> Result<String, NodeError> {
+    let refused = || {
+        let text = format!(
+            "the name of the folder {} is not UTF-8, which nodes cannot be told; choose another one",
+            path.display()
+        );
+        NodeError::new(ErrorCode::CannotWrite, text)
+    };
+    path.to_str().map(str::to_owned).ok_or_else(refused)
+}
+
+/// Runs the node; once more if memory ran out, the cache held some and nothing is saved yet. A second time it is final, and
+/// said so.
 fn run_with_retry(
     instance: &mut Instance,
     inputs: BTreeMap<String, Value>,
@@ -390,7 +411,11 @@ fn run_with_retry(
     cache: &mut Cache,
 ) -> Result<Vec<Value>, NodeError> {
     match instance.run(inputs.clone(), parameters, context.clone()) {
-        Err(error) if error.error_code() == ErrorCode::OutOfMemory && cache.clear() => {
+        Err(error)
+            if error.error_code() == ErrorCode::OutOfMemory
+                && !context.has_saved.load(Ordering::SeqCst)
+                && cache.clear() =>
+        {
             memory::give_back();
             context.log(
                 1,

@@ -4,24 +4,31 @@ use parking_lot::Mutex;
 use serde_json::json;
 
 use super::*;
-use crate::run_folder::{Destination, RunFolder};
+use crate::run_folder::{Destination, RunFolder, WorkDirs};
 use crate::validate::validate;
 
-/// Remembers what happened, as `id event`.
+/// Remembers what happened, as `id event`, and the signatures of nodes that are done.
 #[derive(Default)]
-struct Log(Mutex<Vec<String>>);
+struct Log {
+    events: Mutex<Vec<String>>,
+    signatures: Mutex<Vec<String>>,
+}
 
 impl Observer for Log {
     fn on_event(&self, node: &NodeLabel, event: &Event<'_>) {
         let event = match event {
             Event::Started { .. } => "started",
             Event::Cached { .. } => "cached",
-            Event::Finished { .. } => "finished",
+            Event::Finished { signature, .. } => {
+                self.signatures.lock().push(signature.as_str().to_owned());
+                "finished"
+            }
             Event::Saved { .. } => "saved",
             Event::Preview { .. } => "preview",
+            Event::Log { level: 2, text } => text,
             Event::Progress(_) | Event::Metric { .. } | Event::Log { .. } => return,
         };
-        self.0.lock().push(format!("{} {event}", node.id));
+        self.events.lock().push(format!("{} {event}", node.id));
     }
 }
 
@@ -30,25 +37,43 @@ fn run_once(
     cache: &mut Cache,
     cancel: bool,
 ) -> (Result<(), RunError>, Vec<String>) {
-    let graph = Graph::from_api(document.as_object().unwrap()).unwrap();
-    let catalog = Catalog::builtin_only();
-    let plan = validate(&graph, &catalog).unwrap();
     let root = tempfile::tempdir().unwrap();
     let folder = RunFolder::create(&Destination::Exactly(root.path().join("out"))).unwrap();
     let log = Arc::new(Log::default());
+    let result = run_in(
+        document,
+        cache,
+        cancel,
+        folder.path(),
+        &folder.work_dirs(),
+        &log,
+    );
+    (result, log.events.lock().clone())
+}
+
+fn run_in(
+    document: &Json,
+    cache: &mut Cache,
+    cancel: bool,
+    output_dir: &Path,
+    work_dirs: &WorkDirs,
+    log: &Arc<Log>,
+) -> Result<(), RunError> {
+    let graph = Graph::from_api(document.as_object().unwrap()).unwrap();
+    let catalog = Catalog::builtin_only();
+    let plan = validate(&graph, &catalog).unwrap();
     let job = Job {
         graph: &graph,
         plan: &plan,
         catalog: &catalog,
-        output_dir: folder.path(),
-        work_dirs: &folder.work_dirs(),
+        output_dir,
+        work_dirs,
         workflow: String::new(),
         prompt: String::new(),
         cancel: Arc::new(AtomicBool::new(cancel)),
         observer: log.clone(),
     };
-    let result = run(&job, cache);
-    (result, log.0.lock().clone())
+    run(&job, cache)
 }
 
 fn demo(prefix: &str) -> Json {
@@ -103,6 +128,64 @@ fn a_canceled_run_starts_nothing() {
         })
     ));
     assert_eq!(log, [] as [&str; 0]);
+}
+
+#[test]
+fn who_cannot_keep_states_runs_and_says_so() {
+    let root = tempfile::tempdir().unwrap();
+    std::fs::write(root.path().join("no folder"), "").unwrap();
+    let dirs = WorkDirs::new(root.path().join("no folder"));
+    let log = Arc::new(Log::default());
+    run_in(
+        &demo("a"),
+        &mut Cache::new(0),
+        false,
+        root.path(),
+        &dirs,
+        &log,
+    )
+    .unwrap();
+    let told = log.events.lock().join("\n");
+    assert!(told.contains("1 finished") && told.contains("2 finished"));
+    assert!(told.contains("if this one is stopped it cannot go on where it was"));
+    assert!(root.path().join("a_00001.png").is_file());
+}
+
+#[test]
+fn a_node_that_keeps_nothing_has_no_folder_and_one_that_did_leaves_it_when_its_result_is_used() {
+    let root = tempfile::tempdir().unwrap();
+    let dirs = WorkDirs::new(root.path().join("work"));
+    let mut cache = Cache::new(1 << 30);
+    let log = Arc::new(Log::default());
+    run_in(&demo("a"), &mut cache, false, root.path(), &dirs, &log).unwrap();
+    assert!(!dirs.root().exists(), "before the run is kept");
+
+    let left = dirs.path_of(&log.signatures.lock()[0]);
+    std::fs::create_dir_all(&left).unwrap();
+    std::fs::write(left.join("state"), "of a run that ended behind this node").unwrap();
+    run_in(&demo("a"), &mut cache, false, root.path(), &dirs, &log).unwrap();
+    assert!(log.events.lock().contains(&"1 cached".to_owned()));
+    assert!(left.exists(), "its results are not kept yet");
+    dirs.finish();
+    assert!(!dirs.root().exists());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_folder_that_nodes_cannot_be_told_is_refused_before_anything_runs() {
+    use std::os::unix::ffi::OsStrExt as _;
+    let root = tempfile::tempdir().unwrap();
+    let folder = root.path().join(std::ffi::OsStr::from_bytes(b"caf\xe9"));
+    std::fs::create_dir(&folder).unwrap();
+    let dirs = WorkDirs::new(root.path().join("work"));
+    let log = Arc::new(Log::default());
+    let ended = run_in(&demo("a"), &mut Cache::new(0), false, &folder, &dirs, &log);
+    let error = ended.unwrap_err().to_string();
+    assert!(
+        error.contains("node 1") && error.contains("not UTF-8"),
+        "{error}"
+    );
+    assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 1);
 }
 
 #[test]

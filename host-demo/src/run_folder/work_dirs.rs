@@ -100,6 +100,12 @@ impl WorkDirs {
         opened
     }
 
+    /// The folder that an earlier run left of the node with this signature, if there is one and nobody uses it.
+    pub(crate) fn open_left(&self, signature: &str) -> Option<WorkDir> {
+        let is_there = self.path_of(signature).is_dir();
+        is_there.then(|| self.open_within(signature, Duration::ZERO).ok())?
+    }
+
     fn open_within(&self, signature: &str, patience: Duration) -> Result<WorkDir, FolderError> {
         let path = self.path_of(signature);
         let claim = claim(&lock_of(&path), &path, patience)?;
@@ -168,10 +174,17 @@ impl WorkDir {
 
     /// The run ended early: keeps what the node left; whether it left anything.
     pub(crate) fn keep(self) -> bool {
-        // Fails if there is something in it.
-        let kept = disk::remove_dir(&self.path).is_err();
+        let left = self.leave_if_empty();
+        left.map(Self::leave).is_some()
+    }
+
+    /// Gives the folder up if there is nothing in it.
+    pub(crate) fn leave_if_empty(self) -> Option<Self> {
+        if disk::remove_dir(&self.path).is_err() {
+            return Some(self);
+        }
         self.leave();
-        kept
+        None
     }
 
     fn leave(self) {

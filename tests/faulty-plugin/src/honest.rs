@@ -57,9 +57,12 @@ impl Node for Slow {
         host: &Host,
     ) -> Result<Outputs, NodeError> {
         let info = host.run_info();
-        let state = Path::new(info.work_dir.as_str()).join("step");
-        let resumed = std::fs::read_to_string(&state)
-            .ok()
+        let work_dir = Some(Path::new(info.work_dir.as_str()));
+        let work_dir = work_dir.filter(|folder| !folder.as_os_str().is_empty());
+        let state = work_dir.map(|folder| folder.join("step"));
+        let resumed = state
+            .as_ref()
+            .and_then(|state| std::fs::read_to_string(state).ok())
             .and_then(|text| text.parse().ok())
             .unwrap_or(0);
         if resumed > 0 {
@@ -80,7 +83,9 @@ impl Node for Slow {
             if step % 5 == 0 {
                 host.preview(picture(part as f32)?, "counted", &format!("step {step}"));
             }
-            write(&state, &(step + 1).to_string())?;
+            if let Some(state) = &state {
+                write(state, &(step + 1).to_string())?;
+            }
         }
         let n = parameters
             .prompts
