@@ -1,12 +1,16 @@
 //! Child processes that may crash or hang: how they ended, in words.
 
 use std::io::{self, Read};
-use std::process::{Command, ExitStatus, Stdio};
-use std::thread::JoinHandle;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 /// How often it is looked whether a child has ended.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// How long what a child said may take to come after its end, and a killed one to end.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// How a child ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,44 +50,77 @@ pub(crate) fn run(command: &mut Command, limit: Duration) -> io::Result<Finished
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
-    let stdout = child.stdout.take().map(read_all);
-    let stderr = child.stderr.take().map(read_all);
-    let started = Instant::now();
-    let mut timed_out = false;
-    let status = loop {
-        if let Some(status) = child.try_wait()? {
-            break status;
-        }
-        if started.elapsed() >= limit {
-            timed_out = true;
-            child.kill()?;
-            break child.wait()?;
-        }
-        std::thread::sleep(LOOK_EVERY);
+    let stdout = child.stdout.take().map(Heard::listen);
+    let stderr = child.stderr.take().map(Heard::listen);
+    let ended = if let Some(status) = wait_for(&mut child, limit)? {
+        Ended::of(status)
+    } else {
+        child.kill()?;
+        wait_apart(child);
+        Ended::TimedOut
     };
     Ok(Finished {
-        ended: if timed_out {
-            Ended::TimedOut
-        } else {
-            Ended::of(status)
-        },
-        stdout: text(stdout),
-        stderr: text(stderr),
+        ended,
+        stdout: stdout.map(Heard::text).unwrap_or_default(),
+        stderr: stderr.map(Heard::text).unwrap_or_default(),
     })
 }
 
-fn read_all(mut pipe: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
-    std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        // What came before an error is what there is.
-        let _ = pipe.read_to_end(&mut bytes);
-        bytes
-    })
+/// Waits for the end of a child for at most so long.
+fn wait_for(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
+    let started = Instant::now();
+    loop {
+        let status = child.try_wait()?;
+        if status.is_some() || started.elapsed() >= limit {
+            return Ok(status);
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
 }
 
-fn text(reader: Option<JoinHandle<Vec<u8>>>) -> String {
-    let bytes = reader.and_then(|reader| reader.join().ok());
-    String::from_utf8_lossy(&bytes.unwrap_or_default()).into_owned()
+/// Waits for one that was killed; not for ever: one that waits for a disk or a device that is gone does not end either.
+pub(crate) fn wait_apart(mut child: Child) {
+    if let Ok(None) = wait_for(&mut child, END_LIMIT) {
+        std::thread::spawn(move || child.wait());
+    }
+}
+
+/// What comes through a pipe.
+struct Heard(Arc<Mutex<Said>>);
+
+#[derive(Default)]
+struct Said {
+    bytes: Vec<u8>,
+    is_whole: bool,
+}
+
+impl Heard {
+    fn listen(mut pipe: impl Read + Send + 'static) -> Self {
+        let said = Arc::new(Mutex::new(Said::default()));
+        let heard = Self(said.clone());
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            loop {
+                match pipe.read(&mut buffer) {
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    // What came before an error is what there is.
+                    Ok(0) | Err(_) => break,
+                    Ok(n) => said.lock().bytes.extend_from_slice(&buffer[..n]),
+                }
+            }
+            said.lock().is_whole = true;
+        });
+        heard
+    }
+
+    /// What came until its end; or until now, if a child of the child still holds the pipe.
+    fn text(self) -> String {
+        let started = Instant::now();
+        while !self.0.lock().is_whole && started.elapsed() < END_LIMIT {
+            std::thread::sleep(LOOK_EVERY);
+        }
+        String::from_utf8_lossy(&self.0.lock().bytes).into_owned()
+    }
 }
 
 impl Ended {
@@ -152,5 +189,8 @@ mod tests {
         assert_eq!(crashed("ABRT"), Ended::Crashed("abort".to_owned()));
         let hangs = shell("exec sleep 60", Duration::from_millis(50));
         assert_eq!(hangs.ended, Ended::TimedOut);
+        // A child of its own that it leaves holds its pipes.
+        let leaves = shell("echo out; sleep 60 & exit 0", long);
+        assert_eq!((leaves.ended, &*leaves.stdout), (Ended::Code(0), "out\n"));
     }
 }

@@ -84,30 +84,39 @@ pub(crate) fn fingerprint(name: &str, vae: &str) -> String {
     }
 }
 
-/// The files that a path may mean.
+/// The files that a path may mean, and no others: what somebody writes beside them does not make it another model.
 fn described(path: &Path) -> String {
-    let mut seen = Vec::new();
-    for folder in ["", "unet", "vae", "text_encoder", "tokenizer", "scheduler"] {
-        let Ok(entries) = std::fs::read_dir(path.join(folder)) else {
-            continue;
-        };
-        seen.extend(
-            entries
-                .flatten()
-                .filter_map(|entry| describe(&entry.path())),
-        );
+    let parts =
+        ["unet", "vae", "text_encoder", "tokenizer", "scheduler"].map(|part| path.join(part));
+    let mut files = Vec::new();
+    for part in &parts {
+        files.extend(model_files(part));
     }
-    seen.extend(describe(path));
     if path.is_file() {
-        let beside = files_beside(path);
-        seen.extend(beside.iter().filter_map(|path| describe(path)));
+        files.push(path.to_owned());
+        files.extend(files_beside(path));
+    } else if !parts[0].is_dir() {
+        // A part by itself.
+        files.extend(model_files(path));
     }
+    let mut seen: Vec<_> = files.iter().filter_map(|file| describe(file)).collect();
     seen.sort();
     seen.join("\n")
 }
 
+/// The files of a folder that may belong to a model.
+fn model_files(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let files = entries.map(|entry| entry.path()).filter(|path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let endings = [".safetensors", ".json", ".txt"];
+        !name.starts_with('.') && endings.iter().any(|ending| name.ends_with(ending))
+    });
+    files.collect()
+}
+
 fn describe(path: &Path) -> Option<String> {
-    let meta = path.metadata().ok()?;
+    let meta = path.metadata().ok().filter(std::fs::Metadata::is_file)?;
     Some(format!(
         "{} {} {:?}",
         path.display(),
@@ -154,5 +163,33 @@ mod tests {
         }
         std::fs::write(folder.path().join("another.safetensors"), "").unwrap();
         assert_eq!(seen.last(), Some(&fingerprint(&name, "")));
+    }
+
+    #[test]
+    fn what_lies_in_a_folder_without_being_read_does_not_change_its_fingerprint() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str| {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "{}").unwrap();
+        };
+        let now = || fingerprint(&folder.path().display().to_string(), "");
+        write("unet/config.json");
+        let before = now();
+        for other in [
+            "README.md",
+            "model.safetensors",
+            "unet/.DS_Store",
+            "unet/._config.json",
+            "samples/a.json",
+        ] {
+            write(other);
+            assert_eq!(now(), before, "{other}");
+        }
+        for part in ["unet/model.safetensors", "tokenizer/merges.txt"] {
+            let before = now();
+            write(part);
+            assert_ne!(now(), before, "{part}");
+        }
     }
 }

@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import folder_paths
 import server
 from conceptloom import contract, folders
 from conceptloom.library import Library
-from conceptloom.nodes import ConceptloomError
+from conceptloom.nodes import ConceptloomError, _run_twice
 from conceptloom.work import work
 from conftest import BUILT, HERE, ROOT, executed, graph, loaded
 
@@ -506,6 +507,11 @@ def test_memory_that_runs_out_unloads_comfyuis_models_once(nodes, comfyui, monke
     monkeypatch.setattr(Library, "run", full)
     with pytest.raises(ConceptloomError, match="memory ran out"):
         executed(nodes["ConceptloomLoadDiffusionModel"])
+    assert comfyui.management.unloaded == before + 1
+    # What is saved already would be saved twice.
+    library, services = types.SimpleNamespace(run=full), types.SimpleNamespace(saved=["a.safetensors"], table=None)
+    with pytest.raises(ConceptloomError, match="memory ran out"):
+        _run_twice(library, "SaveConcepts", {}, {}, services)
     assert comfyui.management.unloaded == before + 1
 
 

@@ -132,6 +132,10 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<BatchEnd> {
         ));
         match run_one(one, options, &catalogs[&one.dir], &cancel, &mut cache) {
             Ok(()) => n_done += 1,
+            // Another process did it meanwhile.
+            Err(_) if is_done(&options.out.join(&one.entry.id), &one.hash, true) == Ok(true) => {
+                n_skipped += 1;
+            }
             Err(error) => {
                 complain(&format!("error: entry {}: {error:#}", one.entry.id));
                 if cancel.load(Ordering::SeqCst) {
@@ -276,6 +280,8 @@ fn run_one(
     cache: &mut Cache,
 ) -> anyhow::Result<()> {
     let folder = RunFolder::create(&Destination::Exactly(options.out.join(&one.entry.id)))?;
+    // Of the files as they are now: others ran before, and may have taken hours.
+    let hash = done::hash(&one.workflow, &one.plan, catalog);
     let _trying = Tries::of(&options.out, &one.entry.id).begin();
     let metadata = |json: Value| {
         if options.disable_metadata {
@@ -307,7 +313,11 @@ fn run_one(
         .into_iter()
         .map(|(_, path)| path)
         .collect();
-    Done::write(folder.path(), &one.entry.id, &one.hash, files)?;
+    anyhow::ensure!(
+        done::hash(&one.workflow, &one.plan, catalog) == hash,
+        "a file that it reads was changed while it ran; run it again"
+    );
+    Done::write(folder.path(), &one.entry.id, &hash, files)?;
     folder.commit()?;
     work_dirs.finish();
     Ok(())

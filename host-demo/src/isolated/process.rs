@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::frame;
-use crate::child::Ended;
+use crate::child::{self, Ended};
 
 /// What a process may tell ahead: pictures among it take memory, and one that tells faster than it is heard has to wait.
 const MAX_UNHEARD: usize = 16;
@@ -98,7 +98,7 @@ impl<R: DeserializeOwned + Send + 'static> Process<R> {
                 }
                 Ok(None) | Err(_) => {
                     let _ = self.child.kill();
-                    let _ = self.child.wait();
+                    child::wait_apart(self.child);
                     break Ended::TimedOut;
                 }
             }

@@ -224,7 +224,7 @@ def _run(library, described, parameters, values, hidden):
 
 
 def _run_twice(library, class_name, inputs, parameters, services):
-    """Once more without ComfyUI's own models if memory runs out."""
+    """Once more without ComfyUI's own models if memory runs out and nothing is saved yet."""
     for attempt in (1, 2):
         try:
             outputs = library.run(class_name, inputs, parameters, services.table)
@@ -233,7 +233,7 @@ def _run_twice(library, class_name, inputs, parameters, services):
         except Failed as error:
             if error.code == contract.CANCELED:
                 services.raise_cancellation()
-            if error.code != contract.OUT_OF_MEMORY or attempt == 2:
+            if error.code != contract.OUT_OF_MEMORY or attempt == 2 or services.saved:
                 raise ConceptloomError(folders.readable(str(error))) from None
             comfy.model_management.unload_all_models()
             comfy.model_management.soft_empty_cache()

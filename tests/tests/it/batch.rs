@@ -1,11 +1,12 @@
 //! `host-demo batch`: shards, a kill in the middle, and going on.
 
 use std::path::Path;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::support::{Place, done, node, tree};
+use crate::support::{Place, done, node, pixels, tree, wait_for};
 
 /// A manifest of three entries.
 fn manifest() -> String {
@@ -132,6 +133,42 @@ fn has_state(work: &Path) -> bool {
     folders.map(|entry| entry.path()).any(|path| {
         path.is_dir() && std::fs::read_dir(path).is_ok_and(|mut files| files.next().is_some())
     })
+}
+
+#[test]
+fn an_entry_is_of_the_files_that_it_read() {
+    let place = Place::with_conceptloom();
+    let png = |shade: u8| {
+        let picture = image::RgbImage::from_pixel(8, 8, image::Rgb([shade; 3]));
+        let mut bytes = std::io::Cursor::new(Vec::new());
+        picture
+            .write_to(&mut bytes, image::ImageFormat::Png)
+            .unwrap();
+        bytes.into_inner()
+    };
+    place.write("x.png", png(1));
+    let copy = json!({
+        "1": node("LoadImage", json!({"image": "x.png"})),
+        "2": node("SaveImage", json!({"images": ["1", 0], "filename_prefix": "x"})),
+    });
+    place.write("copy.json", copy.to_string());
+    let first = manifest().lines().nth(1).unwrap().to_owned();
+    let second = json!({"id": "copy", "workflow": "copy.json"});
+    place.write("m.jsonl", format!("{first}\n{second}"));
+    let arguments = ["batch", "m.jsonl", "--out", "out", "--resume"];
+    let mut child = place
+        .command(&arguments)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // All files were looked at by now, and the first entry takes a while.
+    wait_for(&mut child, "entry 1 of 2");
+    place.write("x.png", png(2));
+    let ended = done(child.wait_with_output().unwrap());
+    ended.succeeded();
+    let again = place.host(&arguments).succeeded();
+    assert!(again.stdout.contains("2 were there already"), "{again:?}");
+    assert_eq!(pixels(&place.read("out/copy/x_00001.png"))[..3], [2; 3]);
 }
 
 #[test]
