@@ -87,12 +87,8 @@ impl Root {
         if path.is_symlink() {
             return Err(outside());
         }
-        let there = path.ancestors().skip(1).find(|folder| folder.exists());
-        let real = there
-            .unwrap_or(&self.0)
-            .canonicalize()
-            .map_err(|error| PathError::Unreadable(name.to_owned(), error))?;
-        if real.starts_with(&self.0) {
+        let is_below = durable_files::is_below(&self.0, &path);
+        if is_below.map_err(|error| PathError::Unreadable(name.to_owned(), error))? {
             Ok(path)
         } else {
             Err(outside())

@@ -7,25 +7,51 @@
 //! | `%Node.parameter%` | a parameter of the node of this title or class |
 //! | `%width%` `%height%` | pixels of the picture, by SaveImage |
 //!
-//! Other words stay as they are.
+//! Other words stay as they are. What becomes longer than a name may be is cut off.
 
 use jiff::ZonedDateTime;
+use plugin_api::NodeError;
 use serde_json::{Map, Value};
 
 use crate::graph::{Graph, GraphNode, Input};
 
 /// Bytes of the longest name that any system has.
 const LONGEST: usize = 4096;
+/// Bytes of a part between slashes: systems have names of 255, and a number and an ending follow.
+pub(crate) const LONGEST_PART: usize = 200;
+/// The same where words were replaced: whoever adds more to it could not tell before it runs.
+const LONGEST_REPLACED: usize = 120;
 /// The parameter that names files.
 const PARAMETER: &str = "filename_prefix";
 
 /// Replaces the words of a node's parameters that need no picture.
 pub(crate) fn replace(parameters: &mut Map<String, Value>, graph: &Graph, now: &ZonedDateTime) {
-    if let Some(Value::String(name)) = parameters.get_mut(PARAMETER) {
-        *name = replaced(name, |word| {
+    if let Some(Value::String(name)) = parameters.get_mut(PARAMETER)
+        && name.contains('%')
+    {
+        let long = replaced(name, |word| {
             date(word, now).or_else(|| value_of(word, graph))
         });
+        let cut = |part: &str| part[..part.floor_char_boundary(LONGEST_REPLACED)].to_owned();
+        *name = long.split('/').map(cut).collect::<Vec<_>>().join("/");
     }
+}
+
+/// Whether a part of the name is longer than systems have them.
+///
+/// # Errors
+/// It is.
+pub(crate) fn check_length(name: &str) -> Result<(), NodeError> {
+    // Words are replaced by something else, and what that leaves is cut off.
+    if name.contains('%') || name.split('/').all(|part| part.len() <= LONGEST_PART) {
+        return Ok(());
+    }
+    Err(NodeError::invalid_input(
+        PARAMETER,
+        format!(
+            "the prefix \"{name}\" has a part of more than {LONGEST_PART} bytes; choose a shorter one"
+        ),
+    ))
 }
 
 /// Replaces `%width%` and `%height%`.
@@ -155,5 +181,9 @@ mod tests {
             assert_eq!(after(name), expected);
         }
         assert_eq!(sized("%width%x%height%_%year", [192, 128]), "192x128_%year");
+        let long = "猫".repeat(LONGEST_PART);
+        let cut = after(&format!("a/{long}/%year%{long}"));
+        let lengths: Vec<_> = cut.split('/').map(str::len).collect();
+        assert_eq!(lengths, [1, 120, 118]);
     }
 }

@@ -11,7 +11,7 @@ use crate::events::{Event, NodeLabel, Observer};
 use crate::pictures::{self, RgbPicture};
 
 /// Most pictures that are kept of one series; of longer ones every second is let go.
-const MAX_FRAMES: usize = 48;
+pub(crate) const MAX_FRAMES: usize = 48;
 
 /// A node that was started or came from the cache.
 #[derive(Debug, Clone)]

@@ -173,6 +173,14 @@ def test_an_unchanged_learner_does_not_learn_again(server):
     assert entry["outputs"]["7"]["images"]
 
 
+def test_a_node_that_exists_to_show_shows_all(server):
+    doubled = {str(n): {"class_type": "ImageBatch", "inputs": {"image1": [str(n - 1), 0], "image2": [str(n - 1), 0]}}
+               for n in range(2, 9)}
+    prompt = {"1": quick()["1"], **doubled, "9": {"class_type": "PreviewImage", "inputs": {"images": ["8", 0]}}}
+    entry = server.finished(server.queue_prompt(prompt))
+    assert len(entry["outputs"]["9"]["images"]) == 128
+
+
 def test_problems_are_told_in_comfyui_s_form(server):
     prompt = quick()
     prompt["2"]["inputs"]["images"] = ["1", 9]

@@ -12,7 +12,7 @@ import zlib
 
 import pytest
 from PIL import Image
-from support import HOST_DEMO, Server, png, quick
+from support import HOST_DEMO, Server, png, quick, small_prompt
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,13 @@ def test_paths_do_not_leave_their_folders(server, tmp_path):
         prompt = quick()
         prompt["1"]["inputs"]["image"] = name
         refused(server.post("/prompt", {"prompt": prompt}), 400)
+    pictures, concepts = quick(), small_prompt()
+    [saver] = [node for node in concepts.values() if node["class_type"] == "SaveConcepts"]
+    for prompt, node in [(pictures, pictures["2"]), (concepts, saver)]:
+        node["inputs"]["filename_prefix"] = "folder/mine"
+        entry = server.finished(server.queue_prompt(prompt))
+        [error] = [data for kind, data in entry["status"]["messages"] if kind == "execution_error"]
+        assert prompt[error["node_id"]] is node and "folder/mine" in error["exception_message"], error
     assert (tmp_path / "secret.png").read_bytes() == png()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "data.log", "secret.png"]
 

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{BuiltinNode, parse};
+use crate::recorder::MAX_FRAMES;
 use crate::{file_words, pictures, png_text, run_folder};
 
 #[derive(Deserialize, JsonSchema)]
@@ -70,9 +71,13 @@ impl BuiltinNode for SaveImage {
         for picture in pictures::from_image("images", inputs.tensor("images")?)? {
             let png = png_text::encode(&picture, &texts)?;
             let prefix = file_words::sized(&filename_prefix, [picture.width, picture.height]);
-            let numbered = numbered(folder.join(relative(&prefix)?));
-            let path = run_folder::write_numbered(numbered, &png)
-                .map_err(|error| NodeError::new(ErrorCode::CannotWrite, error.to_string()))?;
+            let path = folder.join(relative(&prefix)?);
+            let cannot = |error: String| NodeError::new(ErrorCode::CannotWrite, error);
+            if !durable_files::is_below(folder, &path).map_err(|error| cannot(error.to_string()))? {
+                return Err(leads_out(&prefix));
+            }
+            let path = run_folder::write_numbered(numbered(path), &png)
+                .map_err(|error| cannot(error.to_string()))?;
             host.saved(&path);
         }
         Ok(Vec::new())
@@ -98,14 +103,19 @@ fn relative(prefix: &str) -> Result<PathBuf, NodeError> {
         || prefix.contains(['\\', ':', '\0'])
         || prefix.ends_with('/')
     {
-        return Err(NodeError::invalid_input(
-            "filename_prefix",
-            format!(
-                "the prefix \"{prefix}\" does not name a file in the run's folder; write for example masks/dog"
-            ),
-        ));
+        return Err(leads_out(prefix));
     }
+    file_words::check_length(prefix)?;
     Ok(path.to_owned())
+}
+
+fn leads_out(prefix: &str) -> NodeError {
+    NodeError::invalid_input(
+        "filename_prefix",
+        format!(
+            "the prefix \"{prefix}\" does not name a file in the run's folder; write for example masks/dog"
+        ),
+    )
 }
 
 /// `prefix_00001.png`, `prefix_00002.png`, …
@@ -126,6 +136,11 @@ impl BuiltinNode for PreviewImage {
     ) -> Result<Outputs, NodeError> {
         let images = inputs.tensor("images")?;
         for (i, picture) in pictures::from_image("images", images)?.iter().enumerate() {
+            // A longer series would be thinned out.
+            let series = match i / MAX_FRAMES {
+                0 => String::new(),
+                row => format!("from picture {} on", row * MAX_FRAMES + 1),
+            };
             let values = picture
                 .pixels
                 .iter()
@@ -133,7 +148,7 @@ impl BuiltinNode for PreviewImage {
                 .collect();
             let shown: SharedTensor =
                 pictures::tensor(values, &[picture.height, picture.width, 3])?;
-            host.preview(shown, "", &format!("picture {}", i + 1));
+            host.preview(shown, &series, &format!("picture {}", i + 1));
         }
         Ok(Vec::new())
     }
@@ -149,5 +164,8 @@ mod tests {
         for bad in ["", "..", "../a", "/tmp/a", "a/../../b", "a\\b", "c:x", "a/"] {
             assert!(relative(bad).is_err(), "{bad}");
         }
+        let long = "猫".repeat(file_words::LONGEST_PART / 3 + 1);
+        let error = relative(&format!("masks/{long}")).unwrap_err();
+        assert!(error.message.contains("shorter"), "{error}");
     }
 }

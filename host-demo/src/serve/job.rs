@@ -108,6 +108,10 @@ impl SavedFile {
             && Self::of(&self.path).is_ok_and(|now| now == *self)
         {
             let _ = disk::remove_file(&path);
+            // A folder that was the job's alone would keep its name from it; one with anything in it stays.
+            if let Some(folder) = path.parent().filter(|folder| *folder != output.path()) {
+                let _ = disk::remove_dir(folder);
+            }
         }
     }
 }

@@ -532,5 +532,17 @@ mod tests {
         assert!(picture.exists());
         saved.take_back(&output);
         assert!(!picture.exists());
+        // A folder goes with the last file in it.
+        let unet = output.path().join("concepts/unet");
+        std::fs::create_dir_all(&unet).unwrap();
+        let files = ["weights", "config.json"].map(|name| unet.join(name));
+        let saved = files.map(|file| {
+            std::fs::write(&file, "a").unwrap();
+            SavedFile::of(&file).unwrap()
+        });
+        saved[0].take_back(&output);
+        assert!(unet.exists());
+        saved[1].take_back(&output);
+        assert!(!unet.exists() && output.path().join("concepts").exists());
     }
 }

@@ -23,8 +23,10 @@ use crate::png_text;
 /// Least time between two progress messages of a stage: 20 a second are smooth.
 const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 const JPEG_QUALITY: u8 = 88;
-/// Most pictures that a node shows.
+/// Most pictures of its work that a node shows.
 const MAX_SHOWN: usize = 64;
+/// Most pictures of a node that exists to show.
+const MAX_OUTPUT: usize = 1024;
 
 /// Starts the names of series that show what was learned so far.
 const SAMPLES: &str = "sample";
@@ -264,17 +266,17 @@ impl Live {
             self.hub.send(&self.client_id, &message);
         }
         // Of a series that grows the last picture stays; a node that exists to show shows all.
-        let key = if self.is_output(node) {
-            format!("{series}/{label}")
+        let (key, most) = if self.is_output(node) {
+            (format!("{series}/{label}"), MAX_OUTPUT)
         } else {
-            series.to_owned()
+            (series.to_owned(), MAX_SHOWN)
         };
         let picture = picture.clone();
         let mut state = self.state.lock();
         let place = state.pictures.iter().position(|shown| shown.key == key);
         match place {
             Some(place) => state.pictures[place].picture = picture,
-            None if state.pictures.len() < MAX_SHOWN => state.pictures.push(Shown { key, picture }),
+            None if state.pictures.len() < most => state.pictures.push(Shown { key, picture }),
             None => {}
         }
     }

@@ -91,7 +91,8 @@ impl Node for SaveConcepts {
     }
 
     fn validate(&self, parameters: &Parameters) -> Result<(), NodeError> {
-        safe_prefix(&parameters.filename_prefix).map(drop)
+        safe_prefix(&parameters.filename_prefix).map(drop)?;
+        check_length(&parameters.filename_prefix)
     }
 
     fn run(
@@ -104,6 +105,11 @@ impl Node for SaveConcepts {
         let prefix = safe_prefix(&parameters.filename_prefix)?;
         let info = host.run_info();
         let base = PathBuf::from(info.output_dir.as_str());
+        let first = base.join(format!("{prefix}concept"));
+        let is_below = durable_files::is_below(&base, &first);
+        if !is_below.map_err(|error| cannot_write("filename_prefix", &first, &error))? {
+            return Err(leads_out(&prefix));
+        }
         let metadata: BTreeMap<String, String> = host.metadata()?.into_iter().collect();
         let forms: &[(ConceptForm, &str)] = match parameters.format {
             Format::Shared => &[(ConceptForm::Shared, "")],
@@ -117,7 +123,8 @@ impl Node for SaveConcepts {
             for (form, suffix) in forms {
                 let bytes = concept_bytes(learned, index, *form, &metadata)
                     .map_err(|e| from_method("concepts", &e))?;
-                let stem = format!("{prefix}{}{suffix}", file_name(learned, index));
+                let name = shortened(&file_name(learned, index), LONGEST_TOKEN).to_owned();
+                let stem = format!("{prefix}{name}{suffix}");
                 save(&base, &stem, host, |file| file.write_all(&bytes))?;
             }
         }
@@ -170,8 +177,9 @@ impl Base<'_> {
             let path = model
                 .save_unet(folders(self.folder, self.prefix), dtype, metadata)
                 .map_err(|error| from_model("model", &error))?;
-            host.saved(&path.with_file_name("config.json"));
+            // A host that is killed in between should know of the large one.
             host.saved(&path);
+            host.saved(&path.with_file_name("config.json"));
         }
         Ok(())
     }
@@ -225,10 +233,38 @@ fn safe_prefix(prefix: &str) -> Result<String, NodeError> {
     if inside && !prefix.contains(['\\', '\0']) {
         return Ok(prefix.to_owned());
     }
-    Err(NodeError::invalid_input(
+    Err(leads_out(prefix))
+}
+
+fn leads_out(prefix: &str) -> NodeError {
+    NodeError::invalid_input(
         "filename_prefix",
         format!(
             "filename_prefix \"{prefix}\" leads out of the output folder; use a name or a folder/name"
+        ),
+    )
+}
+
+/// Bytes of a token in a name.
+const LONGEST_TOKEN: usize = 100;
+/// Bytes of a prefix's part between slashes: systems have names of 255, and a token, a number and an ending follow.
+const LONGEST_PART: usize = 120;
+
+/// The beginning of a text, of at most so many bytes.
+fn shortened(text: &str, bytes: usize) -> &str {
+    &text[..text.floor_char_boundary(bytes)]
+}
+
+/// Whether a part of the prefix is longer than systems have names, which should not be found out when all is learned.
+fn check_length(prefix: &str) -> Result<(), NodeError> {
+    // A host replaces words.
+    if prefix.contains('%') || prefix.split('/').all(|part| part.len() <= LONGEST_PART) {
+        return Ok(());
+    }
+    Err(NodeError::invalid_input(
+        "filename_prefix",
+        format!(
+            "filename_prefix \"{prefix}\" has a part of more than {LONGEST_PART} bytes; choose a shorter one"
         ),
     ))
 }

@@ -22,6 +22,6 @@ pub use claim::{Claim, ClaimError};
 pub use generations::{Generations, Torn};
 pub use pace::Pace;
 pub use whole::{
-    NewFolder, is_torn, numbered, remove_torn, rename_numbered, write_new, write_numbered,
-    write_over, write_shown,
+    NewFolder, is_below, is_torn, numbered, remove_torn, rename_numbered, write_new,
+    write_numbered, write_over, write_shown,
 };

@@ -192,6 +192,22 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new(""))
 }
 
+/// Whether a file at `path`, which need not be there, nor its folder, lies below the folder `root`: no link on the way leads out.
+///
+/// # Errors
+/// A folder on the way cannot be resolved.
+pub fn is_below(root: &Path, path: &Path) -> io::Result<bool> {
+    let root = match root.canonicalize() {
+        Ok(root) => root,
+        // What is made then has no links in it.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+        Err(error) => return Err(error),
+    };
+    let there = path.ancestors().skip(1).find(|folder| folder.exists());
+    let real = there.map_or_else(|| Ok(root.clone()), Path::canonicalize)?;
+    Ok(real.starts_with(&root))
+}
+
 /// Whether a file or folder of this name is one that was being written.
 #[must_use]
 pub fn is_torn(name: &str) -> bool {
