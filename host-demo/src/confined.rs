@@ -11,7 +11,7 @@ pub(crate) enum PathError {
     NotRelative(String),
     #[error("\"{0}\" is called as what is being written; choose another name")]
     Reserved(String),
-    #[error("\"{0}\" leads out of its folder")]
+    #[error("\"{0}\" leads out of its folder by a link; choose another name")]
     Outside(String),
     #[error("there is no file \"{0}\"")]
     NotFound(String),

@@ -108,6 +108,8 @@ struct Worker<'a> {
     waiting: BTreeMap<NodeId, usize>,
     /// Held open until the end of the run: a later node may fail and the whole be run again.
     work: Vec<WorkDir>,
+    /// That states cannot be kept.
+    is_told: bool,
 }
 
 impl<'a> Worker<'a> {
@@ -118,13 +120,14 @@ impl<'a> Worker<'a> {
                 *waiting.entry(source.clone()).or_insert(0) += 1;
             }
         }
-        let (values, signatures, work) = Default::default();
+        let (values, signatures, work, is_told) = Default::default();
         Self {
             job,
             values,
             signatures,
             waiting,
             work,
+            is_told,
         }
     }
 
@@ -220,9 +223,6 @@ impl<'a> Worker<'a> {
             cache.get(&signature)
         };
         if let Some(outputs) = hit {
-            // What an earlier run left of it, which ended behind it.
-            self.work
-                .extend(job.work_dirs.open_left(signature.as_str()));
             job.observer.on_event(
                 label,
                 &Event::Cached {
@@ -253,9 +253,10 @@ impl<'a> Worker<'a> {
         self.tell_evicted(label, &relieved, "because little memory is left");
         let started = Instant::now();
         let has_saved = Arc::new(AtomicBool::new(false));
+        let n_before = self.work.len();
         let context = self.context(label, &signature, &has_saved)?;
         let outputs = run_with_retry(&mut instance, inputs, &parameters, context, cache)?;
-        self.leave_empty();
+        self.leave_empty(n_before);
         check_outputs(descriptor, &outputs)?;
         let seconds = started.elapsed().as_secs_f64();
         job.observer.on_event(
@@ -329,7 +330,7 @@ impl<'a> Worker<'a> {
     }
 
     /// The node's own folder; `None` if it cannot be had, which is told.
-    fn open_work(&self, label: &NodeLabel, signature: &Signature) -> Option<WorkDir> {
+    fn open_work(&mut self, label: &NodeLabel, signature: &Signature) -> Option<WorkDir> {
         let dirs = self.job.work_dirs;
         let path = dirs.path_of(signature.as_str());
         // Two output nodes of one run may be the same.
@@ -341,6 +342,8 @@ impl<'a> Worker<'a> {
             Err(FolderError::InUse { process, .. }) => {
                 format!("another run{} does the same now", named(process))
             }
+            // The same for the nodes behind it.
+            Err(_) if std::mem::replace(&mut self.is_told, true) => return None,
             Err(error) => error.to_string(),
         };
         let text = format!("{why}; if this one is stopped it cannot go on where it was");
@@ -352,11 +355,11 @@ impl<'a> Worker<'a> {
         None
     }
 
-    /// The last node is done. If it kept nothing, other runs of the same need not wait for its folder.
-    fn leave_empty(&mut self) {
-        if let Some(work) = self.work.pop() {
-            self.work.extend(work.leave_if_empty());
-        }
+    /// A node is done. If it kept nothing, other runs of the same need not wait for its folder.
+    fn leave_empty(&mut self, n_before: usize) {
+        let own = self.work.split_off(n_before);
+        self.work
+            .extend(own.into_iter().filter_map(WorkDir::leave_if_empty));
     }
 
     fn context(
@@ -367,12 +370,9 @@ impl<'a> Worker<'a> {
     ) -> Result<Context, NodeError> {
         let job = self.job;
         let output_dir = in_words(job.output_dir)?;
+        let work_dir = in_words(&job.work_dirs.path_of(signature.as_str()))?;
         let work = self.open_work(label, signature);
-        let work_dir = work
-            .as_ref()
-            .map(|work| in_words(work.path()))
-            .transpose()?;
-        let work_dir = work_dir.unwrap_or_default().into();
+        let work_dir = work.as_ref().map(|_| work_dir).unwrap_or_default().into();
         self.work.extend(work);
         Ok(Context {
             label: label.clone(),

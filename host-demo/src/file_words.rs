@@ -7,7 +7,7 @@
 //! | `%Node.parameter%` | a parameter of the node of this title or class |
 //! | `%width%` `%height%` | pixels of the picture, by SaveImage |
 //!
-//! Other words stay as they are. What becomes longer than a name may be is cut off.
+//! Other words stay as they are. Of values that make a part of the name too long the first bytes are taken.
 
 use jiff::ZonedDateTime;
 use plugin_api::NodeError;
@@ -19,22 +19,32 @@ use crate::graph::{Graph, GraphNode, Input};
 const LONGEST: usize = 4096;
 /// Bytes of a part between slashes: systems have names of 255, and a number and an ending follow.
 pub(crate) const LONGEST_PART: usize = 200;
-/// The same where words were replaced: whoever adds more to it could not tell before it runs.
-const LONGEST_REPLACED: usize = 120;
+/// Bytes of a value, the first that make no part too long: a long one should not cost a short one.
+const LONGEST_VALUES: [usize; 5] = [LONGEST_PART, 100, 60, 40, 20];
 /// The parameter that names files.
-const PARAMETER: &str = "filename_prefix";
+pub(crate) const PARAMETER: &str = "filename_prefix";
 
 /// Replaces the words of a node's parameters that need no picture.
 pub(crate) fn replace(parameters: &mut Map<String, Value>, graph: &Graph, now: &ZonedDateTime) {
     if let Some(Value::String(name)) = parameters.get_mut(PARAMETER)
         && name.contains('%')
     {
-        let long = replaced(name, |word| {
-            date(word, now).or_else(|| value_of(word, graph))
-        });
-        let cut = |part: &str| part[..part.floor_char_boundary(LONGEST_REPLACED)].to_owned();
-        *name = long.split('/').map(cut).collect::<Vec<_>>().join("/");
+        let of_values = |longest: usize| {
+            replaced(name, |word| {
+                let value = date(word, now).or_else(|| value_of(word, graph))?;
+                Some(value[..value.floor_char_boundary(longest)].to_owned())
+            })
+        };
+        let mut fitting = LONGEST_VALUES.into_iter().map(of_values);
+        // Too long without its values it stays.
+        if let Some(short) = fitting.find(|name| is_short(name)) {
+            *name = short;
+        }
     }
+}
+
+fn is_short(name: &str) -> bool {
+    name.split('/').all(|part| part.len() <= LONGEST_PART)
 }
 
 /// Whether a part of the name is longer than systems have them.
@@ -42,8 +52,7 @@ pub(crate) fn replace(parameters: &mut Map<String, Value>, graph: &Graph, now: &
 /// # Errors
 /// It is.
 pub(crate) fn check_length(name: &str) -> Result<(), NodeError> {
-    // Words are replaced by something else, and what that leaves is cut off.
-    if name.contains('%') || name.split('/').all(|part| part.len() <= LONGEST_PART) {
+    if is_short(name) {
         return Ok(());
     }
     Err(NodeError::invalid_input(
@@ -181,9 +190,30 @@ mod tests {
             assert_eq!(after(name), expected);
         }
         assert_eq!(sized("%width%x%height%_%year", [192, 128]), "192x128_%year");
-        let long = "猫".repeat(LONGEST_PART);
-        let cut = after(&format!("a/{long}/%year%{long}"));
-        let lengths: Vec<_> = cut.split('/').map(str::len).collect();
-        assert_eq!(lengths, [1, 120, 118]);
+    }
+
+    #[test]
+    fn a_long_value_makes_no_name_that_systems_do_not_have_and_costs_no_short_one() {
+        let graph = json!({
+            "1": {"class_type": "Painter", "inputs": {"seed": 1_234_567_890_123_u64, "prompts": "猫".repeat(300)}},
+        });
+        let graph = Graph::from_api(graph.as_object().unwrap()).unwrap();
+        let after = |name: &str| {
+            let mut parameters = Map::from_iter([("filename_prefix".to_owned(), json!(name))]);
+            replace(&mut parameters, &graph, &ZonedDateTime::now());
+            parameters["filename_prefix"].as_str().unwrap().to_owned()
+        };
+        let name = after("cats/%Painter.prompts%_%Painter.seed%");
+        assert!(
+            is_short(&name) && name.starts_with("cats/猫") && name.ends_with("猫_1234567890123"),
+            "{name}"
+        );
+        assert!(name.len() > 90, "{name}");
+        // Not ours to cut.
+        let own = "x".repeat(LONGEST_PART);
+        for name in [format!("{own}/100%"), format!("{own}x%Painter.seed%")] {
+            assert_eq!(after(&name), name);
+        }
+        assert!(check_length(&own).is_ok() && check_length(&format!("a/{own}x")).is_err());
     }
 }

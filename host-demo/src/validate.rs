@@ -8,7 +8,9 @@ use std::fmt;
 use jiff::ZonedDateTime;
 use serde_json::{Map, Value};
 
+use crate::builtin_nodes::Places;
 use crate::catalog::Catalog;
+use crate::confined::PathError;
 use crate::file_words;
 use crate::graph::{Graph, GraphNode, Input, NodeId};
 use crate::schedule::{self, Cycle};
@@ -355,18 +357,32 @@ fn own_problem(
     }
     let mut complete = descriptor.completed_parameters(parameters);
     file_words::replace(&mut complete, graph, &ZonedDateTime::now());
+    let problem =
+        |message: &str| Problem::of_node("custom_validation_failed", id, &node.class, message);
+    if let Some(text) = leads_out(catalog, &complete) {
+        return Some(problem(&text).at(file_words::PARAMETER));
+    }
     let error = catalog.validate(&node.class, &complete).err()?;
-    let problem = Problem::of_node(
-        "custom_validation_failed",
-        id,
-        &node.class,
-        error.message.as_str(),
-    );
+    let problem = problem(&error.message);
     Some(if error.input.is_empty() {
         problem
     } else {
         problem.at(&error.input)
     })
+}
+
+/// Of files that would be written through a link in a server's output folder, which nodes refuse when all else is done.
+fn leads_out(catalog: &Catalog, parameters: &Map<String, Value>) -> Option<String> {
+    let Places::Served { output, .. } = catalog.places() else {
+        return None;
+    };
+    let prefix = parameters.get(file_words::PARAMETER)?.as_str()?;
+    // What is wrong with it otherwise its node says.
+    let refused = [prefix.to_owned(), format!("{prefix}x")]
+        .into_iter()
+        .filter_map(|name| output.place(&name).err())
+        .find(|error| matches!(error, PathError::Outside(_)));
+    refused.map(|error| error.to_string())
 }
 
 #[cfg(test)]

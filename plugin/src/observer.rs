@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
 
 use candle_core::Tensor;
 use machine_memory::{KeepFreed, keep_freed};
@@ -18,6 +20,8 @@ use plugin_api::{Host, SharedTensor};
 use stable_diffusion::generate::preview;
 use stable_diffusion::{DiffusionModel, GenerateConfig, Sampler, Schedule, Start, UNet};
 
+/// Time between two signs of life.
+const ALIVE_EVERY: Duration = Duration::from_secs(1);
 /// Denoising steps between two previews.
 const PREVIEW_EVERY: usize = 5;
 /// Largest latent of which samples are painted beside the learning on a CPU, where they take minutes otherwise.
@@ -49,6 +53,21 @@ pub(crate) struct HostObserver<'a> {
     sample_every: usize,
     /// What a step frees the next one takes.
     _kept: KeepFreed,
+}
+
+/// Does something that may take long on a slow disk. A host takes whoever asks nothing for a node that hangs.
+fn while_alive<T>(host: &Host, work: impl FnOnce() -> T) -> T {
+    let (working, is_over) = channel::<()>();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            while is_over.recv_timeout(ALIVE_EVERY) == Err(RecvTimeoutError::Timeout) {
+                let _ = host.is_canceled();
+            }
+        });
+        let done = work();
+        drop(working);
+        done
+    })
 }
 
 impl<'a> HostObserver<'a> {
@@ -133,7 +152,7 @@ impl<'a> HostObserver<'a> {
         if !keeper.is_due(checkpoint) && !self.host.is_canceled() {
             return;
         }
-        match keeper.keep(checkpoint) {
+        match while_alive(self.host, || keeper.keep(checkpoint)) {
             Ok(()) => self.cannot_keep = false,
             Err(_) if self.cannot_keep => {}
             Err(error) => {

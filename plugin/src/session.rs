@@ -84,7 +84,7 @@ pub(crate) fn fingerprint(name: &str, vae: &str) -> String {
     }
 }
 
-/// The files that a path may mean, and no others: what somebody writes beside them does not make it another model.
+/// The weights, configurations and vocabularies that a path may mean: what else lies beside them makes it no other model.
 fn described(path: &Path) -> String {
     let parts =
         ["unet", "vae", "text_encoder", "tokenizer", "scheduler"].map(|part| path.join(part));
@@ -95,7 +95,7 @@ fn described(path: &Path) -> String {
     if path.is_file() {
         files.push(path.to_owned());
         files.extend(files_beside(path));
-    } else if !parts[0].is_dir() {
+    } else if !parts[0].is_dir() || !parts[1].is_dir() {
         // A part by itself.
         files.extend(model_files(path));
     }
@@ -175,6 +175,7 @@ mod tests {
         };
         let now = || fingerprint(&folder.path().display().to_string(), "");
         write("unet/config.json");
+        write("vae/config.json");
         let before = now();
         for other in [
             "README.md",

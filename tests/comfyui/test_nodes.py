@@ -508,11 +508,32 @@ def test_memory_that_runs_out_unloads_comfyuis_models_once(nodes, comfyui, monke
     with pytest.raises(ConceptloomError, match="memory ran out"):
         executed(nodes["ConceptloomLoadDiffusionModel"])
     assert comfyui.management.unloaded == before + 1
-    # What is saved already would be saved twice.
-    library, services = types.SimpleNamespace(run=full), types.SimpleNamespace(saved=["a.safetensors"], table=None)
+    
+
+def test_what_was_saved_before_memory_ran_out_is_not_there_twice(tmp_path):
+    from conceptloom.library import Failed
+
+    services = types.SimpleNamespace(saved=[], table=None, output_dir=str(tmp_path), pass_cancellation_on=lambda: None)
+    runs = []
+
+    def full_at_first(*_):
+        runs.append(sorted(path.name for path in tmp_path.iterdir()))
+        (tmp_path / "unet").mkdir()
+        (tmp_path / "unet/config.json").touch()
+        services.saved.append(str(tmp_path / "unet/config.json"))
+        if len(runs) == 1:
+            raise Failed(contract.OUT_OF_MEMORY, "", "memory ran out")
+        return [1]
+
+    library = types.SimpleNamespace(run=full_at_first)
+    assert _run_twice(library, {"class": "SaveConcepts", "output_node": True}, {}, {}, services) == [1]
+    assert runs == [[], []] and len(services.saved) == 1
+    # Of one that saves at its final place there is no second try.
+    runs.clear()
+    folders.empty(tmp_path)
     with pytest.raises(ConceptloomError, match="memory ran out"):
-        _run_twice(library, "SaveConcepts", {}, {}, services)
-    assert comfyui.management.unloaded == before + 1
+        _run_twice(library, {"class": "Other", "output_node": False}, {}, {}, services)
+    assert len(runs) == 1
 
 
 @pytest.mark.parametrize(

@@ -55,10 +55,11 @@ def test_paths_do_not_leave_their_folders(server, tmp_path):
     pictures, concepts = quick(), small_prompt()
     [saver] = [node for node in concepts.values() if node["class_type"] == "SaveConcepts"]
     for prompt, node in [(pictures, pictures["2"]), (concepts, saver)]:
-        node["inputs"]["filename_prefix"] = "folder/mine"
-        entry = server.finished(server.queue_prompt(prompt))
-        [error] = [data for kind, data in entry["status"]["messages"] if kind == "execution_error"]
-        assert prompt[error["node_id"]] is node and "folder/mine" in error["exception_message"], error
+        for prefix in ("folder/mine", "folder/%year%/mine", "folder"):
+            node["inputs"]["filename_prefix"] = prefix
+            reply = server.post("/prompt", {"prompt": prompt})
+            [problem] = [error for entry in reply.json["node_errors"].values() for error in entry["errors"]]
+            assert problem["extra_info"]["input_name"] == "filename_prefix" and "by a link" in problem["message"], problem
     assert (tmp_path / "secret.png").read_bytes() == png()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "data.log", "secret.png"]
 

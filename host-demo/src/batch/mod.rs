@@ -65,7 +65,6 @@ struct Prepared {
     plan: Plan,
     /// The folder whose pictures it takes; a key of `catalogs`.
     dir: PathBuf,
-    hash: String,
     is_done: bool,
 }
 
@@ -133,9 +132,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<BatchEnd> {
         match run_one(one, options, &catalogs[&one.dir], &cancel, &mut cache) {
             Ok(()) => n_done += 1,
             // Another process did it meanwhile.
-            Err(_) if is_done(&options.out.join(&one.entry.id), &one.hash, true) == Ok(true) => {
-                n_skipped += 1;
-            }
+            Err(_) if is_done_now(one, options, &catalogs[&one.dir]) => n_skipped += 1,
             Err(error) => {
                 complain(&format!("error: entry {}: {error:#}", one.entry.id));
                 if cancel.load(Ordering::SeqCst) {
@@ -218,7 +215,6 @@ fn prepare(
             workflow,
             plan,
             dir,
-            hash,
             is_done,
         })
     } else {
@@ -272,6 +268,12 @@ fn is_done(folder: &Path, hash: &str, resume: bool) -> Result<bool, String> {
     }
 }
 
+/// Whether another process has made the entry meanwhile, of the files as they are now.
+fn is_done_now(one: &Prepared, options: &Options, catalog: &Catalog) -> bool {
+    let hash = done::hash(&one.workflow, &one.plan, catalog);
+    is_done(&options.out.join(&one.entry.id), &hash, true) == Ok(true)
+}
+
 fn run_one(
     one: &Prepared,
     options: &Options,
@@ -313,10 +315,12 @@ fn run_one(
         .into_iter()
         .map(|(_, path)| path)
         .collect();
-    anyhow::ensure!(
-        done::hash(&one.workflow, &one.plan, catalog) == hash,
-        "a file that it reads was changed while it ran; run it again"
-    );
+    if done::hash(&one.workflow, &one.plan, catalog) != hash {
+        complain(&format!(
+            "warning: entry {}: a file that it reads was changed while it ran",
+            one.entry.id
+        ));
+    }
     Done::write(folder.path(), &one.entry.id, &hash, files)?;
     folder.commit()?;
     work_dirs.finish();

@@ -74,7 +74,9 @@ impl BuiltinNode for SaveImage {
             let path = folder.join(relative(&prefix)?);
             let cannot = |error: String| NodeError::new(ErrorCode::CannotWrite, error);
             if !durable_files::is_below(folder, &path).map_err(|error| cannot(error.to_string()))? {
-                return Err(leads_out(&prefix));
+                let text =
+                    format!("the prefix \"{prefix}\" leads out of the output folder by a link");
+                return Err(NodeError::invalid_input("filename_prefix", text));
             }
             let path = run_folder::write_numbered(numbered(path), &png)
                 .map_err(|error| cannot(error.to_string()))?;
@@ -103,19 +105,15 @@ fn relative(prefix: &str) -> Result<PathBuf, NodeError> {
         || prefix.contains(['\\', ':', '\0'])
         || prefix.ends_with('/')
     {
-        return Err(leads_out(prefix));
+        return Err(NodeError::invalid_input(
+            "filename_prefix",
+            format!(
+                "the prefix \"{prefix}\" does not name a file in the run's folder; write for example masks/dog"
+            ),
+        ));
     }
     file_words::check_length(prefix)?;
     Ok(path.to_owned())
-}
-
-fn leads_out(prefix: &str) -> NodeError {
-    NodeError::invalid_input(
-        "filename_prefix",
-        format!(
-            "the prefix \"{prefix}\" does not name a file in the run's folder; write for example masks/dog"
-        ),
-    )
 }
 
 /// `prefix_00001.png`, `prefix_00002.png`, …

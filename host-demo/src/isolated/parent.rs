@@ -13,8 +13,12 @@ use crate::executor::{Job, RunError};
 
 /// How often it is looked whether the user asked to stop.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Sign of life that is waited for at most once the user asked to stop: a step may take as long. While a state is written,
+/// the plugin shows one.
+const HANG_LIMIT_CANCELED: Duration = Duration::from_secs(120);
 /// Signals to a group of processes arrive within this time.
 const SAME_MOMENT: Duration = Duration::from_millis(200);
+
 /// See the module above.
 pub(crate) struct Isolated {
     setup: Setup,
@@ -157,9 +161,13 @@ fn listen(worker: &Process<Reply>, job: &Job<'_>, hang_limit: Duration) -> Heard
             Next::Gone(how) => return Heard::Gone(node, how),
             Next::Silence(time) => {
                 silence += time;
-                // Of one that is to stop, too: its step ends with a state, which may be large and the disk slow.
-                if silence >= hang_limit {
-                    let how = format!("no sign of life for {} s", hang_limit.as_secs());
+                let limit = if is_cancel_sent {
+                    hang_limit.min(HANG_LIMIT_CANCELED)
+                } else {
+                    hang_limit
+                };
+                if silence >= limit {
+                    let how = format!("no sign of life for {} s", limit.as_secs());
                     return Heard::Gone(node, Some(how));
                 }
             }

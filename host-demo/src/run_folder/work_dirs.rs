@@ -100,12 +100,6 @@ impl WorkDirs {
         opened
     }
 
-    /// The folder that an earlier run left of the node with this signature, if there is one and nobody uses it.
-    pub(crate) fn open_left(&self, signature: &str) -> Option<WorkDir> {
-        let is_there = self.path_of(signature).is_dir();
-        is_there.then(|| self.open_within(signature, Duration::ZERO).ok())?
-    }
-
     fn open_within(&self, signature: &str, patience: Duration) -> Result<WorkDir, FolderError> {
         let path = self.path_of(signature);
         let claim = claim(&lock_of(&path), &path, patience)?;

@@ -108,8 +108,10 @@ impl SavedFile {
             && Self::of(&self.path).is_ok_and(|now| now == *self)
         {
             let _ = disk::remove_file(&path);
-            // A folder that was the job's alone would keep its name from it; one with anything in it stays.
-            if let Some(folder) = path.parent().filter(|folder| *folder != output.path()) {
+            // The folder of a network, whose configuration is named last, would keep its name from the job. Never one that
+            // is reached by a link, or has anything in it.
+            let is_of_network = path == self.path && path.ends_with("config.json");
+            if let Some(folder) = path.parent().filter(|_| is_of_network) {
                 let _ = disk::remove_dir(folder);
             }
         }

@@ -532,7 +532,7 @@ mod tests {
         assert!(picture.exists());
         saved.take_back(&output);
         assert!(!picture.exists());
-        // A folder goes with the last file in it.
+        // The folder of a network goes with it, and no other.
         let unet = output.path().join("concepts/unet");
         std::fs::create_dir_all(&unet).unwrap();
         let files = ["weights", "config.json"].map(|name| unet.join(name));
@@ -543,6 +543,15 @@ mod tests {
         saved[0].take_back(&output);
         assert!(unet.exists());
         saved[1].take_back(&output);
-        assert!(!unet.exists() && output.path().join("concepts").exists());
+        assert!(!unet.exists());
+        let picture = output.path().join("concepts/a.png");
+        std::fs::write(&picture, "a").unwrap();
+        SavedFile::of(&picture).unwrap().take_back(&output);
+        assert_eq!(
+            std::fs::read_dir(output.path().join("concepts"))
+                .unwrap()
+                .count(),
+            0
+        );
     }
 }

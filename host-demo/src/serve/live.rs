@@ -25,8 +25,8 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(50);
 const JPEG_QUALITY: u8 = 88;
 /// Most pictures of its work that a node shows.
 const MAX_SHOWN: usize = 64;
-/// Most pictures of a node that exists to show.
-const MAX_OUTPUT: usize = 1024;
+/// Most bytes of the pictures of a node that exists to show: they lie in the folder of what is shown beside others.
+const MAX_OUTPUT: usize = 128 << 20;
 
 /// Starts the names of series that show what was learned so far.
 const SAMPLES: &str = "sample";
@@ -50,12 +50,25 @@ struct State {
     executed: Vec<String>,
     /// Of the current node.
     pictures: Vec<Shown>,
+    /// How many more there were.
+    n_left_out: usize,
     saved: Vec<Value>,
     last_progress: Option<Instant>,
     main_series: Option<String>,
     /// Of the whole job.
     outputs: Map<String, Value>,
     messages: Vec<Value>,
+}
+
+impl State {
+    /// Whether one more picture of the current node is shown.
+    fn has_room(&self, picture: &RgbPicture, is_output: bool) -> bool {
+        if !is_output {
+            return self.pictures.len() < MAX_SHOWN;
+        }
+        let shown = self.pictures.iter().map(|shown| shown.picture.pixels.len());
+        shown.sum::<usize>() + picture.pixels.len() <= MAX_OUTPUT
+    }
 }
 
 /// Tells the clients of one job.
@@ -217,6 +230,7 @@ impl Live {
             let mut state = self.state.lock();
             state.current = Some(node.clone());
             state.pictures.clear();
+            state.n_left_out = 0;
             state.saved.clear();
             state.last_progress = None;
             state.main_series = None;
@@ -266,18 +280,21 @@ impl Live {
             self.hub.send(&self.client_id, &message);
         }
         // Of a series that grows the last picture stays; a node that exists to show shows all.
-        let (key, most) = if self.is_output(node) {
-            (format!("{series}/{label}"), MAX_OUTPUT)
+        let is_output = self.is_output(node);
+        let key = if is_output {
+            format!("{series}/{label}")
         } else {
-            (series.to_owned(), MAX_SHOWN)
+            series.to_owned()
         };
         let picture = picture.clone();
         let mut state = self.state.lock();
         let place = state.pictures.iter().position(|shown| shown.key == key);
         match place {
             Some(place) => state.pictures[place].picture = picture,
-            None if state.pictures.len() < most => state.pictures.push(Shown { key, picture }),
-            None => {}
+            None if state.has_room(&picture, is_output) => {
+                state.pictures.push(Shown { key, picture });
+            }
+            None => state.n_left_out += 1,
         }
     }
 
@@ -385,6 +402,13 @@ impl Live {
         outputs: (&[OutputSocket], &[WireValue]),
     ) {
         self.show_results_instead(outputs);
+        let n_left_out = std::mem::take(&mut self.state.lock().n_left_out);
+        if n_left_out > 0 && self.is_output(node) {
+            self.text(
+                &node.id,
+                &format!("{n_left_out} more are not shown; SaveImage keeps all"),
+            );
+        }
         if let Some(output) = self.results() {
             self.files.remember(signature, output.clone());
             self.show(node, output);

@@ -161,6 +161,12 @@ def staging():
         yield folder
 
 
+def empty(folder):
+    """Removes what is in a staging folder."""
+    for path in pathlib.Path(folder).iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 class Saved:
     """What a node wrote, in its places."""
 

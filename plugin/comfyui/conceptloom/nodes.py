@@ -208,7 +208,7 @@ def _run(library, described, parameters, values, hidden):
     with work(key, inputs.values()) as own, folders.staging() as staged:
         output_dir = staged if described["output_node"] else folder_paths.get_output_directory()
         services = Services(hidden.unique_id, output_dir, own.folder, _metadata(hidden))
-        outputs = _run_twice(library, described["class"], inputs, parameters, services)
+        outputs = _run_twice(library, described, inputs, parameters, services)
         for index, value in enumerate(outputs):
             if isinstance(value, Reference):
                 value.key = f"{key}.{index}"
@@ -223,18 +223,23 @@ def _run(library, described, parameters, values, hidden):
         return io.NodeOutput(*outputs, embeddings, _lora(saved), ui={"text": [text]})
 
 
-def _run_twice(library, class_name, inputs, parameters, services):
-    """Once more without ComfyUI's own models if memory runs out and nothing is saved yet."""
+def _run_twice(library, described, inputs, parameters, services):
+    """Once more without ComfyUI's own models if memory runs out."""
     for attempt in (1, 2):
         try:
-            outputs = library.run(class_name, inputs, parameters, services.table)
+            outputs = library.run(described["class"], inputs, parameters, services.table)
             services.pass_cancellation_on()
             return outputs
         except Failed as error:
             if error.code == contract.CANCELED:
                 services.raise_cancellation()
-            if error.code != contract.OUT_OF_MEMORY or attempt == 2 or services.saved:
+            # What a node saved is only a draft if it is an output node, and would be there twice otherwise.
+            is_final = attempt == 2 or (services.saved and not described["output_node"])
+            if error.code != contract.OUT_OF_MEMORY or is_final:
                 raise ConceptloomError(folders.readable(str(error))) from None
+            if services.saved:
+                folders.empty(services.output_dir)
+                services.saved.clear()
             comfy.model_management.unload_all_models()
             comfy.model_management.soft_empty_cache()
 

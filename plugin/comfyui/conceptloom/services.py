@@ -21,6 +21,7 @@ class Services:
 
     def __init__(self, node_id, output_dir, work_dir, metadata):
         self.saved = []
+        self.output_dir = output_dir
         # The user's Cancel, if ComfyUI raised it in a callback: it cannot leave there, and its flag is gone.
         self._stop = None
         self._node_id = node_id

@@ -105,11 +105,7 @@ impl Node for SaveConcepts {
         let prefix = safe_prefix(&parameters.filename_prefix)?;
         let info = host.run_info();
         let base = PathBuf::from(info.output_dir.as_str());
-        let first = base.join(format!("{prefix}concept"));
-        let is_below = durable_files::is_below(&base, &first);
-        if !is_below.map_err(|error| cannot_write("filename_prefix", &first, &error))? {
-            return Err(leads_out(&prefix));
-        }
+        stays_below(&base, &base.join(format!("{prefix}concept")))?;
         let metadata: BTreeMap<String, String> = host.metadata()?.into_iter().collect();
         let forms: &[(ConceptForm, &str)] = match parameters.format {
             Format::Shared => &[(ConceptForm::Shared, "")],
@@ -123,8 +119,8 @@ impl Node for SaveConcepts {
             for (form, suffix) in forms {
                 let bytes = concept_bytes(learned, index, *form, &metadata)
                     .map_err(|e| from_method("concepts", &e))?;
-                let name = shortened(&file_name(learned, index), LONGEST_TOKEN).to_owned();
-                let stem = format!("{prefix}{name}{suffix}");
+                let name = file_name(learned, index);
+                let stem = format!("{prefix}{}{suffix}", shortened(&name, &prefix));
                 save(&base, &stem, host, |file| file.write_all(&bytes))?;
             }
         }
@@ -174,8 +170,15 @@ impl Base<'_> {
             TunedUnet::None => return Ok(()),
         };
         if model.is_tuned {
+            let folders = folders(self.folder, self.prefix);
+            for unet in (1..).map(|n| folders(n).join("unet")) {
+                stays_below(self.folder, &unet.join("config.json"))?;
+                if !unet.exists() {
+                    break;
+                }
+            }
             let path = model
-                .save_unet(folders(self.folder, self.prefix), dtype, metadata)
+                .save_unet(folders, dtype, metadata)
                 .map_err(|error| from_model("model", &error))?;
             // A host that is killed in between should know of the large one.
             host.saved(&path);
@@ -233,32 +236,43 @@ fn safe_prefix(prefix: &str) -> Result<String, NodeError> {
     if inside && !prefix.contains(['\\', '\0']) {
         return Ok(prefix.to_owned());
     }
-    Err(leads_out(prefix))
-}
-
-fn leads_out(prefix: &str) -> NodeError {
-    NodeError::invalid_input(
+    Err(NodeError::invalid_input(
         "filename_prefix",
         format!(
             "filename_prefix \"{prefix}\" leads out of the output folder; use a name or a folder/name"
         ),
-    )
+    ))
 }
 
-/// Bytes of a token in a name.
-const LONGEST_TOKEN: usize = 100;
-/// Bytes of a prefix's part between slashes: systems have names of 255, and a token, a number and an ending follow.
-const LONGEST_PART: usize = 120;
+/// That no link leads a file out of the output folder.
+fn stays_below(folder: &Path, file: &Path) -> Result<(), NodeError> {
+    let is_below = durable_files::is_below(folder, file);
+    if is_below.map_err(|error| cannot_write("filename_prefix", file, &error))? {
+        return Ok(());
+    }
+    Err(NodeError::invalid_input(
+        "filename_prefix",
+        format!(
+            "a link leads {} out of the output folder; use another filename_prefix",
+            file.display()
+        ),
+    ))
+}
 
-/// The beginning of a text, of at most so many bytes.
-fn shortened(text: &str, bytes: usize) -> &str {
-    &text[..text.floor_char_boundary(bytes)]
+/// Bytes of a prefix's part between slashes: systems have names of 255, and a token, a number and an ending follow.
+const LONGEST_PART: usize = 200;
+/// Bytes of such a part with the token.
+const LONGEST_STEM: usize = 225;
+
+/// What fits of a token's name behind the prefix.
+fn shortened<'a>(name: &'a str, prefix: &str) -> &'a str {
+    let before = prefix.rsplit('/').next().unwrap_or_default().len();
+    &name[..name.floor_char_boundary(LONGEST_STEM.saturating_sub(before))]
 }
 
 /// Whether a part of the prefix is longer than systems have names, which should not be found out when all is learned.
 fn check_length(prefix: &str) -> Result<(), NodeError> {
-    // A host replaces words.
-    if prefix.contains('%') || prefix.split('/').all(|part| part.len() <= LONGEST_PART) {
+    if prefix.split('/').all(|part| part.len() <= LONGEST_PART) {
         return Ok(());
     }
     Err(NodeError::invalid_input(
@@ -267,4 +281,40 @@ fn check_length(prefix: &str) -> Result<(), NodeError> {
             "filename_prefix \"{prefix}\" has a part of more than {LONGEST_PART} bytes; choose a shorter one"
         ),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_no_longer_than_systems_have_them() {
+        let long = "猫".repeat(LONGEST_PART);
+        for prefix in ["", "concepts/", "a/b", &"x".repeat(LONGEST_PART)] {
+            assert!(check_length(prefix).is_ok());
+            let stem = format!("{prefix}{}", shortened(&long, prefix));
+            let last = stem.rsplit('/').next().unwrap();
+            assert!(last.len() > LONGEST_STEM - "猫".len() && last.len() <= LONGEST_STEM);
+        }
+        assert_eq!(shortened("rex", "concepts/"), "rex");
+        let error = check_length(&format!("a/{long}")).unwrap_err();
+        assert!(error.message.contains("shorter"), "{error}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn no_link_leads_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let output = folder.path().join("output");
+        std::fs::create_dir(&output).unwrap();
+        std::os::unix::fs::symlink(folder.path(), output.join("mine")).unwrap();
+        for file in ["x.safetensors", "new/x.safetensors"] {
+            assert!(stays_below(&output, &output.join(file)).is_ok(), "{file}");
+        }
+        for file in ["mine/x.safetensors", "mine/unet/config.json"] {
+            let error = stays_below(&output, &output.join(file)).unwrap_err();
+            assert!(error.message.contains("link"), "{error}");
+        }
+        assert!(stays_below(&folder.path().join("none"), &folder.path().join("none/x")).is_ok());
+    }
 }

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Place, node, pixels, png_texts};
+use crate::support::{Place, node, pixels, png_texts, tree};
 
 /// Two pictures with prompts, saved; 70 points of every curve.
 fn counting() -> Value {
@@ -186,6 +186,25 @@ fn every_run_gets_a_folder_of_its_own() {
         .failed_with(&["is not empty", "--out"]);
     assert_eq!(place.read(&format!("runs/{}/run.json", names[0])), before);
     assert_eq!(place.names("runs"), names);
+}
+
+#[test]
+fn a_node_that_exists_to_show_shows_all_pictures() {
+    let place = Place::with_faulty();
+    let prompts: Vec<String> = (0..100).map(|n| n.to_string()).collect();
+    let workflow = json!({
+        "1": node("Slow", json!({"steps": 1, "prompts": prompts.join("\n")})),
+        "2": node("PreviewImage", json!({"images": ["1", 0]})),
+    });
+    place.run(&workflow, &[]).succeeded();
+    let shown = tree(&place.path().join("out/previews"));
+    let by_node = |name: &&String| name.starts_with("2-");
+    assert_eq!(
+        shown.keys().filter(by_node).count(),
+        100,
+        "{:?}",
+        shown.keys()
+    );
 }
 
 #[test]

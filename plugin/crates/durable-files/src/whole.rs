@@ -192,7 +192,8 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new(""))
 }
 
-/// Whether a file at `path`, which need not be there, nor its folder, lies below the folder `root`: no link on the way leads out.
+/// Whether the folder of a file at `path` lies below the folder `root`, or will once it is made: no link on the way leads out.
+/// Of the file itself nothing is asked; a rename replaces a link, and follows none.
 ///
 /// # Errors
 /// A folder on the way cannot be resolved.
